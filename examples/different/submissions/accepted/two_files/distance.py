@@ -1,0 +1,2 @@
+def distance(a, b):
+    return a - b if a > b else b - a

@@ -1,0 +1,2 @@
+for line in sys.stdin
+    print(line)

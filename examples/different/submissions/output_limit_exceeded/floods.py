@@ -1,0 +1,3 @@
+# Prints and prints.
+while True:
+    print("0\n" * 10000)

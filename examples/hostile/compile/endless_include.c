@@ -1,0 +1,2 @@
+#include "endless_include.c"
+#include "endless_include.c"

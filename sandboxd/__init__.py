@@ -1,0 +1,67 @@
+"""sandboxd runs untrusted programs on Linux without root, and says what was really enforced.
+
+Everything public is a name of this module, loaded when it is first used.
+"""
+
+from __future__ import annotations
+
+__version__ = "0.1.0"
+
+TYPE_CHECKING = False  # as typing's, which costs programs of launch/ too much to import
+if TYPE_CHECKING:
+    from typing import Any
+
+    from sandboxd.errors import (
+        Busy,
+        HostError,
+        InternalError,
+        JobError,
+        LaunchError,
+        PolicyError,
+        PolicyErrors,
+        SandboxError,
+        WorkloadFailed,
+    )
+    from sandboxd.job import File, Job, Terminal
+    from sandboxd.policy import Limits, Policy
+    from sandboxd.result import Artifact, Event, Output, Result, Usage, to_json
+    from sandboxd.supervise.oneshot import run, run_sync
+    from sandboxd.supervise.policies import find as find_policy
+    from sandboxd.supervise.runner import Run, Runner, RunnerStatistics, open_runner
+
+_HOMES = {
+    "errors": (
+        "Busy", "HostError", "InternalError", "JobError", "LaunchError", "PolicyError",
+        "PolicyErrors", "SandboxError", "WorkloadFailed",
+    ),
+    "job": ("File", "Job", "Terminal"),
+    "policy": ("Limits", "Policy"),
+    "result": ("Artifact", "Event", "Output", "Result", "Usage", "to_json"),
+    "supervise.oneshot": ("run", "run_sync"),
+    "supervise.runner": ("Run", "Runner", "RunnerStatistics", "open_runner"),
+}  # fmt: skip
+_WHERE = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "Artifact", "Busy", "Event", "File", "HostError", "InternalError", "Job", "JobError",
+    "LaunchError", "Limits", "Output", "Policy", "PolicyError", "PolicyErrors", "Result", "Run",
+    "Runner", "RunnerStatistics", "SandboxError", "Terminal", "Usage", "WorkloadFailed",
+    "__version__", "find_policy", "open_runner", "run", "run_sync", "to_json",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name on first use (PEP 562), so that importing costs next to nothing."""
+    import importlib
+
+    if name == "find_policy":
+        return importlib.import_module("sandboxd.supervise.policies").find
+    if name not in _WHERE:
+        raise AttributeError(f"module 'sandboxd' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"sandboxd.{_WHERE[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

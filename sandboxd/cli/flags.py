@@ -1,0 +1,363 @@
+"""The flags of `run` and `plan` that say what to run and under which policy -> (Policy, Job).
+
+They are docker run's where docker has one. Whoever types them is the operator: together with the
+policy named they make an ad-hoc policy of its own ("base+flags"), so they may raise a limit as
+well as lower it. A job that comes in over the library or a socket may only tighten.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, TypeVar
+
+from sandboxd.cli import inputs, mounts
+from sandboxd.cli.quantities import count, cpus, or_unlimited, size, time
+from sandboxd.errors import JobError
+from sandboxd.job import Job, Terminal
+from sandboxd.policy import Identity, Limits, Mount, Policy, Section
+
+Table = TypeVar("Table", bound=Section)
+
+WORK = "/box"
+ORIGIN = "command line"
+
+_LIMITS: tuple[tuple[tuple[str, ...], str, str, Callable[[str], float], str], ...] = (
+    (("-m", "--memory"), "memory", "SIZE", size, "memory of all processes together"),
+    (("--cpus",), "cpus", "N", cpus, "CPU bandwidth: 1.5 is one and a half CPUs"),
+    (("--pids-limit",), "processes", "N", count, "processes and threads alive at once"),
+    (("--cpu-time",), "cpu_time", "T", time, "CPU seconds of all processes together"),
+    (("--wall-time",), "wall_time", "T", time, "seconds from start to end"),
+    (("--idle-time",), "idle_time", "T", time, "seconds in a row with almost no CPU used"),
+    (("--output",), "output", "SIZE", size, "bytes of stdout and stderr together"),
+    (("--disk",), "disk", "SIZE", size, "bytes in all writable places together"),
+    (("--inodes",), "inodes", "N", count, "files and directories in all writable places"),
+    (("--open-files",), "open_files", "N", count, "open descriptors per process"),
+    (("--file-size",), "file_size", "SIZE", size, "bytes of one file"),
+    (("--stack",), "stack", "SIZE", size, "bytes of the main thread's stack"),
+)
+_ULIMITS: Mapping[str, tuple[str, Callable[[str], float]]] = MappingProxyType(
+    {
+        "as": ("address_space", size),
+        "cpu": ("cpu_time", time),
+        "fsize": ("file_size", size),
+        "nofile": ("open_files", count),
+        "nproc": ("processes", count),
+        "stack": ("stack", size),
+    }
+)
+_ROOT_IDS = (0, 0)
+_NOBODY_IDS = (65534, 65534)
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
+_HOSTNAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]{0,62}")
+
+
+# -- the flags -------------------------------------------------------------------------------
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Adds everything shared; what is not given is absent from the namespace or None."""
+    parser.add_argument(
+        "-p", "--policy", default="base", metavar="POLICY", help="a policy (default: base)"
+    )
+    _add_program(parser.add_argument_group("the program"))
+    _add_limits(parser.add_argument_group("limits", "`unlimited` lifts a limit of the policy's."))
+    _add_files(parser.add_argument_group("files"))
+    _add_surroundings(parser.add_argument_group("what it sees"))
+    parser.add_argument(
+        "command", nargs=argparse.REMAINDER, metavar="CMD", help="the program and its arguments"
+    )
+
+
+def _add_program(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--entrypoint", metavar="PROGRAM", help="run it with CMD as its arguments")
+    group.add_argument(
+        "-e", "--env", action="append", default=[], metavar="NAME[=VALUE]",
+        help="set a variable, or pass the caller's on",
+    )  # fmt: skip
+    group.add_argument(
+        "--env-file", action="append", default=[], metavar="FILE", help="lines of NAME[=VALUE]"
+    )
+    group.add_argument("-w", "--workdir", metavar="DIR", help=f"relative to {WORK} (the default)")
+    group.add_argument(
+        "-i", "--interactive", action="store_true",
+        help="forward stdin; without it the program reads nothing, as with docker",
+    )  # fmt: skip
+    group.add_argument("--stdin", type=Path, metavar="FILE", help="stdin is the content of FILE")
+    group.add_argument("-t", "--tty", action="store_true", help="a terminal instead of pipes")
+    group.add_argument(
+        "--name", type=_job_name, metavar="ID", help="the job's id in the result (default: random)"
+    )
+    group.add_argument("--rm", action="store_true", help="accepted: nothing is ever left behind")
+    group.add_argument("--init", action="store_true", help="accepted: there is always an init")
+
+
+def _add_limits(group: argparse._ArgumentGroup) -> None:
+    for names, field, metavar, read, text in _LIMITS:
+        group.add_argument(
+            *names, dest=f"limits.{field}", default=argparse.SUPPRESS, metavar=metavar,
+            type=or_unlimited(read), help=text,
+        )  # fmt: skip
+    group.add_argument(
+        "--ulimit", action="append", default=[], type=_ulimit, metavar="NAME=N",
+        help=f"as docker's; NAME is {', '.join(_ULIMITS)}",
+    )  # fmt: skip
+
+
+def _add_files(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--file", action="append", default=[], type=inputs.file, metavar="SRC[:NAME]",
+        help=f"copy a file, or a directory with all that is in it, into {WORK}",
+    )  # fmt: skip
+    group.add_argument(
+        "-v", "--volume", action="append", default=[], type=mounts.volume, dest="mounts",
+        metavar="SRC:DST[:ro]",
+        help="show a host path; writable unless it says ro, and then the program runs as you",
+    )  # fmt: skip
+    group.add_argument(
+        "--mount", action="append", type=mounts.mount, dest="mounts", metavar="KEY=VALUE,...",
+        help=mounts.MOUNT_FORM,
+    )  # fmt: skip
+    group.add_argument(
+        "--tmpfs", action="append", type=mounts.tmpfs, dest="mounts", metavar="DST[:size=64M]",
+        help="an empty directory in memory",
+    )  # fmt: skip
+    root = group.add_mutually_exclusive_group()
+    root.add_argument(
+        "--writable-root", action="store_true", help="a private writable copy of the whole root"
+    )
+    root.add_argument("--read-only", action="store_true", help="the root cannot be written to")
+    group.add_argument(
+        "--root", metavar="host|DIR", help="the machine's /usr, or the directory that becomes /"
+    )
+
+
+def _add_surroundings(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "-u", "--user", metavar="UID[:GID]|NAME",
+        help="the ids seen inside; `caller` or `isolated`: whose they are outside",
+    )  # fmt: skip
+    group.add_argument("--hostname", type=_hostname, metavar="NAME", help="the host name inside")
+    group.add_argument(
+        "--network", type=_network, metavar="none", help="none: loopback and nothing else"
+    )
+
+
+def _job_name(text: str) -> str:
+    if not _NAME.fullmatch(text):
+        raise argparse.ArgumentTypeError(f"{text!r}: letters, digits, and _.- after the first")
+    return text
+
+
+def _hostname(text: str) -> str:
+    if not _HOSTNAME.fullmatch(text):
+        raise argparse.ArgumentTypeError(f"{text!r}: up to 63 letters, digits, dots and hyphens")
+    return text
+
+
+def _network(text: str) -> str:
+    if text != "none":
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: a program reaches loopback and nothing else; there is only `none`"
+        )
+    return text
+
+
+def _ulimit(text: str) -> tuple[str, float | None]:
+    """NAME=SOFT[:HARD] -> (field of Limits, value). sandboxd has one value for both."""
+    name, _, value = text.partition("=")
+    soft, _, hard = value.partition(":")
+    if name not in _ULIMITS or not soft:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not NAME=N, NAME being {', '.join(_ULIMITS)}"
+        )
+    if hard not in ("", soft):
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: soft and hard differ, and sandboxd has one value: write {name}={hard}"
+        )
+    field, read = _ULIMITS[name]
+    return field, or_unlimited(read)(soft)
+
+
+# -- the policy ------------------------------------------------------------------------------
+
+
+def policy(args: argparse.Namespace, base: Policy) -> Policy:
+    """The policy named, or one derived from it where flags say otherwise."""
+    changes: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    if given := _given_limits(args):
+        changes["limits"] = _changed(
+            base.limits, **{field: value for field, (value, _) in given.items()}
+        )
+        origins |= {f"limits.{field}": flag for field, (_, flag) in given.items()}
+    if args.mounts:
+        changes["mounts"], places = _with_mounts(base.mounts, args.mounts)
+        origins |= {f"mounts[{place}]": f"the mount on {target}" for place, target in places}
+    root: dict[str, Any] = {}
+    if args.writable_root or args.read_only:
+        root["writable"] = args.writable_root
+        origins["root.writable"] = "--writable-root" if args.writable_root else "--read-only"
+    if args.root is not None:
+        root["source"] = _root(args.root)
+        origins["root.source"] = "--root"
+    if root:
+        changes["root"] = _changed(base.root, **root)
+    if identity := _identity(args, base, changes.get("root", base.root).source):
+        changes["identity"] = _changed(base.identity, **identity)
+        origins |= {f"identity.{key}": _identity_flag(args, key) for key in identity}
+    if not changes:
+        return base
+    changes["name"] = f"{base.name}+flags"
+    changes["origins"] = base.origins | {key: f"{ORIGIN}: {flag}" for key, flag in origins.items()}
+    return _changed(base, **changes)
+
+
+def _changed(table: Table, **fields: Any) -> Table:
+    """A section of a policy, or all of one, with other values here and there."""
+    return type(table)(**{name: getattr(table, name) for name in table.__struct_fields__} | fields)
+
+
+def _given_limits(args: argparse.Namespace) -> dict[str, tuple[float | None, str]]:
+    """Field of Limits -> value and flag; a flag of its own beats --ulimit."""
+    given = {field: (value, "--ulimit") for field, value in args.ulimit}
+    for names, field, *_ in _LIMITS:
+        if f"limits.{field}" in vars(args):
+            given[field] = (vars(args)[f"limits.{field}"], names[-1])
+    assert given.keys() <= set(Limits.__struct_fields__)
+    return given
+
+
+def _with_mounts(
+    base: Sequence[Mount], wanted: Sequence[Mount]
+) -> tuple[tuple[Mount, ...], list[tuple[int, str]]]:
+    """Mounts of the policy and of the flags; on one target the last counts, as in docker."""
+    every = {mount.target: mount for mount in base}
+    for mount in wanted:
+        if mount.source is not None and not mount.optional and not os.path.exists(mount.source):
+            raise JobError(
+                f"cannot show {mount.source} on {mount.target}: no such file or directory",
+                hint="sandboxd makes no directory for it as docker does; `optional` skips it",
+            )
+        every[mount.target] = mount
+    ours = {mount.target for mount in wanted}
+    places = [(place, target) for place, target in enumerate(every) if target in ours]
+    return tuple(every.values()), places
+
+
+def _root(text: str) -> str:
+    if text == "host":
+        return text
+    path = mounts.source(text)
+    if not os.path.isdir(path):
+        raise JobError(f"--root {text}: no such directory", hint="`host` is the machine's own /usr")
+    return path
+
+
+def _identity(args: argparse.Namespace, base: Policy, root: str) -> dict[str, Any]:
+    """Who the job is; the fields of [identity] that change."""
+    found: dict[str, Any] = {}
+    if args.hostname is not None:
+        found["hostname"] = args.hostname
+    if any(mount.type == "bind" and mount.writable for mount in args.mounts):
+        found["user"] = "caller"  # else it could not write there, or leave files that nobody owns
+    if args.user in ("caller", "isolated"):
+        found["user"] = args.user
+    elif args.user is not None:
+        found["uid"], found["gid"] = _ids(args.user, base.identity, root)
+    return found
+
+
+def _identity_flag(args: argparse.Namespace, key: str) -> str:
+    if key == "hostname":
+        return "--hostname"
+    return "--user" if args.user is not None and key != "user" else "--user, or a writable volume"
+
+
+def _ids(text: str, identity: Identity, root: str) -> tuple[int | None, int | None]:
+    """UID[:GID], or a name that the sandbox's /etc/passwd will know."""
+    user, colon, group = text.partition(":")
+    if user.isdecimal() and (group.isdecimal() if colon else True):
+        uid, gid = int(user), int(group or user)
+        if max(uid, gid) > 65535:
+            raise JobError(f"--user {text}: ids inside are below 65536")
+        return uid, gid
+    names = {"root": _ROOT_IDS, "nobody": _NOBODY_IDS, identity.name: (identity.uid, identity.gid)}
+    if root != "host":
+        names |= _passwd(root)
+    if colon or user not in names:
+        raise JobError(
+            f"--user {text}: no such user in the sandbox",
+            hint=f"UID[:GID], caller, isolated, or one of {', '.join(names)}",
+        )
+    return names[user]
+
+
+def _passwd(root: str) -> dict[str, tuple[int | None, int | None]]:
+    """The users of a root directory (passwd(5)) that have ids we can give."""
+    try:
+        lines = Path(root, "etc/passwd").read_text(errors="replace").splitlines()
+    except OSError:
+        return {}
+    rows = (line.split(":") for line in lines)
+    return {
+        row[0]: (int(row[2]), int(row[3]))
+        for row in rows
+        if len(row) > 3 and row[2].isdecimal() and row[3].isdecimal()
+        and max(int(row[2]), int(row[3])) < 65536
+    }  # fmt: skip
+
+
+# -- the job ---------------------------------------------------------------------------------
+
+
+def argv(args: argparse.Namespace) -> list[bytes]:
+    """The program and its arguments, byte for byte as they were typed."""
+    words = args.command[1:] if args.command[:1] == ["--"] else args.command
+    if args.entrypoint is not None:
+        words = [args.entrypoint, *words]
+    if not words:
+        raise JobError("no program to run", hint="name one: sandboxd run -- python3 -c 'print(1)'")
+    return [os.fsencode(word) for word in words]
+
+
+def job(
+    args: argparse.Namespace, wanted: Policy, *, collect: tuple[str, ...] = (), keep: int = 1 << 20
+) -> Job:
+    """What is asked for; `wanted` is the policy it runs under."""
+    if args.stdin is not None and args.interactive:
+        raise JobError("--stdin and --interactive exclude each other", hint="leave one of them out")
+    env = inputs.environment(args.env_file, args.env, os.environb)
+    terminal = None
+    if args.tty:
+        terminal = Terminal(**window())
+        env.setdefault(b"TERM", os.environb.get(b"TERM", b"xterm"))
+    return Job(
+        argv=argv(args),
+        policy=wanted,
+        env=env,
+        cwd=None if args.workdir is None else os.fsencode(os.path.join(WORK, args.workdir)),
+        stdin=None if args.interactive else args.stdin if args.stdin is not None else b"",
+        files=inputs.files(args.file),
+        collect=collect,
+        keep=keep,
+        terminal=terminal,
+        id=args.name,
+    )
+
+
+def window() -> dict[str, int]:
+    """Rows and columns of the terminal we are in; the usual ones where we are in none."""
+    for stream in (sys.__stdout__, sys.__stdin__, sys.__stderr__):
+        try:
+            shown = os.get_terminal_size(stream.fileno() if stream else -1)
+        except (OSError, ValueError):
+            continue
+        if shown.lines and shown.columns:
+            return {"rows": shown.lines, "columns": shown.columns}
+    return {"rows": 24, "columns": 80}

@@ -1,0 +1,250 @@
+"""`sandboxd run`: one program in a sandbox, its output as it comes, then what it used."""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sandboxd.cli import attach, exitcodes, flags, inputs
+from sandboxd.cli.attach import STDERR, STDOUT, Ending, Output
+from sandboxd.cli.main import complain, first_error, say
+from sandboxd.cli.quantities import size
+from sandboxd.errors import (
+    HostError,
+    JobError,
+    LaunchError,
+    PolicyError,
+    SandboxError,
+)
+from sandboxd.result import SCHEMA, event_json, to_json
+
+if TYPE_CHECKING:
+    from sandboxd.result import Event, Result
+
+_DESCRIPTION = """\
+Runs one program in a sandbox of its own. Its output streams as it comes; what it used, and what
+was not enforced, follows on stderr. Flags are docker run's where docker has one. The first word
+that is no flag is the program."""
+_EPILOG = """\
+Without -i stdin is empty. With -t and -i every key goes to the program, Ctrl-C too; without, Ctrl-C
+and SIGTERM kill it and leave nothing. Flags and POLICY together make a policy of their own, so they
+may raise its limits as well as lower them.
+
+examples:
+  sandboxd run -- python3 -c 'print(6*7)'
+  sandboxd run -m 256M --cpu-time 2s --file a.out --stdin 1.in -- ./a.out
+  sandboxd run -v ./src:/src:ro --tmpfs /out:size=64M -w /src -- make O=/out
+  sandboxd run -p shell -it -- bash
+
+exit status: the program's own; 124 time limit, 125 sandboxd failed, 126 cannot execute, 127 not
+found, 128+N ended by signal N, 137 memory limit, 153 output limit; 2 wrong usage. The exact status
+is in --json and --result-fd."""
+_MIB = 1 << 20
+
+
+def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds the command to the command line."""
+    parser = subparsers.add_parser(
+        "run",
+        help="run one program in a sandbox",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        usage="sandboxd run [-p POLICY] [flags] [--] CMD...",
+    )
+    group = parser.add_argument_group("what comes out")
+    group.add_argument(
+        "--json",
+        action="store_const",
+        const="once",
+        help="print nothing but one JSON object when done (schema sandboxd.result/1)",
+    )
+    group.add_argument(  # an option string with its value, so that `--json CMD` is not misread
+        "--json=stream",
+        action="store_const",
+        const="stream",
+        dest="json",
+        help="print nothing but events, one JSON object a line; the last has the result",
+    )
+    group.add_argument(
+        "--result-fd", type=_descriptor, metavar="N", help="write the JSON object to descriptor N"
+    )
+    group.add_argument(
+        "--collect",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="copy files out afterwards, e.g. 'out/*.png'; needs --collect-to",
+    )
+    group.add_argument(
+        "--collect-to", type=Path, metavar="DIR", help="where collected files are written to"
+    )
+    group.add_argument(
+        "--keep",
+        type=size,
+        default=_MIB,
+        metavar="SIZE",
+        help="bytes of each stream kept for the JSON object (default: 1M)",
+    )
+    group.add_argument("-q", "--quiet", action="store_true", help="no accounting on stderr")
+    flags.add(parser)
+    parser.set_defaults(func=run)
+
+
+def _descriptor(text: str) -> int:
+    try:
+        number = int(text)
+        mode = fcntl.fcntl(number, fcntl.F_GETFL) & os.O_ACCMODE
+    except (ValueError, OverflowError, OSError):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no open descriptor: open one in the shell, e.g. 3>result.json"
+        ) from None
+    if mode == os.O_RDONLY:
+        raise argparse.ArgumentTypeError(f"descriptor {text} is not open for writing")
+    return number
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs it; returns the exit status."""
+    if args.result_fd is not None:
+        os.set_inheritable(args.result_fd, False)
+    try:
+        return _run(args)
+    except Exception as error:
+        found = first_error(error)
+        if isinstance(found, SandboxError):
+            _deliver(args, failure_json(found))
+        raise
+
+
+def _run(args: argparse.Namespace) -> int:
+    from sandboxd.supervise.policies import find
+
+    flags.argv(args)  # nothing else matters if there is no program
+    if args.collect and args.collect_to is None:
+        raise JobError("--collect without --collect-to", hint="say where to: --collect-to DIR")
+    wanted = flags.policy(args, find(args.policy))
+    job = flags.job(args, wanted, collect=tuple(args.collect), keep=args.keep)
+    import trio
+
+    ending = trio.run(attach.attached, job, _output(args.json))
+    if ending.result is None:
+        return _hurried(args, ending)
+    return _finish(args, ending, ending.result)
+
+
+def _hurried(args: argparse.Namespace, ending: Ending) -> int:
+    """A signal came before there was anything to tell, or a second one while we waited for it."""
+    assert ending.signal is not None
+    name = signal.Signals(ending.signal).name
+    error = SandboxError(f"ended by {name} before there was a result")
+    _deliver(args, failure_json(error))
+    complain(error)
+    return exitcodes.SIGNAL + ending.signal
+
+
+def _finish(args: argparse.Namespace, ending: Ending, result: Result) -> int:
+    if ending.error is not None and not isinstance(ending.error, BrokenPipeError):
+        raise SandboxError(f"output cannot be written: {ending.error.strerror}")
+    if result.artifacts:
+        inputs.save(result.artifacts, args.collect_to)
+    if ending.error is None:
+        _deliver(args, to_json(result))
+    if not args.quiet and args.json is None:
+        if ending.open_line:
+            print(file=sys.stderr)
+        for line in accounting(result):
+            say(line)
+    if ending.error is not None:
+        return exitcodes.BROKEN_PIPE
+    return (
+        exitcodes.exit_code(result) if ending.signal is None else exitcodes.SIGNAL + ending.signal
+    )
+
+
+# -- JSON ------------------------------------------------------------------------------------
+
+
+def _output(form: str | None) -> Output:
+    """What goes where for each event."""
+    if form == "once":
+        return lambda _: None
+    if form == "stream":
+        return lambda event: (STDOUT, _line(event_json(event)))
+    return _streams
+
+
+def _streams(event: Event) -> tuple[int, bytes] | None:
+    if event.type in ("stdout", "stderr"):
+        return (STDOUT if event.type == "stdout" else STDERR), event.data
+    return None
+
+
+def _line(value: dict[str, Any]) -> bytes:
+    return json.dumps(value).encode() + b"\n"
+
+
+def _deliver(args: argparse.Namespace, value: dict[str, Any]) -> None:
+    """The result, or why there is none, to where it is wanted."""
+    if args.result_fd is not None:
+        try:
+            attach.write_all(args.result_fd, _line(value))
+        except OSError as error:
+            say(f"--result-fd {args.result_fd}: {error.strerror}")
+    if args.json == "once":
+        attach.write_all(STDOUT, _line(value))
+    elif args.json == "stream" and value["status"] == "error":
+        attach.write_all(STDOUT, _line({"v": 1, "type": "exit", "result": value}))
+
+
+def failure_json(error: SandboxError) -> dict[str, Any]:
+    """The record where sandboxd itself failed; docs/reference/result.md has its words."""
+    kinds = {LaunchError: "launch", HostError: "host", PolicyError: "policy", JobError: "job"}
+    kind = next((word for one, word in kinds.items() if isinstance(error, one)), "internal")
+    details = {
+        name: value
+        for name in ("where", "missing", "stage", "step", "errno")
+        if (value := getattr(error, name, None)) is not None
+    }
+    what = {"kind": kind, "message": str(error.args[0]), **details, "hint": error.hint}
+    return {"schema": SCHEMA, "status": "error", "error": what}
+
+
+# -- the accounting --------------------------------------------------------------------------
+
+
+def accounting(result: Result) -> Iterator[str]:
+    """A few lines for a person: how it ended, what it used, what was not enforced."""
+    usage = result.usage
+    parts = [_ended(result)]
+    if usage.cpu_time is not None:
+        parts.append(f"cpu {usage.cpu_time:.3f} s")
+    if usage.wall_time is not None:
+        parts.append(f"wall {usage.wall_time:.3f} s")
+    if usage.memory_peak is not None:
+        parts.append(f"memory {usage.memory_peak / _MIB:.1f} MiB ({usage.memory_peak_source})")
+    yield ", ".join(parts)
+    for problem in result.artifact_errors:
+        yield f"not collected: {problem.path} ({problem.reason})"
+    if result.degraded:
+        yield f"not enforced: {'; '.join(f'{one.what} ({one.why})' for one in result.degraded)}"
+
+
+def _ended(result: Result) -> str:
+    """The status in words; what the message only repeats is left out."""
+    if result.status == "ok":
+        return "ok"
+    if result.status == "nonzero_exit":
+        return f"nonzero_exit {result.exit_code}"
+    if result.status == "signaled" and result.signal is not None:
+        sender = f" by {result.signal.sender}" if result.signal.sender else ""
+        return f"signaled {result.signal.name}{sender}"
+    return f"{result.status} ({result.message})"

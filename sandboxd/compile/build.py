@@ -1,0 +1,201 @@
+"""The entrance of the compiler: (policy, host) -> tenant and setup plan, (job) -> exec plan.
+
+Pure: same input, same plan. What the host cannot do either has no step and stands in `degraded`,
+or refuses the job when the policy requires it (`check_required`).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from sandboxd import plan
+from sandboxd.compile import enforce, idmap, landlock, network, resources, rootfs, seccomp
+from sandboxd.errors import HostError
+from sandboxd.host import Host
+from sandboxd.job import Job
+from sandboxd.plan import ExecPlan, Plan, SetupPlan, Step, TenantPlan
+from sandboxd.policy import Policy
+
+ARCHITECTURES = ("x86_64", "aarch64")
+TENANT_NAMESPACES = ("pid", "mount", "ipc", "uts", "net")
+SANDBOX_NAMESPACES = ("pid", "mount", "ipc", "uts")
+DEFAULT_PATH = b"/usr/local/bin:/usr/bin:/bin"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compiled:
+    """What depends on policy and host only: made once, used for every job."""
+
+    policy: Policy
+    tenant: TenantPlan
+    setup: SetupPlan
+    network: SetupPlan
+    """A sandbox of one purpose: make a network namespace for the pool."""
+    network_serves_again: bool
+    cgroup_files: dict[str, str]
+    enforcement: dict[str, str]
+    degraded: tuple[tuple[str, str], ...]
+    root_driver: str
+
+
+def compile_policy(policy: Policy, host: Host) -> Compiled:
+    """Everything about a policy on this host; HostError where it cannot be carried out at all."""
+    if host.arch not in ARCHITECTURES:
+        raise HostError("arch", f"no system call numbers for {host.arch}",
+                        hint=f"sandboxd knows {' and '.join(ARCHITECTURES)}")  # fmt: skip
+    if not host.user_namespaces:
+        reason = host.fault_notes.get("user_namespaces", "the kernel refuses them")
+        raise HostError("user_namespaces", f"no user namespace can be made here: {reason}",
+                        hint="run `sandboxd doctor`")  # fmt: skip
+    ids = idmap.tenant_ids(host)
+    setup = setup_plan(policy, host)
+    found = enforce.judge(policy, host, ids, setup)
+    enforce.check_required(policy, host, found)
+    return Compiled(
+        policy=policy,
+        tenant=tenant_plan(policy, host),
+        setup=setup,
+        network=network.network_plan(),
+        network_serves_again=network.serves_again(policy, host),
+        cgroup_files=resources.cgroup_files(policy, host),
+        enforcement=found.enforcement,
+        degraded=found.degraded,
+        root_driver=rootfs.driver(policy, host),
+    )
+
+
+def tenant_plan(policy: Policy, host: Host) -> TenantPlan:
+    """What all jobs of one trust domain and root share."""
+    ids = idmap.tenant_ids(host)
+    why = policy.origin("identity")
+    # With a leaf each sandbox has a cgroup namespace of its own; without, the supervisor's cgroup
+    # must not show all the same.
+    own = TENANT_NAMESPACES if host.cgroup else (*TENANT_NAMESPACES, "cgroup")
+    steps: list[Step] = [
+        plan.UserNamespace(ids=ids, why=why),
+        plan.Namespaces(flags=plan.namespaces(*own), why="every tenant"),
+        plan.PrivatePropagation(why="every tenant"),
+        plan.NewSession(why="every tenant"),
+        *rootfs.template(policy, host),
+    ]
+    if ids.writer != "self" and not idmap.needs_leaf(policy.identity, ids):
+        # Before capabilities go: nothing in this tenant makes a further user namespace.
+        steps.append(
+            plan.WriteFile(path="/proc/sys/user/max_user_namespaces", content=b"0",
+                           why="no nested user namespaces")
+        )  # fmt: skip
+    steps += [
+        plan.DropBounding(why="every tenant"),
+        plan.NoNewPrivileges(why="every tenant"),
+    ]
+    return TenantPlan(ids=ids, steps=tuple(steps))
+
+
+def setup_plan(policy: Policy, host: Host) -> SetupPlan:
+    """What each sandbox does before its job is known."""
+    ids = idmap.tenant_ids(host)
+    descriptors = ["socket", "network"]
+    fuse = None
+    if rootfs.driver(policy, host) == "fuse":
+        fuse = len(descriptors)
+        descriptors.append("fuse")
+    if host.cgroup:
+        descriptors.append("cgroup")
+    leaf = idmap.needs_leaf(policy.identity, ids)
+    steps: list[Step] = [plan.JoinNetwork(descriptor=1, why=policy.origin("network.mode"))]
+    if leaf:
+        steps.append(plan.KeepSysctls(why="no nested user namespaces"))
+    steps += rootfs.sandbox(policy, host, fuse)
+    if policy.clock.boottime or policy.clock.monotonic:
+        steps.append(
+            plan.NewTimeNamespace(monotonic=policy.clock.monotonic, boottime=policy.clock.boottime,
+                                  why=policy.origin("clock"))
+        )  # fmt: skip
+    if host.cgroup:
+        steps.append(plan.NewCgroupNamespace(why="every sandbox"))
+    steps += [
+        plan.Hostname(name=policy.identity.hostname, why=policy.origin("identity.hostname")),
+        plan.NewSession(why="every sandbox"),
+        *idmap.steps(policy.identity, ids, policy.origin("identity")),
+        *resources.rlimits(policy, host),
+    ]
+    if policy.root.proc == "none":
+        steps.append(plan.Tmpfs(target="/proc", size=4096, mode=0o555,
+                                why=policy.origin("root.proc")))  # fmt: skip
+    steps += [plan.DropCapabilities(why="every sandbox"), plan.Hide(why="every sandbox")]
+    if host.landlock:
+        steps.append(landlock.step(policy, host))
+    if host.seccomp:
+        steps += [
+            plan.Filter(program=program, why=policy.origin("syscalls"))
+            for program in seccomp.programs(policy.syscalls, host.arch)
+        ]
+    return SetupPlan(
+        steps=tuple(steps),
+        namespaces=plan.namespaces(*SANDBOX_NAMESPACES),
+        descriptors=tuple(descriptors),
+        cgroup=host.cgroup is not None,
+        own_uid=idmap.own_uid(policy.identity, ids),
+        landlock=host.landlock > 0,
+    )
+
+
+def exec_plan(job: Job, compiled: Compiled, environ: Mapping[bytes, bytes]) -> ExecPlan:
+    """What is done for one job in a sandbox that is ready."""
+    policy = compiled.policy
+    env = environment(job, policy, environ)
+    argv = tuple(os.fsencode(word) for word in job.argv)
+    steps: list[Step] = []
+    if job.files or job.collect:
+        steps.append(plan.ShareFiles(directory="/box", wait=bool(job.files), why="files"))
+    cwd = b"/box" if job.cwd is None else os.fsencode(job.cwd)
+    steps.append(plan.ChangeDir(path=cwd, why="cwd"))
+    steps.append(
+        plan.Exec(
+            programs=candidates(argv[0], env.get(b"PATH", DEFAULT_PATH)),
+            argv=argv,
+            env=tuple(name + b"=" + value for name, value in env.items()),
+            landlock=compiled.setup.landlock,
+            terminal=job.terminal is not None,
+            time_namespace=bool(policy.clock.boottime or policy.clock.monotonic),
+            why="argv",
+        )
+    )
+    return ExecPlan(steps=tuple(steps))
+
+
+def environment(job: Job, policy: Policy, environ: Mapping[bytes, bytes]) -> dict[bytes, bytes]:
+    """The job's environment: what the policy inherits, then what it sets, then the job's own."""
+    env: dict[bytes, bytes] = {}
+    for inherited in map(os.fsencode, policy.environment.inherit):
+        if inherited in environ:
+            env[inherited] = environ[inherited]
+    for key, text in (*policy.environment.set.items(), *job.env.items()):
+        env[encoded(key)] = encoded(text)
+    return env
+
+
+def encoded(text: str | bytes) -> bytes:
+    return os.fsencode(text)
+
+
+def candidates(program: bytes, path: bytes) -> tuple[bytes, ...]:
+    """The paths to try, as execvp(3) does; an empty entry of PATH is the working directory."""
+    if b"/" in program:
+        return (program,)
+    return tuple((folder or b".") + b"/" + program for folder in path.split(b":"))
+
+
+def build(job: Job, policy: Policy, host: Host, environ: Mapping[bytes, bytes]) -> Plan:
+    """The whole plan of one job, for `sandboxd plan`."""
+    compiled = compile_policy(policy, host)
+    return Plan(
+        tenant=compiled.tenant,
+        setup=compiled.setup,
+        exec=exec_plan(job, compiled, environ),
+        cgroup_files=compiled.cgroup_files,
+        enforcement=compiled.enforcement,
+        degraded=compiled.degraded,
+    )

@@ -1,0 +1,118 @@
+"""What is in force on this host under a policy, word for word as the result will say it.
+
+The only place that claims enforcement; every claim is derived from the plan's steps and the host's
+facts, and a policy's [require] is held against it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sandboxd import plan
+from sandboxd.compile import rootfs
+from sandboxd.errors import HostError
+from sandboxd.host import Host
+from sandboxd.plan import IdMap, SetupPlan
+from sandboxd.policy import Policy
+
+NONE = "none"
+NOT_LIMITED = "not limited"
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    enforcement: dict[str, str]
+    degraded: tuple[tuple[str, str], ...]
+
+
+def judge(policy: Policy, host: Host, ids: IdMap, setup: SetupPlan) -> Found:
+    """The guarantees of a run under this policy here."""
+    limits = policy.limits
+    controllers = host.cgroup.controllers if host.cgroup else frozenset()
+    filtered = any(isinstance(step, plan.Filter) for step in setup.steps)
+    says = {
+        "user_namespace": "single" if ids.writer == "self" else "subuid",
+        "uid": "own" if setup.own_uid else "shared",
+        "root": _root(policy, host),
+        "network": policy.network.mode,
+        "cpu_time": _pick(limits.cpu_time, host.cgroup is not None, "cgroup2 cpu.stat",
+                          "sampled and RLIMIT_CPU per process"),
+        "wall_time": _pick(limits.wall_time, True, "supervisor", NONE),
+        "memory": _pick(limits.memory, "memory" in controllers, "cgroup2",
+                        "sampled" if limits.address_space is None
+                        else "sampled and RLIMIT_AS per process"),
+        # RLIMIT_NPROC counts per (user namespace, uid), and a run has one of the two to itself.
+        "processes": _pick(limits.processes, "pids" in controllers, "cgroup2", "RLIMIT_NPROC"),
+        "cpus": _pick(limits.cpus, "cpu" in controllers, "cgroup2", NONE),
+        "output": _pick(limits.output, True, "supervisor", NONE),
+        "disk": _pick(limits.disk, True, "tmpfs size", NONE),
+        "inodes": _pick(limits.inodes, True, "tmpfs inodes", NONE),
+        "syscalls": "allowlist" if filtered else NONE,
+        "landlock": f"abi {host.landlock}" if setup.landlock else NONE,
+        "kill": "cgroup2 and pid namespace" if host.cgroup else "pid namespace",
+    }  # fmt: skip
+    return Found(says, tuple(_degraded(policy, host, says)))
+
+
+def _pick(limit: object, exact: bool, best: str, fallback: str) -> str:
+    if limit is None:
+        return NOT_LIMITED
+    return best if exact else fallback
+
+
+def _root(policy: Policy, host: Host) -> str:
+    how = rootfs.driver(policy, host)
+    return {"shared": "host:read-only", "kernel": "overlay:kernel", "fuse": "overlay:fuse",
+            "tmpfs": "tmpfs and binds"}[how]  # fmt: skip
+
+
+def _degraded(policy: Policy, host: Host, says: dict[str, str]) -> list[tuple[str, str]]:
+    notes = host.fault_notes
+    no_cgroup = host.cgroup_why_not or "no delegated cgroup v2"
+    found: list[tuple[str, str]] = []
+    if says["user_namespace"] == "single":
+        found.append(
+            ("user_namespace", notes.get("subuid", "no subordinate ids: jobs share a uid"))
+        )
+    if host.cgroup is None:
+        found.append(("cpu_time", f"{no_cgroup}: a lower bound, what escapes wait4 is not counted"))
+    for what, controller in (("memory", "memory"), ("cpus", "cpu")):
+        if says[what] not in ("cgroup2", NOT_LIMITED):
+            why = notes.get(f"cgroup.{controller}", no_cgroup)
+            found.append((what, f"{why}; {says[what]}"))
+    if says["syscalls"] == NONE:
+        why = notes.get("seccomp", f"{policy.origin('syscalls')} allows everything")
+        found.append(("syscalls", why))
+    if host.landlock < 6:
+        why = notes.get("landlock", f"ABI {host.landlock}: signals and abstract sockets unscoped")
+        found.append(("landlock", why))
+    if says["root"] == "overlay:fuse" and policy.limits.disk is not None:
+        found.append(("disk", "a root by fuse-overlayfs has the limit once more, not counted"))
+    if not rootfs.is_shared(policy) and says["root"] == "tmpfs and binds":
+        found.append(("root", notes.get("overlay", "no overlay works here: lower files read-only")))
+    return found
+
+
+def check_required(policy: Policy, host: Host, found: Found) -> None:
+    """Refuse what the policy's [require] demands and this host does not give."""
+    require, says = policy.require, found.enforcement
+    reasons = dict(found.degraded)
+    exact = {
+        "memory": says["memory"] == "cgroup2",
+        "cpu_time": says["cpu_time"] == "cgroup2 cpu.stat",
+        "processes": says["processes"] in ("cgroup2", "RLIMIT_NPROC"),
+        "cpus": says["cpus"] == "cgroup2",
+        "syscalls": says["syscalls"] != NONE,
+    }
+    for name, holds in exact.items():
+        if getattr(require, name) == "enforced" and not holds:
+            where = policy.origin(f"require.{name}")
+            why = reasons.get(name, says[name])
+            raise HostError(name, f"{where}: required to be enforced, but {why}",
+                            hint="run `sandboxd doctor`, or relax the policy")  # fmt: skip
+    if require.user_namespace == "subuid" and says["user_namespace"] != "subuid":
+        raise HostError("subuid", f"{policy.origin('require.user_namespace')}: no subordinate ids",
+                        hint=reasons.get("user_namespace", "run `sandboxd doctor`"))  # fmt: skip
+    if host.landlock < require.landlock:
+        raise HostError("landlock", f"{policy.origin('require.landlock')}: this kernel has ABI "
+                        f"{host.landlock}", hint="a newer kernel, or lsm=landlock")  # fmt: skip

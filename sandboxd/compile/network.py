@@ -1,0 +1,50 @@
+"""What a job's network namespace must be: one that nobody ever used, or one nobody could use.
+
+A network namespace remembers what was done in it: counters, routes it learned, flow labels. So it
+serves one sandbox, and making one is the dearest step of all. Where the filter lets a program have
+no sockets but unix ones there is nothing it could do in it, and it may serve again.
+"""
+
+from __future__ import annotations
+
+from sandboxd import plan
+from sandboxd.compile import bpf, seccomp
+from sandboxd.compile.numbers import table
+from sandboxd.host import Host
+from sandboxd.plan import SetupPlan
+from sandboxd.policy import Policy
+
+AF_UNIX = 1
+FAMILIES = range(64)
+"""AF_MAX is 46 (include/linux/socket.h); the rest are asked to be sure."""
+KINDS = range(16)
+
+
+def serves_again(policy: Policy, host: Host) -> bool:
+    """Whether no program under this policy can have a socket that uses its network namespace."""
+    if not host.seccomp or policy.syscalls.abi32 == "allow":
+        return False
+    # A rule of one's own may allow a single protocol, which is not asked for below.
+    if any(not isinstance(rule, str) and rule.action == "allow" for rule in policy.syscalls.rules):
+        return False
+    programs = seccomp.programs(policy.syscalls, host.arch)
+    machine, number = seccomp.AUDIT_ARCH[host.arch], table(host.arch)["socket"]
+    return not any(
+        bpf.decide(programs, number, machine, (family, kind, 0)) == bpf.ALLOW
+        for family in FAMILIES
+        if family != AF_UNIX
+        for kind in KINDS
+    )
+
+
+def network_plan() -> SetupPlan:
+    """A process that makes one network namespace for the pool and hands it over."""
+    why = "network namespaces are made ahead"
+    return SetupPlan(
+        steps=(plan.LoopbackUp(why=why),),
+        namespaces=plan.namespaces("net"),
+        descriptors=("socket",),
+        cgroup=False,
+        own_uid=False,
+        landlock=False,
+    )

@@ -1,0 +1,360 @@
+"""The file system a job sees: a template built once per tenant, and what each sandbox adds.
+
+Two shapes. A read-only root of the host's /usr is shared: the template *is* the root, and a
+sandbox mounts its private /tmp, /box, /dev/shm and /proc over a copy of the mount tree. Any other
+root (a directory, or a writable one) is put together per sandbox from the template's pieces, with
+an overlay whose upper layer lies on the sandbox's own tmpfs, and becomes / by pivot_root(2).
+
+All that a sandbox may write lies on one tmpfs, so limits.disk and limits.inodes hold for the sum.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sandboxd import plan
+from sandboxd.errors import HostError
+from sandboxd.host import Host
+from sandboxd.plan import READ_ONLY, SAFE, Attributes, Step
+from sandboxd.policy import Mount, Policy
+
+NEW = "/tmp"
+"""Where the template is put together: hidden by then is only the host's /tmp, whose mounts were
+taken before. In a sandbox the private tmpfs lies there until the end."""
+WORK = "/box"
+LOWER = "/lower"
+EMPTY = "/mnt"
+PRIVATE = (WORK, "/tmp", "/dev/shm")
+"""Places of a sandbox's own, which hide what the template has there."""
+SHELF = "/.mounts"
+"""Where binds below a private place wait in the template, by number, for each sandbox."""
+MERGED = ("bin", "sbin", "lib", "lib64", "lib32", "libx32")
+DIRS = ("usr", "etc", "dev", "dev/shm", "proc", "tmp", "box", "run", "var", "home", "root", "mnt")
+LINKS = (
+    ("fd", "/proc/self/fd"), ("stdin", "/proc/self/fd/0"), ("stdout", "/proc/self/fd/1"),
+    ("stderr", "/proc/self/fd/2"), ("core", "/proc/kcore"),
+)  # fmt: skip
+# What moby's default profile masks and sets read-only (oci/defaults.go), as far as /proc goes.
+MASKED = ("acpi", "asound", "kcore", "keys", "key-users", "latency_stats", "timer_list",
+          "timer_stats", "sched_debug", "scsi", "interrupts", "kmsg", "kallsyms", "kpagecount",
+          "kpageflags", "kpagecgroup", "vmallocinfo", "slabinfo", "zoneinfo", "pagetypeinfo",
+          "config.gz", "bus", "fs", "irq", "sysrq-trigger", "tty", "driver")  # fmt: skip
+DIRECTORIES_OF_PROC = frozenset({"acpi", "asound", "scsi", "bus", "fs", "irq", "tty", "driver"})
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """A host path that is shown in the root."""
+
+    source: str
+    target: str
+    attributes: Attributes
+    directory: bool
+    why: str
+    optional: bool = False
+    recursive: bool = True
+    layered: bool = False
+    """Shown through the overlay, where there is one."""
+
+
+def is_shared(policy: Policy) -> bool:
+    """Whether the template itself serves as every job's root."""
+    return policy.root.source == "host" and not policy.root.writable
+
+
+def driver(policy: Policy, host: Host) -> str:
+    """How the root is layered: "shared", "kernel", "fuse" or "tmpfs"; HostError if impossible."""
+    if is_shared(policy):
+        return "shared"
+    wanted = policy.root.driver
+    where = policy.origin("root.driver")
+    if wanted == "kernel" and not host.overlay:
+        raise HostError("overlay", f"{where}: kernel overlayfs does not work here: "
+                        + host.fault_notes.get("overlay", "not probed"),
+                        hint='use driver = "auto"')  # fmt: skip
+    if wanted == "fuse" and not host.fuse_overlayfs:
+        raise HostError("fuse", f"{where}: fuse-overlayfs does not work here: "
+                        + host.fault_notes.get("fuse_overlayfs", "not probed"),
+                        hint="install fuse-overlayfs and make /dev/fuse readable")  # fmt: skip
+    if wanted != "auto":
+        return wanted
+    return "kernel" if host.overlay else "fuse" if host.fuse_overlayfs else "tmpfs"
+
+
+def lowers(policy: Policy) -> tuple[tuple[str, str], ...]:
+    """What a layered root overlays: (host directory, place in the root)."""
+    return (("/usr", "/usr"),) if policy.root.source == "host" else ((policy.root.source, "/"),)
+
+
+# -- the template ----------------------------------------------------------------------------
+
+
+def template(policy: Policy, host: Host) -> tuple[Step, ...]:
+    """The steps that build the root all sandboxes of a tenant start from."""
+    pieces = _pieces(policy, host)
+    why = policy.origin("root.source")
+    steps: list[Step] = [
+        plan.OpenTree(
+            source=piece.source, slot=slot, optional=piece.optional, recursive=piece.recursive,
+            why=piece.why,
+        )
+        for slot, piece in enumerate(pieces)
+    ]  # fmt: skip
+    steps.append(plan.Tmpfs(target=NEW, size=4 << 20, why=why))
+    steps += [plan.MakeDir(path=f"{NEW}/{name}", why=why) for name in DIRS]
+    if policy.root.source != "host":
+        steps.append(plan.MakeDir(path=NEW + LOWER, why=why))
+    if policy.root.source == "host":
+        steps += _host_links(NEW, host, why)
+    steps += _etc_files(NEW, policy)
+    steps += [plan.Symlink(path=f"{NEW}/dev/{name}", to=to, why=why) for name, to in LINKS]
+    for slot, piece in enumerate(pieces):
+        target = NEW + _template_place(piece, slot)
+        steps += _mount_point(target, piece.directory, piece.why)
+        steps.append(
+            plan.Attach(
+                slot=slot, source=piece.source, target=target, why=piece.why,
+                attributes=piece.attributes, optional=piece.optional, recursive=piece.recursive,
+            )
+        )  # fmt: skip
+    for mount in _tmpfs_mounts(policy):
+        if not _is_private(mount.target):
+            steps += _mount_point(NEW + mount.target, True, policy.origin("mounts"))
+    steps += [
+        plan.Proc(target=f"{NEW}/proc", why="needed to mount /proc in sandboxes"),
+        plan.Pivot(root=NEW, why=why),
+        plan.Restrict(path="/", why="a writable template would join the jobs"),
+    ]
+    return tuple(steps)
+
+
+def _is_private(target: str) -> bool:
+    return target.startswith(tuple(f"{place}/" for place in PRIVATE)) or target in PRIVATE
+
+
+def _template_place(piece: _Piece, slot: int) -> str:
+    return f"{SHELF}/{slot}" if _is_private(piece.target) else piece.target
+
+
+def _pieces(policy: Policy, host: Host) -> list[_Piece]:
+    why = policy.origin("root.source")
+    pieces: list[_Piece] = []
+    if policy.root.source == "host":
+        roots = ["usr", *(name for name in MERGED if name in host.root_dirs)]
+        pieces += [
+            _Piece(f"/{name}", f"/{name}", READ_ONLY, True, why, layered=name == "usr")
+            for name in roots
+        ]
+        pieces += [
+            _Piece(f"/etc/{name}", f"/etc/{name}", READ_ONLY, host.etc_entries[name] == "dir",
+                   policy.origin("root.etc"))
+            for name in policy.root.etc
+            if name in host.etc_entries
+        ]  # fmt: skip
+    else:
+        pieces.append(_Piece(policy.root.source, LOWER, READ_ONLY, True, why, layered=True))
+    # Read-only: a device can be written through all the same, but its times are the host's.
+    device = Attributes.RDONLY | Attributes.NOSUID | Attributes.NOEXEC
+    pieces += [
+        _Piece(f"/dev/{name}", f"/dev/{name}", device, False, policy.origin("devices.allow"),
+               recursive=False)
+        for name in policy.devices.allow
+    ]  # fmt: skip
+    for number, mount in enumerate(policy.mounts):
+        if mount.type == "bind" and mount.source is not None:
+            attributes = SAFE if mount.writable else READ_ONLY
+            attributes |= Attributes.NONE if mount.exec else Attributes.NOEXEC
+            pieces.append(
+                _Piece(mount.source, mount.target, attributes, mount.source not in host.files,
+                       policy.origin(f"mounts[{number}]"), mount.optional)
+            )  # fmt: skip
+    return pieces
+
+
+def _host_links(root: str, host: Host, why: str) -> list[Step]:
+    links = [(name, host.root_links[name]) for name in MERGED if name in host.root_links]
+    return [plan.Symlink(path=f"{root}/{name}", to=to.lstrip("/"), why=why) for name, to in links]
+
+
+def _mount_point(path: str, directory: bool, why: str) -> list[Step]:
+    """Whatever is missing of a path to mount on; what is there already stays as it is."""
+    parents = path.split("/")
+    above = ["/".join(parents[:count]) for count in range(3, len(parents))]
+    steps: list[Step] = [plan.MakeDir(path=parent, why=why) for parent in above]
+    last = plan.MakeDir(path=path, why=why) if directory else plan.MakeFile(path=path, why=why)
+    return [*steps, last]
+
+
+def _etc_files(root: str, policy: Policy) -> list[Step]:
+    """The few files of /etc that programs need and that must not be the host's."""
+    identity = policy.identity
+    uid = 1000 if identity.uid is None else identity.uid
+    gid = uid if identity.gid is None else identity.gid
+    user = f"{identity.name}:x:{uid}:{gid}::{identity.home}:/bin/sh\n"
+    others = "" if uid == 0 else "root:x:0:0::/root:/bin/sh\n"
+    files = {
+        "hosts": f"127.0.0.1 localhost {identity.hostname}\n::1 localhost {identity.hostname}\n",
+        "hostname": f"{identity.hostname}\n",
+        "resolv.conf": "",
+    }
+    if policy.root.source == "host":
+        files["passwd"] = f"{others}{user}nobody:x:65534:65534::/:/bin/false\n"
+        root_group = "" if gid == 0 else "root:x:0:\n"
+        files["group"] = f"{root_group}{identity.name}:x:{gid}:\nnogroup:x:65534:\n"
+        files["nsswitch.conf"] = "passwd: files\ngroup: files\nhosts: files dns\n"
+        files["shells"] = "/bin/sh\n/bin/bash\n"
+    why = policy.origin("identity")
+    return [
+        plan.MakeFile(path=f"{root}/etc/{name}", content=text.encode(), why=why)
+        for name, text in files.items()
+    ]
+
+
+# -- a sandbox -------------------------------------------------------------------------------
+
+
+def sandbox(policy: Policy, host: Host, fuse_descriptors: int | None) -> tuple[Step, ...]:
+    """The steps each sandbox adds: its own writable places, its /proc, its layered root."""
+    layered = not is_shared(policy)
+    root = f"{NEW}/root" if layered else ""
+    steps = _private_area(policy, layered)
+    if layered:
+        steps += _layers(policy, host, root, fuse_descriptors)
+    shared = policy.origin("limits.disk")
+    steps += [
+        plan.Bind(source=f"{NEW}/box", target=f"{root}{WORK}", attributes=SAFE, why=shared),
+        plan.Bind(source=f"{NEW}/shm", target=f"{root}/dev/shm", why=shared,
+                  attributes=SAFE | Attributes.NOEXEC),
+    ]  # fmt: skip
+    for number, mount in enumerate(_tmpfs_mounts(policy)):
+        if not _is_private(mount.target):
+            steps += _tmpfs_mount(root, number, mount, policy)
+    steps += _proc(policy, host, root)
+    steps.append(plan.Bind(source=f"{NEW}/tmp", target=f"{root}/tmp", attributes=SAFE, why=shared))
+    steps += _mounts_in_private(policy, host, root)
+    if layered:
+        if not policy.root.writable:
+            steps.append(plan.Restrict(path=root, why=policy.origin("root.writable")))
+        steps.append(plan.Pivot(root=root, why=policy.origin("root")))
+    return tuple(steps)
+
+
+def _mounts_in_private(policy: Policy, host: Host, root: str) -> list[Step]:
+    """Mounts of the policy below a private place: last, or it would hide them."""
+    steps: list[Step] = []
+    for mount in _tmpfs_mounts(policy):
+        if _is_private(mount.target):
+            target, why = root + mount.target, policy.origin("mounts")
+            attributes = SAFE if mount.exec else SAFE | Attributes.NOEXEC
+            *above, _ = _mount_point(target, True, why)
+            steps += [*above, plan.MakeDir(path=target, mode=0o1777, why=why)]
+            if mount.size is None:  # the private place is a tmpfs already
+                step = plan.Bind(source=target, target=target, attributes=attributes, why=why)
+                steps.append(step)
+            else:
+                steps.append(
+                    plan.Tmpfs(target=target, size=mount.size, mode=0o1777, inodes=mount.inodes,
+                               attributes=attributes, why=why)
+                )  # fmt: skip
+    for slot, piece in enumerate(_pieces(policy, host)):
+        if _is_private(piece.target):
+            steps += _mount_point(root + piece.target, piece.directory, piece.why)
+            steps.append(
+                plan.Bind(source=f"{SHELF}/{slot}", target=root + piece.target, recursive=True,
+                          attributes=Attributes.NONE, why=piece.why)
+            )  # fmt: skip
+    return steps
+
+
+def _private_area(policy: Policy, layered: bool) -> list[Step]:
+    limits, why = policy.limits, policy.origin("limits.disk")
+    steps: list[Step] = [
+        plan.Tmpfs(target=NEW, size=limits.disk, inodes=limits.inodes, why=why),
+        plan.MakeDir(path=f"{NEW}/box", for_job=True, why=why),
+        plan.MakeDir(path=f"{NEW}/tmp", mode=0o1777, why=why),
+        plan.MakeDir(path=f"{NEW}/shm", mode=0o1777, why=why),
+    ]
+    if layered:
+        steps.append(plan.MakeDir(path=f"{NEW}/root", for_job=policy.root.writable, why=why))
+        names = ("upper", "work", "upper/usr", "work/usr")
+        steps += [plan.MakeDir(path=f"{NEW}/{name}", why=why) for name in names]
+    return steps
+
+
+def _layers(policy: Policy, host: Host, root: str, fuse_first: int | None) -> list[Step]:
+    """Put the layered root together below `root`, which becomes a mount of its own."""
+    why = policy.origin("root")
+    how = driver(policy, host)
+    steps: list[Step] = []
+    if policy.root.source == "host":
+        steps.append(plan.Bind(source=root, target=root, attributes=SAFE, why=why))
+        for name in DIRS:
+            own = policy.root.writable and name not in ("usr", "dev", "dev/shm", "proc")
+            steps.append(plan.MakeDir(path=f"{root}/{name}", for_job=own, why=why))
+        # First: the sidecar's descriptor is closed with the strays of the next file written.
+        steps += _layer(how, "/usr", f"{root}/usr", "usr", fuse_first, why)
+        steps += _host_links(root, host, why)
+        steps += _etc_files(root, policy)
+    else:
+        steps += _layer(how, LOWER, root, "", fuse_first, why)
+        if how != "tmpfs":
+            steps += [plan.MakeDir(path=f"{root}/{name}", why=why) for name in DIRS]
+            steps += _etc_files(root, policy)
+    steps.append(plan.Bind(source="/dev", target=f"{root}/dev", recursive=True, why=why,
+                           attributes=Attributes.NONE))  # fmt: skip
+    for piece in _pieces(policy, host):
+        if piece.layered or piece.target.startswith("/dev/") or _is_private(piece.target):
+            continue
+        steps += _mount_point(root + piece.target, piece.directory, piece.why)
+        steps.append(
+            plan.Bind(source=piece.target, target=root + piece.target, recursive=True,
+                      attributes=Attributes.NONE, why=piece.why)
+        )  # fmt: skip
+    return steps
+
+
+def _layer(
+    how: str, lower: str, target: str, name: str, fuse_first: int | None, why: str
+) -> list[Step]:
+    suffix = f"/{name}" if name else ""
+    if how == "kernel":
+        return [
+            plan.Overlay(target=target, lowers=(lower,), upper=f"{NEW}/upper{suffix}",
+                         work=f"{NEW}/work{suffix}", why=why)
+        ]  # fmt: skip
+    if how == "fuse" and fuse_first is not None:
+        return [plan.AttachReceived(descriptor=fuse_first, target=target, source=lower, why=why)]
+    return [plan.Bind(source=lower, target=target, recursive=True, why=why)]
+
+
+def _tmpfs_mounts(policy: Policy) -> list[Mount]:
+    return [mount for mount in policy.mounts if mount.type == "tmpfs"]
+
+
+def _tmpfs_mount(root: str, number: int, mount: Mount, policy: Policy) -> list[Step]:
+    why = policy.origin("mounts")
+    attributes = SAFE if mount.exec else SAFE | Attributes.NOEXEC
+    steps: list[Step] = _mount_point(root + mount.target, True, why) if root else []
+    if mount.size is not None:
+        steps.append(plan.Tmpfs(target=root + mount.target, size=mount.size, mode=0o1777,
+                                inodes=mount.inodes, attributes=attributes, why=why))  # fmt: skip
+        return steps
+    area = f"{NEW}/mount{number}"
+    steps.append(plan.MakeDir(path=area, mode=0o1777, why=why))
+    steps.append(plan.Bind(source=area, target=root + mount.target, attributes=attributes, why=why))
+    return steps
+
+
+def _proc(policy: Policy, host: Host, root: str) -> list[Step]:
+    why = policy.origin("root.proc")
+    steps: list[Step] = [plan.Proc(target=f"{root}/proc", subset=policy.root.proc != "masked",
+                                   why=why)]  # fmt: skip
+    if policy.root.proc != "masked":
+        return steps
+    for name in MASKED:
+        if name in host.proc_entries:
+            source = EMPTY if name in DIRECTORIES_OF_PROC else "/dev/null"
+            steps.append(plan.Bind(source=source, target=f"{root}/proc/{name}", why=why,
+                                   attributes=Attributes.NONE))  # fmt: skip
+    steps.append(plan.Bind(source=f"{root}/proc/sys", target=f"{root}/proc/sys", why=why))
+    return steps

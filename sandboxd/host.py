@@ -1,0 +1,73 @@
+"""What this machine offers: one snapshot, taken by supervise/probe.py; the plan is made from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IdRange:
+    """Subordinate ids of the caller: `count` host ids from `start` on (/etc/subuid)."""
+
+    start: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CgroupSubtree:
+    """A cgroup v2 directory in which we may make leaves. `controllers` are usable in leaves."""
+
+    path: str
+    controllers: frozenset[str] = frozenset()
+    has_kill: bool = True
+    has_memory_peak: bool = False
+    has_pids_peak: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Host:
+    """A snapshot. Everything here was found by doing, or is a plain fact read from the kernel."""
+
+    arch: str
+    """"x86_64" or "aarch64"."""
+    kernel: str
+    uid: int
+    gid: int
+    cpus: int
+    page_size: int = 4096
+    user_namespaces: bool = True
+    subuid: IdRange | None = None
+    """None: no range, or newuidmap does not work here: single-id mode."""
+    subgid: IdRange | None = None
+    direct_maps: bool = False
+    """We may write uid_map with ranges ourselves (root): newuidmap is not needed."""
+    overlay: bool = False
+    """Kernel overlayfs mounts in a user namespace, with userxattr, on a tmpfs upper."""
+    fuse_overlayfs: str | None = None
+    """Path of a working fuse-overlayfs."""
+    memfd_exec: bool = True
+    """A program in a memfd may be executed (vm.memfd_noexec < 2)."""
+    landlock: int = 0
+    """Landlock ABI; 0 is none."""
+    seccomp: bool = True
+    time_namespaces: bool = True
+    proc_whole: bool = True
+    """A new proc mounts in a user namespace; False where the visible one is partly masked."""
+    proc_subset: bool = True
+    """The same for a proc with subset=pid."""
+    cgroup: CgroupSubtree | None = None
+    cgroup_why_not: str = ""
+    root_links: dict[str, str] = field(default_factory=dict)
+    """Symbolic links directly below / (bin -> usr/bin ...)."""
+    root_dirs: frozenset[str] = frozenset()
+    """Directories directly below /."""
+    etc_entries: dict[str, str] = field(default_factory=dict)
+    """Entries of /etc: name -> "file" | "dir" (links followed)."""
+    files: frozenset[str] = frozenset()
+    """Those bind sources of a policy that are not directories."""
+    proc_entries: frozenset[str] = frozenset()
+    """Names below /proc that are not processes."""
+    hard_limits: dict[str, int] = field(default_factory=dict)
+    """Our own hard resource limits where they are finite: RLIMIT name without prefix -> value."""
+    fault_notes: dict[str, str] = field(default_factory=dict)
+    """Capability -> why it is missing, for the result's `degraded` and for doctor."""

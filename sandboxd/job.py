@@ -1,0 +1,108 @@
+"""What a caller asks for: one program, its input and the files that go in and come out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias, TypeVar
+
+from sandboxd.errors import JobError
+from sandboxd.policy import Limits, Policy
+
+Text = str | bytes | os.PathLike[str] | os.PathLike[bytes]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class File:
+    """An input file with permissions of its own; plain bytes get 0o644, a Path keeps its own."""
+
+    data: bytes | Path
+    mode: int = 0o644
+
+
+Value = TypeVar("Value")
+Names: TypeAlias = Mapping[Any, Value]
+"""Keys are str or bytes: a Mapping is invariant in them, so no type would take a dict of either."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Terminal:
+    """A terminal for the job instead of pipes (rows and columns of its first size)."""
+
+    rows: int = 24
+    columns: int = 80
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """One program to run once.
+
+    Text is bytes to the kernel: str is encoded as os.fsencode does, and nothing is decoded on
+    the way. Relative keys of `files` and patterns of `collect` are below the working directory
+    of the sandbox (/box). `stdin=None` means that the caller feeds it live through Run.stdin.
+    """
+
+    argv: Sequence[Text]
+    policy: str | Policy = "base"
+    env: Names[str | bytes] = field(default_factory=dict)
+    cwd: str | bytes | None = None
+    stdin: bytes | Path | None = b""
+    files: Names[bytes | Path | File] = field(default_factory=dict)
+    collect: Sequence[str] = ()
+    limits: Limits | None = None
+    keep: int = 1 << 20
+    """Bytes of stdout and of stderr kept in the result (first and last half of it each)."""
+    terminal: Terminal | None = None
+    id: str | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.argv, str | bytes):
+            raise JobError("argv is one string", hint='give a list: ["python3", "a.py"]')
+        if not self.argv:
+            raise JobError("argv is empty", hint="name a program to run")
+        self._check_types()
+        for number, word in enumerate(self.argv):
+            if b"\0" in os.fsencode(word):
+                raise JobError(f"argv[{number}] contains a NUL byte", hint="no program can get one")
+        for key, value in self.env.items():
+            name = os.fsencode(key)
+            if not name or b"=" in name or b"\0" in name or b"\0" in os.fsencode(value):
+                raise JobError(
+                    f"env[{name!r}] cannot be set",
+                    hint="names are not empty, have no = or NUL",
+                )
+        if self.cwd is not None and b"\0" in os.fsencode(self.cwd):
+            raise JobError("cwd contains a NUL byte")
+        for key in self.files:
+            check_inside(os.fsencode(key))
+
+    def _check_types(self) -> None:
+        """What the type checker would have said, for those who have none."""
+        texts = {f"argv[{number}]": word for number, word in enumerate(self.argv)}
+        texts |= {f"env[{key!r}]": value for key, value in self.env.items()}
+        texts |= {f"a name in env or files, {key!r}": key for key in (*self.env, *self.files)}
+        for where, text in texts.items():
+            if not isinstance(text, str | bytes | os.PathLike):
+                raise JobError(f"{where} is {type(text).__name__}", hint="text is str or bytes")
+        for key, data in self.files.items():
+            if not isinstance(data, bytes | Path | File):
+                raise JobError(f"files[{key!r}] is {type(data).__name__}",
+                               hint="bytes, a Path or a File")  # fmt: skip
+        if not isinstance(self.stdin, bytes | Path | None):
+            raise JobError(f"stdin is {type(self.stdin).__name__}", hint="bytes, a Path or None")
+        if not isinstance(self.policy, str | Policy):
+            raise JobError(f"policy is {type(self.policy).__name__}", hint="a name or a Policy")
+        if isinstance(self.collect, str | bytes):
+            raise JobError("collect is one string", hint='give a list: ["out/*"]')
+
+
+def check_inside(name: bytes) -> None:
+    """Refuses names of input files that would not lie below the working directory."""
+    parts = name.split(b"/")
+    if not name or name.startswith(b"/") or b"\0" in name or ".." in map(os.fsdecode, parts):
+        raise JobError(
+            f"files[{name!r}] is not below the working directory",
+            hint="use a relative name without ..",
+        )

@@ -1,0 +1,1 @@
+"""Judging: a stranger's submission held against a problem package."""

@@ -1,0 +1,1 @@
+"""What runs outside the supervisor: standard library only, a single thread, no trio."""

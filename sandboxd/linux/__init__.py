@@ -1,0 +1,1 @@
+"""The floor: system calls and kernel files. Decides nothing; the only room with ctypes."""

@@ -1,0 +1,499 @@
+"""What will be done to build one sandbox, as data: typed steps that can be printed and compared.
+
+A plan has three parts, in the order in which they happen and for as long as they last:
+
+- tenant: once per trust domain and root: user namespace, template root, what all its jobs share;
+- setup: once per sandbox, before its job is known: mounts, limits, identity, filter;
+- exec: once per job: working directory, descriptors, program.
+
+Each kind of step is a stage; `script/lower.py` has one function a kind, and a failure in the
+kernel comes back as (stage, number of the step, errno). `why` names the line of the policy that
+asked for the step, or the rule of sandboxd's own that did.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from enum import IntFlag
+from functools import cache
+from typing import ClassVar
+
+TENANT_UID = 0
+"""The tenant's own uid inside its user namespace; the caller's outside."""
+FIRST_JOB_UID = 1000
+"""Jobs with a uid of their own get FIRST_JOB_UID + n inside the tenant."""
+
+
+class Attributes(IntFlag):
+    """What mount_setattr(2) calls MOUNT_ATTR_*, with the kernel's values."""
+
+    NONE = 0
+    RDONLY = 0x1
+    NOSUID = 0x2
+    NODEV = 0x4
+    NOEXEC = 0x8
+    NOSYMFOLLOW = 0x200000
+
+
+SAFE = Attributes.NOSUID | Attributes.NODEV
+READ_ONLY = SAFE | Attributes.RDONLY
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """One thing to do. Subclasses are the stages."""
+
+    why: str = ""
+    words: ClassVar[str] = ""
+
+    @property
+    def stage(self) -> str:
+        return _stage(type(self).__name__)
+
+    def describe(self) -> str:
+        """What it does, in a few words with the paths in it."""
+        return self.words
+
+
+@cache
+def _stage(name: str) -> str:
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IdMap:
+    """Who is who: rows (inside, outside, count) as in user_namespaces(7).
+
+    writer: "self" (the process writes a single id), "newuidmap" (the setuid helpers), or "direct"
+    (the supervisor is root and writes ranges itself).
+    """
+
+    writer: str
+    uids: tuple[tuple[int, int, int], ...]
+    gids: tuple[tuple[int, int, int], ...]
+
+    @property
+    def job_uids(self) -> int:
+        """How many uids jobs may have of their own; 0 in single-id mode."""
+        return max(
+            (inside + count - FIRST_JOB_UID for inside, _, count in self.uids),
+            default=0,
+        )
+
+
+# -- the tenant ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UserNamespace(Step):
+    """The user namespace everything else belongs to (user_namespaces(7))."""
+
+    ids: IdMap
+
+    def describe(self) -> str:
+        return ", ".join(
+            f"uid {outside}+{count} as {inside}+" for inside, outside, count in self.ids.uids
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Namespaces(Step):
+    """Enter new namespaces as PID 1 (namespaces(7)); `flags` are CLONE_NEW*."""
+
+    flags: int
+
+    def describe(self) -> str:
+        return describe_namespaces(self.flags)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrivatePropagation(Step):
+    words: ClassVar[str] = "no mount event goes out or comes in"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenTree(Step):
+    """Take hold of a host path as a detached mount, before anything hides it."""
+
+    source: str
+    slot: int
+    optional: bool = False
+    recursive: bool = True
+
+    def describe(self) -> str:
+        return self.source
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attach(Step):
+    """Put a mount taken by OpenTree at its place."""
+
+    slot: int
+    target: str
+    source: str
+    attributes: Attributes = READ_ONLY
+    optional: bool = False
+    recursive: bool = True
+
+    def describe(self) -> str:
+        return f"{self.source} -> {self.target} ({describe_attributes(self.attributes)})"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tmpfs(Step):
+    target: str
+    size: int | None = None
+    inodes: int | None = None
+    mode: int = 0o755
+    attributes: Attributes = SAFE
+
+    def describe(self) -> str:
+        size = "" if self.size is None else f", {self.size} bytes"
+        inodes = "" if self.inodes is None else f", {self.inodes} inodes"
+        return f"{self.target} (mode {self.mode:o}{size}{inodes})"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MakeDir(Step):
+    path: str
+    mode: int = 0o755
+    for_job: bool = False
+    """Owned by the job's uid."""
+
+    def describe(self) -> str:
+        return f"{self.path} (mode {self.mode:o}{', of the job' if self.for_job else ''})"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MakeFile(Step):
+    path: str
+    content: bytes = b""
+    mode: int = 0o644
+
+    def describe(self) -> str:
+        return f"{self.path} ({len(self.content)} bytes)"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Symlink(Step):
+    path: str
+    to: str
+
+    def describe(self) -> str:
+        return f"{self.path} -> {self.to}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Proc(Step):
+    target: str = "/proc"
+    subset: bool = False
+    """subset=pid: processes only (proc(5))."""
+
+    def describe(self) -> str:
+        return f"{self.target}{' (processes only)' if self.subset else ''}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bind(Step):
+    """Show a path that exists in the template at another place."""
+
+    source: str
+    target: str
+    attributes: Attributes = READ_ONLY
+    recursive: bool = False
+
+    def describe(self) -> str:
+        return f"{self.source} -> {self.target} ({describe_attributes(self.attributes)})"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Overlay(Step):
+    """Kernel overlayfs with userxattr: lower directories below a private upper."""
+
+    target: str
+    lowers: tuple[str, ...]
+    upper: str
+    work: str
+
+    def describe(self) -> str:
+        return f"{':'.join(self.lowers)} below {self.upper} -> {self.target}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttachReceived(Step):
+    """Put a mount made by a sidecar (fuse-overlayfs) at its place; it came as a descriptor."""
+
+    descriptor: int
+    target: str
+    source: str
+
+    def describe(self) -> str:
+        return f"{self.source} -> {self.target} (fuse-overlayfs)"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pivot(Step):
+    """Make `root` the root directory and let go of the old one."""
+
+    root: str
+
+    def describe(self) -> str:
+        return f"{self.root} becomes /"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Restrict(Step):
+    """Set attributes on a mount that is there already."""
+
+    path: str
+    attributes: Attributes = READ_ONLY
+    recursive: bool = False
+
+    def describe(self) -> str:
+        return f"{self.path} ({describe_attributes(self.attributes)})"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WriteFile(Step):
+    """Write to a file that is there already: a sysctl."""
+
+    path: str
+    content: bytes
+    optional: bool = False
+
+    def describe(self) -> str:
+        return f"{self.content.decode('ascii', 'replace').strip()} > {self.path}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoopbackUp(Step):
+    words: ClassVar[str] = "lo"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DropBounding(Step):
+    words: ClassVar[str] = "no exec can give a capability again"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NoNewPrivileges(Step):
+    words: ClassVar[str] = "set-user-id programs and file capabilities have no effect"
+
+
+# -- a sandbox -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JoinNetwork(Step):
+    """Enter a pooled network namespace that came as a descriptor."""
+
+    descriptor: int
+
+    def describe(self) -> str:
+        return "a network namespace of its own, made ahead"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewTimeNamespace(Step):
+    monotonic: int
+    boottime: int
+
+    def describe(self) -> str:
+        return f"monotonic {self.monotonic:+d} s, boottime {self.boottime:+d} s"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewCgroupNamespace(Step):
+    words: ClassVar[str] = "its own cgroup is the root of what it sees"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hostname(Step):
+    name: str
+
+    def describe(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewSession(Step):
+    words: ClassVar[str] = "no terminal, no process group of ours"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SetLimit(Step):
+    """One resource limit (getrlimit(2)); None is unlimited as far as we may."""
+
+    resource: str
+    soft: int | None
+    hard: int | None
+
+    def describe(self) -> str:
+        return f"{self.resource} {'unlimited' if self.soft is None else self.soft}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeepSysctls(Step):
+    """Keep /proc/sys/user reachable for LeafUserNamespace after /proc was restricted."""
+
+    words: ClassVar[str] = "/proc/sys/user"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BecomeUser(Step):
+    """Change to the job's ids; None is the run's own uid."""
+
+    uid: int | None
+    gid: int | None
+
+    def describe(self) -> str:
+        return "a uid of the run's own" if self.uid is None else f"uid {self.uid} of the tenant"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeafUserNamespace(Step):
+    """A last user namespace that owns nothing and gives the ids seen inside."""
+
+    uid: int
+    gid: int
+    outer: int | None
+    """The tenant's id that is mapped; None is the run's own."""
+
+    def describe(self) -> str:
+        return f"seen as {self.uid}:{self.gid}; no further ones"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DropCapabilities(Step):
+    words: ClassVar[str] = "all sets empty"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hide(Step):
+    """init is not dumpable: no ptrace, no /proc/1/mem; and it ends with its parent."""
+
+    words: ClassVar[str] = "init cannot be traced; it ends with the zygote"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Landlock(Step):
+    """A Landlock ruleset the workload enters before its program starts (landlock(7)).
+
+    rules: (path, access mask); scoped: what may not leave the domain (ABI 6).
+    """
+
+    abi: int
+    handled: int
+    scoped: int
+    rules: tuple[tuple[str, int], ...]
+
+    def describe(self) -> str:
+        return f"ABI {self.abi}, {len(self.rules)} rules, {'scoped' if self.scoped else 'unscoped'}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Filter(Step):
+    """One seccomp program, in the kernel's form (struct sock_filter[])."""
+
+    program: bytes
+
+    def describe(self) -> str:
+        return f"{len(self.program) // 8} instructions"
+
+
+# -- a job -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShareFiles(Step):
+    """Hand the working directory's descriptor to the supervisor; wait while it copies in."""
+
+    directory: str
+    wait: bool
+
+    def describe(self) -> str:
+        return f"{self.directory}{' (wait for the input files)' if self.wait else ''}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChangeDir(Step):
+    path: bytes
+
+    def describe(self) -> str:
+        return repr(self.path)[1:]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Exec(Step):
+    """Start the program: the first of `programs` that can be executed."""
+
+    programs: tuple[bytes, ...]
+    argv: tuple[bytes, ...]
+    env: tuple[bytes, ...]
+    landlock: bool
+    terminal: bool
+    time_namespace: bool
+
+    def describe(self) -> str:
+        shown = " ".join(repr(word)[2:-1] for word in self.argv[:8])
+        return shown + (" ..." if len(self.argv) > 8 else "")
+
+
+# -- the whole -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TenantPlan:
+    ids: IdMap
+    steps: tuple[Step, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SetupPlan:
+    """`namespaces` are CLONE_NEW* flags; `descriptors` what is handed to init, in order."""
+
+    steps: tuple[Step, ...]
+    namespaces: int
+    descriptors: tuple[str, ...]
+    cgroup: bool
+    own_uid: bool
+    landlock: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExecPlan:
+    steps: tuple[Step, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Everything that will be done for one job, and what will not be in force."""
+
+    tenant: TenantPlan
+    setup: SetupPlan
+    exec: ExecPlan
+    cgroup_files: dict[str, str] = field(default_factory=dict)
+    enforcement: dict[str, str] = field(default_factory=dict)
+    degraded: tuple[tuple[str, str], ...] = ()
+
+
+# CLONE_NEW* (include/uapi/linux/sched.h)
+NAMESPACES = {
+    "mount": 0x20000, "cgroup": 0x2000000, "uts": 0x4000000, "ipc": 0x8000000,
+    "user": 0x10000000, "pid": 0x20000000, "net": 0x40000000, "time": 0x80,
+}  # fmt: skip
+
+
+def namespaces(*names: str) -> int:
+    return sum(NAMESPACES[name] for name in names)
+
+
+def describe_namespaces(flags: int) -> str:
+    return " ".join(name for name, flag in NAMESPACES.items() if flags & flag)
+
+
+def describe_attributes(attributes: Attributes) -> str:
+    """Mount attributes as mount(8) writes them."""
+    words = [str(flag.name).lower() for flag in Attributes if flag and flag in attributes]
+    return ",".join(["ro" if word == "rdonly" else word for word in words]) or "rw"

@@ -1,0 +1,236 @@
+"""What a job may do and use: one frozen value, read from a TOML file per job type.
+
+Every section of a policy file is a class here and every key a field, so this file is the
+reference; `sandboxd policy schema` and docs/reference/policy.md follow from it. Times are
+seconds (float), sizes bytes (int); in TOML both may be written with a unit ("1.5s", "256M").
+None means "no limit of ours".
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+Seconds = Annotated[float, Meta(gt=0, le=1e9, extra={"unit": "seconds"})]
+Bytes = Annotated[int, Meta(ge=1, le=(1 << 63) - 1, extra={"unit": "bytes"})]
+Count = Annotated[int, Meta(ge=1, le=(1 << 31) - 1)]
+Path = Annotated[str, Meta(pattern="^/")]
+
+
+class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A table of a policy file: frozen, every key known."""
+
+
+class Limits(Section, frozen=True):
+    """[limits]: what a run may use before it is stopped. A job may lower them, never raise.
+
+    Nothing is limited unless it is named, so that a job's Limits(memory=...) asks for nothing else;
+    the limits that no policy should be without are the defaults of Policy.
+    """
+
+    cpu_time: Seconds | None = None
+    """CPU seconds of the whole process tree."""
+    wall_time: Seconds | None = None
+    """Seconds from the start of the program to its end."""
+    idle_time: Seconds | None = None
+    """Seconds in a row during which the tree used almost no CPU."""
+    memory: Bytes | None = None
+    """Bytes of memory of the whole tree; with a cgroup tmpfs and page cache are in it."""
+    processes: Count | None = None
+    """Processes and threads alive at once."""
+    output: Bytes | None = None
+    """Bytes on stdout and stderr together."""
+    disk: Bytes | None = None
+    """Bytes in all writable places of the sandbox together."""
+    inodes: Count | None = None
+    """Files and directories in all writable places together."""
+    open_files: Count | None = None
+    """Descriptors per process (RLIMIT_NOFILE)."""
+    file_size: Bytes | None = None
+    """Bytes of one file (RLIMIT_FSIZE)."""
+    stack: Bytes | None = None
+    """Bytes of the main thread's stack (RLIMIT_STACK); None is unlimited."""
+    address_space: Bytes | None = None
+    """Virtual bytes per process (RLIMIT_AS); breaks JVM, Go and ASan, so never by default."""
+    cpus: Annotated[float, Meta(gt=0, le=65536)] | None = None
+    """CPU bandwidth: 1.5 is one and a half CPUs."""
+
+
+class Root(Section, frozen=True):
+    """[root]: the file system the job sees."""
+
+    source: str = "host"
+    """"host" (the machine's /usr and a minimal /etc) or the path of a directory."""
+    writable: bool = False
+    """Whether the job sees a private writable copy of its root (overlay)."""
+    driver: Literal["auto", "kernel", "fuse", "tmpfs"] = "auto"
+    """How a writable root is made: overlayfs of the kernel, fuse-overlayfs, or binds on tmpfs."""
+    proc: Literal["pid", "masked", "none"] = "pid"
+    """/proc with processes only (subset=pid), whole with the dangerous parts masked, or absent."""
+    etc: tuple[str, ...] = ()
+    """Entries of the host's /etc that are shown read-only where they exist (source "host")."""
+
+
+class Mount(Section, frozen=True):
+    """[[mounts]]: one more place in the job's file system."""
+
+    target: Path
+    """Where the job sees it."""
+    type: Literal["bind", "tmpfs"] = "bind"
+    """A path of the host, or an empty directory in memory."""
+    source: str | None = None
+    """Host path, for a bind."""
+    writable: bool = False
+    """For a bind: whether the job may write to the host's files. A tmpfs always is."""
+    optional: bool = False
+    """A missing source is skipped instead of refused."""
+    exec: bool = True
+    """Whether programs there may be executed."""
+    size: Bytes | None = None
+    """For a tmpfs: a size of its own; None shares limits.disk."""
+    inodes: Count | None = None
+    """For a tmpfs with a size: files and directories in it."""
+
+
+class Network(Section, frozen=True):
+    """[network]: what the job can reach."""
+
+    mode: Literal["none"] = "none"
+    """"none": a network namespace of its own with loopback and nothing else."""
+
+
+class Argument(Section, frozen=True):
+    """One comparison in a syscall rule: (argument[index] & mask) op value, all unsigned."""
+
+    index: Annotated[int, Meta(ge=0, le=5)]
+    """Which argument, from 0."""
+    op: Literal["eq", "ne", "lt", "le", "gt", "ge", "any_bits", "no_bits"]
+    """any_bits: argument & value != 0; no_bits: argument & value == 0."""
+    value: int
+    """A negative one means its two's complement."""
+    mask: int | None = None
+    """Bits that count; None: all of them."""
+    width: Literal[32, 64] = 32
+    """32: the kernel sees an int, so the upper half is masked off before comparing."""
+
+
+class Rule(Section, frozen=True):
+    """[[syscalls.rules]]: for these calls, when all comparisons hold, this action.
+
+    Rules are tried in order, before the call's entry in allow/deny; the first that holds wins.
+    """
+
+    calls: tuple[str, ...]
+    """System calls and groups of them."""
+    args: tuple[Argument, ...] = ()
+    """Comparisons, all of which must hold."""
+    action: Literal["allow", "eperm", "enosys", "eafnosupport", "success", "kill"] = "allow"
+
+
+class Syscalls(Section, frozen=True):
+    """[syscalls]: an allowlist; what is not named gets the default answer.
+
+    Names may be groups ("@base"; `sandboxd policy explain` lists them). Precedence per call:
+    rules, kill, deny, enosys, eafnosupport, allow, default.
+    """
+
+    default: Literal["enosys", "eperm", "kill"] = "enosys"
+    """The answer to what no list and no rule names."""
+    allow: tuple[str, ...] = ("@base", "@locks")
+    """Allowed."""
+    deny: tuple[str, ...] = ("@dangerous", "@ptrace", "@numa", "@ldt")
+    """Answered with EPERM."""
+    enosys: tuple[str, ...] = ()
+    """Answered with ENOSYS, so that libc falls back to an older call."""
+    eafnosupport: tuple[str, ...] = ("@socket-create",)
+    """Answered with EAFNOSUPPORT: the sockets that no rule admits."""
+    kill: tuple[str, ...] = ()
+    """The process is killed with SIGSYS: status syscall_denied."""
+    rules: tuple[Rule | str, ...] = ("@sockets", "@no-namespaces", "@guards")
+    """Rules and names of groups of rules, tried in this order."""
+    abi32: Literal["kill", "allow"] = "kill"
+    """32-bit programs on x86-64 (i386): killed, or held by the same lists and rules. x32, and
+    32-bit programs on aarch64, are always killed."""
+
+
+class Identity(Section, frozen=True):
+    """[identity]: who the job is."""
+
+    user: Literal["isolated", "caller"] = "isolated"
+    """isolated: a uid of its own per run where subordinate ids exist; caller: files written
+    through a writable bind belong to the caller."""
+    uid: Annotated[int, Meta(ge=0, lt=65536)] | None = None
+    """The uid seen inside; None: the run's own."""
+    gid: Annotated[int, Meta(ge=0, lt=65536)] | None = None
+    """The gid seen inside; None: the run's own."""
+    name: Annotated[str, Meta(pattern="^[a-z_][a-z0-9_-]{0,31}$")] = "sandbox"
+    """The user's name in /etc/passwd."""
+    home: Path = "/box"
+    """The home directory in /etc/passwd."""
+    hostname: Annotated[str, Meta(pattern="^[A-Za-z0-9][A-Za-z0-9.-]{0,62}$")] = "sandbox"
+
+
+class Environment(Section, frozen=True):
+    """[environment]: nothing of the caller's is inherited unless named here."""
+
+    set: dict[str, str] = msgspec.field(default_factory=dict)
+    """Variables and their values."""
+    inherit: tuple[str, ...] = ()
+    """Names taken from the caller's environment where set there."""
+
+
+class Devices(Section, frozen=True):
+    """[devices]: nodes of /dev, bound from the host."""
+
+    allow: tuple[str, ...] = ("null", "zero", "full", "random", "urandom", "tty")
+    """Names below /dev."""
+
+
+class Clock(Section, frozen=True):
+    """[clock]: a time namespace with offsets in seconds; both 0 means no time namespace."""
+
+    boottime: Annotated[int, Meta(ge=-(10**9), le=10**9)] = 0
+    monotonic: Annotated[int, Meta(ge=-(10**9), le=10**9)] = 0
+
+
+class Require(Section, frozen=True):
+    """[require]: what must be in force, else the job is refused before it starts."""
+
+    memory: Literal["enforced", "any"] = "any"
+    cpu_time: Literal["enforced", "any"] = "any"
+    processes: Literal["enforced", "any"] = "any"
+    cpus: Literal["enforced", "any"] = "any"
+    syscalls: Literal["enforced", "any"] = "any"
+    user_namespace: Literal["subuid", "any"] = "any"
+    landlock: Annotated[int, Meta(ge=0)] = 0
+    """Lowest Landlock ABI; 6 adds the scopes for signals and abstract sockets."""
+
+
+class Policy(Section, frozen=True):
+    """A whole policy. `name` is the file's name without .toml."""
+
+    name: str = "custom"
+    description: str = ""
+    limits: Limits = Limits(disk=64 << 20, inodes=16384, open_files=256)
+    root: Root = Root()
+    mounts: tuple[Mount, ...] = ()
+    network: Network = Network()
+    syscalls: Syscalls = Syscalls()
+    identity: Identity = Identity()
+    environment: Environment = Environment()
+    devices: Devices = Devices()
+    clock: Clock = Clock()
+    require: Require = Require()
+    origins: dict[str, str] = msgspec.field(default_factory=dict)
+    """Dotted key -> "file: key" that set it; for messages and `explain`, not part of the policy."""
+
+    def origin(self, key: str) -> str:
+        """The place a message should name for this dotted key."""
+        place = key
+        while place:
+            if place in self.origins:
+                return self.origins[place]
+            place = place.rpartition(".")[0]
+        return f"{self.name}: {key}"

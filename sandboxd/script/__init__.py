@@ -1,0 +1,1 @@
+"""Pure: from a plan to a launch script, and the machine that carries it out."""

@@ -1,0 +1,116 @@
+"""Starts launch/prober.py, which tries things in processes of their own, and reads its answer."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sandboxd.plan import IdMap
+
+_ROOT = Path(__file__).resolve().parents[2]
+_PATIENCE = 60.0
+"""Seconds for all trials together; a machine in emulation takes a few."""
+
+# -I leaves the caller's directory and environment out, so where the package lies must be said.
+_BOOTSTRAP = """\
+import sys
+sys.path.insert(0, sys.argv[1])
+from sandboxd.launch.prober import main
+main()
+"""
+
+SOURCES = tuple(f"{_ROOT}/sandboxd/launch/{name}.py" for name in ("prober", "trials"))
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What one trial found; or `why` it found nothing, with the errno if the kernel said so."""
+
+    found: object = None
+    why: str = ""
+    errno: int | None = None
+
+    @property
+    def ok(self) -> bool:
+        return not self.why
+
+
+@dataclass(frozen=True, slots=True)
+class Tools:
+    """Programs of others, by path; None where PATH has none."""
+
+    newuidmap: str | None
+    newgidmap: str | None
+    fuse_overlayfs: str | None
+
+    @classmethod
+    def in_path(cls) -> Tools:
+        return cls(*(shutil.which(name) for name in ("newuidmap", "newgidmap", "fuse-overlayfs")))
+
+    def found(self) -> dict[str, str]:
+        return {name: path for name, path in dataclasses.asdict(self).items() if path}
+
+
+def attempt(
+    trials: Iterable[str], *, ids: IdMap | None = None, tools: Tools, cgroup: str | None = None
+) -> dict[str, Outcome]:
+    """One outcome a trial, whatever happens to the prober."""
+    names = tuple(trials)
+    maps = None if ids is None else {**dataclasses.asdict(ids), **dataclasses.asdict(tools)}
+    request = {
+        "trials": names,
+        "maps": maps,
+        "fuse_overlayfs": tools.fuse_overlayfs,
+        "cgroup": cgroup,
+    }
+    try:
+        done = subprocess.run(
+            [sys.executable, "-I", "-S", "-B", "-c", _BOOTSTRAP, str(_ROOT)],
+            input=json.dumps(request),
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=_PATIENCE,
+            check=False,
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        return dict.fromkeys(names, Outcome(why=f"the prober: {error}"))
+    answer = parse(done.stdout)
+    if set(answer) != set(names):
+        said = done.stderr.strip().rpartition("\n")[2] or f"exit status {done.returncode}"
+        return dict.fromkeys(names, Outcome(why=f"the prober: {said}"))
+    return answer
+
+
+def parse(text: str) -> dict[str, Outcome]:
+    """Whatever text comes in: the outcomes in it, or none."""
+    try:
+        answer = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return unpack(answer)
+
+
+def unpack(answer: object) -> dict[str, Outcome]:
+    """Outcomes from JSON types; all of them or none."""
+    if not isinstance(answer, Mapping):
+        return {}
+    outcomes: dict[str, Outcome] = {}
+    for name, fields in answer.items():
+        match fields:
+            case {"found": found, "why": str(why), "errno": int() | None as errno}:
+                outcomes[name] = Outcome(found, why, errno)
+            case _:
+                return {}
+    return outcomes
+
+
+def pack(outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
+    return {name: dataclasses.asdict(outcome) for name, outcome in outcomes.items()}

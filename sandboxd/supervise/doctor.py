@@ -1,0 +1,351 @@
+"""Asks this machine, by doing, for all that sandboxd can make use of; and what follows from it."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from sandboxd.host import CgroupSubtree, Host
+from sandboxd.supervise import fixes, subtree
+from sandboxd.supervise.attempts import Outcome, attempt
+from sandboxd.supervise.probe import Examination, examine
+
+State = Literal["ok", "warn", "FAIL"]
+Level = Literal["kernel", "partly", "none"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """One capability. `fix` is a command to type, or what to boot; "" where all is well."""
+
+    what: str
+    state: State
+    found: str
+    fix: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Guarantee:
+    """What is in force for every run on this machine, and by what means."""
+
+    what: str
+    level: Level
+    how: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    checks: tuple[Check, ...]
+    guarantees: tuple[Guarantee, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether programs can be run at all."""
+        return all(check.state != "FAIL" for check in self.checks)
+
+
+def diagnose() -> Report:
+    """Everything afresh: nothing is taken from the cache of supervise/probe.py."""
+    seen = examine(cached=False, more=("tun",))
+    parts: tuple[Callable[[Examination], Iterator[Check]], ...] = (
+        _machine,
+        _namespaces,
+        _overlays,
+        _network,
+        _cgroups,
+        _defences,
+        _kernel,
+    )
+    checks = [check for part in parts for check in part(seen)]
+    if not seen.host.user_namespaces:
+        checks = [_blamed(check) for check in checks]
+    return Report(checks=tuple(checks), guarantees=tuple(guarantees(seen.host)))
+
+
+def _check(what: str, why_not: str, found: str, fix: str, bad: State = "warn") -> Check:
+    """A row that is fine unless there is a reason why not."""
+    if why_not:
+        return Check(what=what, state=bad, found=why_not, fix=fix)
+    return Check(what=what, state="ok", found=found)
+
+
+_NEED_A_USER_NAMESPACE = frozenset(
+    {"id maps", "new /proc", "time namespace", "kernel overlay", "fuse-overlayfs", "TUN"}
+)
+
+
+def _blamed(check: Check) -> Check:
+    """What fails only because there is no user namespace to try it in."""
+    if check.what not in _NEED_A_USER_NAMESPACE:
+        return check
+    return _check(check.what, "no user namespace", "", "see user namespace")
+
+
+def _machine(seen: Examination) -> Iterator[Check]:
+    host = seen.host
+    found = f"Linux {host.kernel} on {host.arch}, {host.cpus} cpus"
+    yield _check("machine", seen.why_not.get("arch", ""), found, "use x86-64 or aarch64")
+    yield _check(
+        "memfd exec",
+        seen.outcomes["memfd_exec"].why,
+        "the machine runs from memory",
+        fixes.admin("sysctl -w vm.memfd_noexec=1"),
+    )
+
+
+def _namespaces(seen: Examination) -> Iterator[Check]:
+    host, outcomes = seen.host, seen.outcomes
+    why = outcomes["user_namespace"].why
+    yield _check(
+        "user namespace",
+        why,
+        "with mount, pid, ipc, uts, net and cgroup namespaces",
+        fixes.user_namespaces(why),
+        bad="FAIL",
+    )
+    yield _apparmor(host.user_namespaces)
+    ids = seen.why_not.get("subuid", "")
+    yield _check("id maps", ids, _ids(host), fixes.id_maps(ids))
+    kinds = " and ".join(
+        name for name, there in (("whole", host.proc_whole), ("pid", host.proc_subset)) if there
+    )
+    yield _check("new /proc", outcomes["proc"].why, f"mounts ({kinds})", fixes.proc(), bad="FAIL")
+    yield _check(
+        "time namespace",
+        outcomes["time_namespace"].why,
+        "with an offset",
+        "boot Linux 5.6 or later (CONFIG_TIME_NS)",
+    )
+
+
+def _ids(host: Host) -> str:
+    if host.subuid is None or host.subgid is None:
+        return ""
+    writer = "written by root" if host.direct_maps else "by newuidmap"
+    uids, gids = (f"{some.start}+{some.count}" for some in (host.subuid, host.subgid))
+    return f"uids {uids}, gids {gids}, {writer}"
+
+
+def _apparmor(works: bool) -> Check:
+    """Ubuntu 23.10 and later: unconfined programs get user namespaces without capabilities."""
+    name = "kernel/apparmor_restrict_unprivileged_userns"
+    value = fixes.sysctl(name)
+    if value == "1" and not works:
+        why = "user namespaces are restricted to programs with a profile"
+        return _check("AppArmor", why, "", fixes.user_namespaces(why))
+    found = {"": "no restriction of user namespaces in this kernel", "0": "does not restrict them"}
+    return _check("AppArmor", "", found.get(value, "restricts others, not this program"), "")
+
+
+def _overlays(seen: Examination) -> Iterator[Check]:
+    yield _check(
+        "kernel overlay",
+        seen.outcomes["overlay"].why,
+        "in a user namespace, upper layer on tmpfs",
+        fixes.overlay(),
+    )
+    path = seen.tools.fuse_overlayfs
+    why = seen.why_not.get("fuse_overlayfs", "")
+    yield _check("fuse-overlayfs", why, f"{path} mounts", fixes.fuse_overlayfs(path is not None))
+
+
+def _network(seen: Examination) -> Iterator[Check]:
+    yield _check(
+        "TUN",
+        seen.outcomes["tun"].why,
+        "a TAP device in a network namespace",
+        fixes.device("/dev/net/tun", "tun"),
+    )
+
+
+def _cgroups(seen: Examination) -> Iterator[Check]:
+    """The rows are the same with and without a subtree."""
+    top, _ = subtree.mounted()
+    found, why_not = seen.cgroup, seen.cgroup.why_not
+    fix = fixes.subtree(top, why_not)
+    path = found.subtree.path if found.subtree else ""
+    yield _check("cgroup v2 subtree", why_not, f"{path} is ours", fix)
+    entered, swap = _in_a_leaf(seen) if found.subtree else (Outcome(), "")
+    no_subtree = "" if found.subtree else "no subtree"
+    if no_subtree:
+        fix = "see cgroup v2 subtree"
+    yield _check("start in a cgroup", no_subtree or entered.why, "clone3 into a leaf", fix)
+    for name in subtree.CONTROLLERS:
+        why = no_subtree or found.notes.get(f"cgroup.{name}", "")
+        remedy = fix if no_subtree else fixes.controller(name, why, top)
+        yield _check(f"cgroup {name}", why, "enabled for leaves", remedy)
+    yield from _cgroup_files(found.subtree, no_subtree, fix)
+    yield _swap(no_subtree or swap)
+
+
+def _in_a_leaf(seen: Examination) -> tuple[Outcome, str]:
+    """Whether a process can start in a leaf, and why the leaf does not limit swap."""
+    assert seen.cgroup.subtree is not None
+    try:
+        with subtree.leaf(Path(seen.cgroup.subtree.path)) as made:
+            entered = attempt(("into_cgroup",), tools=seen.tools, cgroup=str(made))["into_cgroup"]
+            limits = (made / "memory.swap.max").exists()
+    except OSError as error:
+        return Outcome(why=str(error.strerror), errno=error.errno), "no leaf to look in"
+    return entered, "" if limits else "leaves have no memory.swap.max"
+
+
+def _cgroup_files(found: CgroupSubtree | None, no_subtree: str, fix: str) -> Iterator[Check]:
+    for name, there, since, controller in (
+        ("cgroup.kill", found and found.has_kill, "5.14", ""),
+        ("memory.peak", found and found.has_memory_peak, "5.19", "memory"),
+        ("pids.peak", found and found.has_pids_peak, "6.1", "pids"),
+    ):
+        why, remedy = no_subtree, fix
+        if found and not there:
+            off = controller and controller not in found.controllers
+            why = f"no {controller} controller" if off else "not in this kernel"
+            remedy = f"see cgroup {controller}" if off else f"boot Linux {since} or later"
+        yield _check(name, why, "there", remedy)
+
+
+def _swap(not_limited: str) -> Check:
+    """With swap and no memory.swap.max a run of twice its memory limit survives."""
+    try:
+        used = Path("/proc/swaps").read_text(encoding="utf-8", errors="replace").splitlines()[1:]
+    except OSError:
+        used = []
+    if not used:
+        return _check("swap", "", "none", "")
+    why = f"on, and {not_limited}: runs can swap past a memory limit" if not_limited else ""
+    return _check("swap", why, "on, and limited (memory.swap.max)", fixes.admin("swapoff -a"))
+
+
+def _defences(seen: Examination) -> Iterator[Check]:
+    yield _check(
+        "seccomp",
+        seen.outcomes["seccomp"].why,
+        "a filter loads and acts",
+        "boot a kernel with CONFIG_SECCOMP_FILTER, and allow seccomp(2) here",
+    )
+    abi = seen.host.landlock
+    why = seen.why_not.get("landlock", "")
+    if 0 < abi < 6:
+        why = f"ABI {abi}: no scopes for signals and abstract sockets (ABI 6)"
+    yield _check("Landlock", why, f"ABI {abi}", fixes.landlock())
+    yield _binding()
+    yield _sysctls()
+
+
+def _binding() -> Check:
+    """libseccomp is the judge of our own filters, in tests and in `sandboxd policy explain`."""
+    reasons = []
+    for name in ("seccomp", "pyseccomp"):
+        try:
+            importlib.import_module(name)
+        except (ImportError, OSError, RuntimeError) as error:
+            reasons.append(f"{name}: {error}")
+        else:
+            return _check("libseccomp", "", f"by the module {name}", "")
+    fix = f"{fixes.admin('apt-get install libseccomp2')} && pip install pyseccomp"
+    return _check("libseccomp", "; ".join(reasons), "", fix)
+
+
+def _sysctls() -> Check:
+    """What seccomp keeps from a job anyway should not be open to the machine's users either."""
+    wanted = (
+        ("kernel/unprivileged_bpf_disabled", ("0",), "2"),
+        ("vm/unprivileged_userfaultfd", ("1",), "0"),
+        ("kernel/perf_event_paranoid", ("-1", "0", "1"), "2"),
+    )
+    bad = [(name.replace("/", "."), good) for name, values, good in wanted
+           if fixes.sysctl(name) in values]  # fmt: skip
+    found = ", ".join(name for name, _ in bad)
+    fix = fixes.admin("sysctl -w " + " ".join(f"{name}={good}" for name, good in bad))
+    return _check("sysctls", found and f"open to all users: {found}", "nothing open to all", fix)
+
+
+def _kernel(seen: Examination) -> Iterator[Check]:
+    yield _psi()
+    smt = Path("/sys/devices/system/cpu/smt/active")
+    on = smt.exists() and smt.read_text(encoding="ascii").strip() == "1"
+    why = "threads of one core share caches: times are noisy, and data can be guessed from them"
+    fix = fixes.admin("sh -c 'echo off >/sys/devices/system/cpu/smt/control'")
+    yield _check("SMT", why if on else "", "off", fix)
+
+
+def _psi() -> Check:
+    """psi.rst: an ordinary user's trigger has a window of a multiple of 2 s (Linux 6.4)."""
+    path = "/proc/pressure/memory"
+    try:
+        Path(path).read_text(encoding="ascii")
+    except OSError as error:
+        return _check("pressure (PSI)", f"{path}: {error.strerror}", "", "boot with psi=1")
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        return _check("pressure (PSI)", "", f"readable; no triggers ({error.strerror})", "")
+    try:
+        os.write(descriptor, b"some 150000 2000000\0")
+    except OSError as error:
+        return _check("pressure (PSI)", "", f"readable; no triggers ({error.strerror})", "")
+    finally:
+        os.close(descriptor)
+    return _check("pressure (PSI)", "", "readable, with triggers", "")
+
+
+def guarantees(host: Host) -> Iterator[Guarantee]:
+    """What holds for every run, from the facts alone."""
+    if not host.user_namespaces:
+        yield Guarantee(what="everything", level="none", how="no program can be run")
+        return
+    for what, in_force, how, level, else_how in (*_limits(host), *_isolation(host)):
+        if in_force:
+            yield Guarantee(what=what, level="kernel", how=how)
+        else:
+            yield Guarantee(what=what, level=level, how=else_how)
+
+
+# What, whether the kernel enforces it for a whole run, how; else how far, and by what.
+_Row = tuple[str, bool, str, Level, str]
+
+
+def _limits(host: Host) -> tuple[_Row, ...]:
+    have = host.cgroup.controllers if host.cgroup else frozenset[str]()
+    return (
+        (
+            *("memory limit", "memory" in have, "memory.max, of the whole run", "partly"),
+            "sampled: peaks can be missed; files by the size of their tmpfs",
+        ),
+        (
+            *("cpu time", host.cgroup is not None, "cpu.stat, of the whole run", "partly"),
+            "a lower bound: what nobody waits for is missed; RLIMIT_CPU per process",
+        ),
+        ("processes", "pids" in have, "pids.max", "kernel", "RLIMIT_NPROC of ids of its own"),
+        ("cpus", "cpu" in have, "cpu.max", "none", "not enforced"),
+        ("disk", True, "size and inodes of a tmpfs", "none", ""),
+        (
+            *("nothing left", bool(host.cgroup and host.cgroup.has_kill)),
+            *("cgroup.kill, and the end of the pid namespace", "kernel"),
+            "the end of the pid namespace",
+        ),
+    )
+
+
+def _isolation(host: Host) -> tuple[_Row, ...]:
+    overlay = "overlayfs of the kernel" if host.overlay else host.fuse_overlayfs or ""
+    return (
+        ("network", True, "a namespace with loopback only", "none", ""),
+        (
+            *("writable root", bool(overlay), overlay, "partly"),
+            "binds on a tmpfs: /usr stays as it is",
+        ),
+        (
+            *("user ids", host.subuid is not None, "one of its own for every run", "partly"),
+            "all runs share the caller's, and its quotas",
+        ),
+        ("system calls", host.seccomp, "a seccomp allowlist", "none", "not filtered"),
+        (
+            *("signals, sockets", host.landlock >= 6, f"Landlock ABI {host.landlock}", "partly"),
+            "namespaces only, no Landlock scopes",
+        ),
+    )

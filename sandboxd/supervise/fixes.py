@@ -1,0 +1,188 @@
+"""What to type so that a missing capability is there: one exact command each, for doctor.py.
+
+Pure, but for the few kernel files that tell which of several causes it is.
+"""
+
+from __future__ import annotations
+
+import os
+import pwd
+from pathlib import Path
+
+from sandboxd.supervise import idrange
+from sandboxd.supervise.subtree import VARIABLE
+
+_DOCKER = "docker run --security-opt seccomp=unconfined --security-opt systempaths=unconfined"
+_PRIVATE = "seccomp=unconfined --security-opt apparmor=unconfined"
+_ENGINE_FILES = ("/.dockerenv", "/run/.containerenv")
+
+
+def admin(command: str) -> str:
+    """The command as one types it who is not root."""
+    return command if os.geteuid() == 0 else f"sudo {command}"
+
+
+def sysctl(name: str) -> str:
+    """A sysctl's value; "" if there is no such thing."""
+    try:
+        return Path("/proc/sys", name).read_text(encoding="ascii", errors="replace").strip()
+    except OSError:
+        return ""
+
+
+def user_namespaces(why: str) -> str:
+    """`why`: what the kernel said; root without CAP_SETFCAP may not map itself (Linux 5.12)."""
+    if "uid_map" in why and os.geteuid() == 0:
+        return "run sandboxd as an ordinary user, or with CAP_SETUID, CAP_SETGID and CAP_SETFCAP"
+    for name, bad, good in (
+        ("user/max_user_namespaces", "0", "15000"),
+        ("kernel/unprivileged_userns_clone", "0", "1"),
+        ("kernel/apparmor_restrict_unprivileged_userns", "1", "0"),
+    ):
+        if sysctl(name) == bad:
+            return admin(f"sysctl -w {name.replace('/', '.')}={good}")
+    if inside_docker():
+        return f"{_DOCKER.replace('seccomp=unconfined', _PRIVATE)} ..."
+    return "unshare --user true  # must work: not in a chroot, not under a filter that forbids it"
+
+
+def inside_docker() -> bool:
+    return any(os.path.exists(path) for path in _ENGINE_FILES)
+
+
+def id_maps(why: str) -> str:
+    if os.geteuid() == 0:
+        return "start sandboxd with CAP_SETUID and CAP_SETGID, and with more ids mapped"
+    if "in PATH" in why:
+        return admin("apt-get install uidmap")
+    if "/etc/sub" in why:
+        first = free_subids()
+        last = first + 65535
+        return admin(
+            f"usermod --add-subuids {first}-{last} --add-subgids {first}-{last} {user_name()}"
+        )
+    if _status("NoNewPrivs") == "1":
+        return "start sandboxd without no_new_privs, under which newuidmap is not set-user-id"
+    return admin("chmod u+s /usr/bin/newuidmap /usr/bin/newgidmap")
+
+
+def _status(name: str) -> str:
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+        if line.startswith(f"{name}:"):
+            return line.partition(":")[2].strip()
+    return ""
+
+
+def user_name() -> str:
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        return str(os.getuid())
+
+
+def free_subids(folder: Path = Path("/etc")) -> int:
+    """The first id after all that /etc/subuid and /etc/subgid give to anybody."""
+    kinds = ("subuid", "subgid")
+    ends = [
+        found.start + found.count for kind in kinds for _, found in idrange.entries(folder / kind)
+    ]
+    return max(100000, *ends) if ends else 100000
+
+
+def overlay() -> str:
+    return "boot Linux 6.6 or later, or install fuse-overlayfs"
+
+
+def fuse_overlayfs(found: bool) -> str:
+    if not found:
+        return admin("apt-get install fuse-overlayfs")
+    return device("/dev/fuse", "fuse")
+
+
+def device(path: str, module: str) -> str:
+    if not os.path.exists(path):
+        return admin(f"modprobe {module}")
+    return admin(f"chmod 0666 {path}")
+
+
+_IN_A_SCOPE = (
+    "sh -c 'c=/sys/fs/cgroup$(sed -n s/^0:://p /proc/self/cgroup) && mkdir $c/leaf && "
+    f'echo $$ >$c/leaf/cgroup.procs && {VARIABLE}=$c exec "$@"\' sh sandboxd doctor'
+)
+
+
+def subtree(top: Path | None, why: str) -> str:
+    """A subtree of our own: by systemd, else made by root."""
+    named = os.environ.get(VARIABLE)
+    if named and "runs outside of it" in why:
+        return f"{admin('sh -c')} 'mkdir -p {named}/leaf && echo '$$' >{named}/leaf/cgroup.procs'"
+    if named and why:
+        return f"unset {VARIABLE}"
+    if os.geteuid() == 0 and os.path.isdir("/run/systemd/system"):
+        return f"systemd-run --scope --quiet -p Delegate=yes {_IN_A_SCOPE}"
+    runtime = f"/run/user/{os.getuid()}"
+    if os.path.exists(f"{runtime}/systemd"):
+        variable = "" if os.environ.get("XDG_RUNTIME_DIR") else f"XDG_RUNTIME_DIR={runtime} "
+        return f"{variable}systemd-run --user --scope --quiet -p Delegate=yes {_IN_A_SCOPE}"
+    if top is None:
+        return admin("mount -t cgroup2 cgroup2 /sys/fs/cgroup")
+    return by_root(top)
+
+
+def by_root(top: Path) -> str:
+    """Root makes a subtree, gives it away and puts this shell into a leaf of it."""
+    try:
+        offered = (top / "cgroup.controllers").read_text(encoding="ascii").split()
+    except OSError:
+        offered = []
+    words = " ".join(f"+{name}" for name in offered if name in ("cpu", "cpuset", "memory", "pids"))
+    enable = f"echo {words} >{top}/cgroup.subtree_control; " if words else ""
+    files = "$d $d/cgroup.procs $d/cgroup.threads $d/cgroup.subtree_control"
+    script = (
+        f"{enable}mkdir -p {top}/sandboxd/leaf && cd {top}/sandboxd && "
+        f"for d in . leaf; do chown {os.getuid()} {files}; done && echo '$$' >leaf/cgroup.procs"
+    )
+    return f"{admin('sh -c')} '{script}' && export {VARIABLE}={top}/sandboxd"
+
+
+def controller(name: str, why: str, top: Path | None) -> str:
+    if "v1" in why:
+        return "boot with cgroup_no_v1=all (systemd: and systemd.unified_cgroup_hierarchy=1)"
+    if "boot" in why:
+        return f"boot without cgroup_disable={name}"
+    if "leaf" in why:
+        return _leaf() if os.environ.get(VARIABLE) else subtree(top, why)
+    if os.path.isdir("/run/systemd/system") and os.geteuid() == 0:
+        return subtree(top, why)
+    if os.path.isdir("/run/systemd/system"):
+        return (
+            f"{admin('mkdir -p /etc/systemd/system/user@.service.d')} && "
+            r"printf '[Service]\nDelegate=cpu cpuset io memory pids\n' | "
+            f"{admin('tee /etc/systemd/system/user@.service.d/delegate.conf')} && "
+            f"{admin('systemctl daemon-reload')}  # then log in again"
+        )
+    return f"echo +{name} | {admin('tee')} PARENT/cgroup.subtree_control  # of every parent"
+
+
+def _leaf() -> str:
+    """Whoever sits in the subtree itself, in one leaf of it."""
+    return (
+        f'mkdir -p "${VARIABLE}/leaf" && for p in $(cat "${VARIABLE}/cgroup.procs"); '
+        f'do echo $p >"${VARIABLE}/leaf/cgroup.procs"; done'
+    )
+
+
+def landlock() -> str:
+    try:
+        active = Path("/sys/kernel/security/lsm").read_text(encoding="ascii").strip()
+    except OSError:
+        active = ""
+    if "landlock" in active:
+        return "boot Linux 6.12 or later"
+    return f"boot with lsm=landlock{',' if active else ''}{active}"
+
+
+def proc() -> str:
+    if inside_docker():
+        return f"{_DOCKER} ..."
+    return "umount what lies over parts of /proc: grep ' /proc/' /proc/self/mountinfo"

@@ -1,0 +1,45 @@
+"""What would be done for a job here, without doing it: the plan, and its system calls as text."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from sandboxd.compile.build import build
+from sandboxd.errors import HostError
+from sandboxd.host import Host
+from sandboxd.job import Job
+from sandboxd.plan import Plan
+from sandboxd.policy import Policy
+from sandboxd.script.init import exec_script, setup_image
+from sandboxd.script.listing import listing
+from sandboxd.script.numbers import ARCHITECTURES
+from sandboxd.script.zygote import tenant_image
+from sandboxd.supervise.probe import probe
+from sandboxd.supervise.runner import host_for
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A plan and the host it was made for."""
+
+    plan: Plan
+    host: Host
+
+    def scripts(self) -> Iterator[tuple[str, list[tuple[int, str]]]]:
+        """Part of the plan -> (number of the step or -1, line) for each of its system calls."""
+        arch = self.host.arch
+        if arch not in ARCHITECTURES:
+            raise HostError("arch", f"scripts have no system call numbers for {arch}")
+        yield "tenant", list(listing(tenant_image(arch, self.plan.tenant), arch))
+        yield "setup", list(listing(setup_image(arch, self.plan.setup), arch))
+        image, content = exec_script(arch, self.plan.exec)
+        image = replace(image, content=content, memory=len(content), marks={})
+        yield "exec", list(listing(image, arch))
+
+
+def planned(job: Job, policy: Policy) -> Planned:
+    """The plan of a job on this machine, which is looked at as for a run."""
+    host = host_for(policy, probe())
+    return Planned(build(job, policy, host, os.environb), host)

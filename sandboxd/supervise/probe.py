@@ -1,0 +1,237 @@
+"""Finds out what this machine offers: the facts of `Host`, by doing where doing is possible.
+
+Everything that needs other processes is tried by launch/prober.py, and what it found is kept in
+$XDG_CACHE_HOME/sandboxd/host.json for as long as everything it depends on looks the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import os
+import resource
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from sandboxd.compile.idmap import tenant_ids
+from sandboxd.errors import HostError
+from sandboxd.host import Host, IdRange
+from sandboxd.linux import landlock
+from sandboxd.script.numbers import ARCHITECTURES
+from sandboxd.supervise import hostcache, idrange, subtree
+from sandboxd.supervise.attempts import Outcome, Tools, attempt
+
+# Not remembered: it may be otherwise the next time.
+_PASSING = frozenset(
+    {errno.EAGAIN, errno.ENOMEM, errno.ENOSPC, errno.EMFILE, errno.ENFILE, errno.EINTR}
+)
+
+COSTS: Mapping[str, str] = {
+    "arch": "nothing can be run",
+    "user_namespaces": "nothing can be run",
+    "subuid": "jobs share one user id, so one can use up quotas per user (inotify, pipes) of all",
+    "overlay": "a writable root needs fuse-overlayfs or is made of binds on a tmpfs",
+    "fuse_overlayfs": "without the kernel's overlay a writable root is made of binds on a tmpfs",
+    "memfd_exec": "the slow executor is used in place of the machine",
+    "landlock": "no domain round the job: one layer of defence less",
+    "seccomp": "system calls are not filtered",
+    "time_namespaces": "[clock] offsets are not possible",
+    "proc": "no new proc can be mounted: only policies with root.proc = 'none' run",
+    "cgroup": "memory cannot be limited for a whole run, cpu time is a lower bound",
+    "cgroup.memory": "memory cannot be limited for a whole run",
+    "cgroup.pids": "processes are limited per user id (RLIMIT_NPROC)",
+    "cgroup.cpu": "no share of a cpu can be given (limits.cpus)",
+    "cgroup.io": "reads and writes are not counted",
+    "cgroup.cpuset": "runs are not pinned to cpus",
+    "cgroup.kill": "a run is ended through the pidfd of its init alone",
+    "memory.peak": "the peak of memory is sampled",
+    "pids.peak": "the peak of processes is sampled",
+}
+"""Capability -> what is lost without it. The keys are those of Host.fault_notes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Examination:
+    """A Host, and what it was made of."""
+
+    host: Host
+    why_not: dict[str, str]
+    """Capability -> why it is missing, without what that costs."""
+    outcomes: dict[str, Outcome]
+    tools: Tools
+    cgroup: subtree.Found
+
+
+def probe(*, cached: bool = True) -> Host:
+    """What this machine offers. `cached=False` tries everything afresh, and remembers that."""
+    return examine(cached=cached).host
+
+
+def examine(*, cached: bool = True, more: tuple[str, ...] = ()) -> Examination:
+    """The same with all outcomes; `more` trials are done on top and never come from the cache."""
+    found = subtree.find()  # first: nobody of ours who is more privileged must sit in it meanwhile
+    tools = Tools.in_path()
+    host, notes = _plain_facts()
+    ranges = _ranges(tools)
+    if isinstance(ranges, str):
+        notes["subuid"] = ranges
+    else:
+        uids, gids = ranges
+        host = dataclasses.replace(host, subuid=uids, subgid=gids, direct_maps=os.geteuid() == 0)
+    outcomes = _outcomes(host, tools, cached)
+    if more:
+        outcomes |= attempt(more, tools=tools)
+    host = _with_outcomes(host, outcomes, tools, notes)
+    notes |= found.notes
+    if found.subtree is None:
+        notes["cgroup"] = found.why_not
+    costs = {key: f"{why}: {COSTS[key]}" for key, why in notes.items()}
+    host = dataclasses.replace(
+        host, cgroup=found.subtree, cgroup_why_not=found.why_not, fault_notes=costs
+    )
+    return Examination(host=host, why_not=notes, outcomes=outcomes, tools=tools, cgroup=found)
+
+
+def _plain_facts() -> tuple[Host, dict[str, str]]:
+    """What one reads, in this process."""
+    notes = {}
+    abi = 0
+    try:
+        abi = landlock.abi()
+    except OSError as error:
+        known = {
+            errno.EOPNOTSUPP: "not enabled at boot (lsm=)",
+            errno.ENOSYS: "not in this kernel (Linux 5.13)",
+        }
+        notes["landlock"] = known.get(error.errno or 0, str(error))
+    system = os.uname()
+    if system.machine not in ARCHITECTURES:
+        notes["arch"] = f"no machine code for {system.machine}"
+    links, folders = _top()
+    host = Host(
+        arch=system.machine,
+        kernel=system.release,
+        uid=os.geteuid(),
+        gid=os.getegid(),
+        cpus=len(os.sched_getaffinity(0)),
+        page_size=os.sysconf("SC_PAGE_SIZE"),
+        landlock=abi,
+        root_links=links,
+        root_dirs=folders,
+        etc_entries=kinds(Path("/etc")),
+        proc_entries=_proc(),
+        hard_limits=_hard_limits(),
+    )
+    return host, notes
+
+
+def _top() -> tuple[dict[str, str], frozenset[str]]:
+    with os.scandir("/") as entries:
+        all_of_them = sorted(entries, key=lambda entry: entry.name)
+    links = {entry.name: os.readlink(entry) for entry in all_of_them if entry.is_symlink()}
+    folders = (entry.name for entry in all_of_them if entry.is_dir(follow_symlinks=False))
+    return links, frozenset(folders)
+
+
+def kinds(folder: Path) -> dict[str, str]:
+    """Name -> "file" or "dir", links followed; what is neither, or leads nowhere, is left out."""
+    found = {}
+    for name in sorted(os.listdir(folder)) if folder.is_dir() else ():
+        with contextlib.suppress(OSError):
+            mode = os.stat(folder / name).st_mode
+            if stat.S_ISDIR(mode):
+                found[name] = "dir"
+            elif stat.S_ISREG(mode):
+                found[name] = "file"
+    return found
+
+
+def _proc() -> frozenset[str]:
+    try:
+        names = os.listdir("/proc/self") and os.listdir("/proc")
+    except OSError as error:
+        raise HostError(
+            "proc", f"/proc/self: {error.strerror}", hint="mount -t proc proc /proc"
+        ) from None
+    return frozenset(name for name in names if not name.isdecimal())
+
+
+def _hard_limits() -> dict[str, int]:
+    limits = {}
+    for name in dir(resource):
+        if name.startswith("RLIMIT_") and name != "RLIMIT_OFILE":  # BSD's name of NOFILE
+            _, hard = resource.getrlimit(getattr(resource, name))
+            if hard != resource.RLIM_INFINITY:
+                limits[name.removeprefix("RLIMIT_")] = hard
+    return limits
+
+
+def _ranges(tools: Tools) -> tuple[IdRange, IdRange] | str:
+    ranges = idrange.of_caller()
+    if isinstance(ranges, str) or os.geteuid() == 0:
+        return ranges
+    missing = [
+        name
+        for name, path in (("newuidmap", tools.newuidmap), ("newgidmap", tools.newgidmap))
+        if path is None
+    ]
+    return f"no {' and no '.join(missing)} in PATH (package uidmap)" if missing else ranges
+
+
+def _outcomes(host: Host, tools: Tools, cached: bool) -> dict[str, Outcome]:
+    ids = tenant_ids(host) if host.subuid else None
+    names = ["user_namespace", "overlay", "time_namespace", "proc", "seccomp", "memfd_exec"]
+    if ids is not None:
+        names.insert(1, "id_maps")
+    if tools.fuse_overlayfs is not None:
+        names.append("fuse_overlayfs")
+    key = hostcache.key(tools, ids)
+    outcomes = hostcache.load(key) if cached else {}
+    if set(outcomes) == set(names):
+        return outcomes
+    outcomes = attempt(names, ids=ids, tools=tools)
+    if all(outcome.ok or _lasting(outcome) for outcome in outcomes.values()):
+        hostcache.save(key, outcomes)
+    return outcomes
+
+
+def _lasting(outcome: Outcome) -> bool:
+    """Whether a failure will be the same next time; one without an errno and a tool may not be."""
+    return outcome.errno not in _PASSING and not outcome.why.startswith("the prober")
+
+
+def _with_outcomes(
+    host: Host, outcomes: Mapping[str, Outcome], tools: Tools, notes: dict[str, str]
+) -> Host:
+    """Take back what did not work, and say why."""
+    for trial, name in (
+        ("user_namespace", "user_namespaces"),
+        ("id_maps", "subuid"),
+        ("overlay", "overlay"),
+        ("fuse_overlayfs", "fuse_overlayfs"),
+        ("time_namespace", "time_namespaces"),
+        ("proc", "proc"),
+        ("seccomp", "seccomp"),
+        ("memfd_exec", "memfd_exec"),
+    ):
+        if trial in outcomes and not outcomes[trial].ok:
+            notes[name] = outcomes[trial].why
+    if tools.fuse_overlayfs is None:
+        notes["fuse_overlayfs"] = "no fuse-overlayfs in PATH"
+    if "subuid" in notes:
+        host = dataclasses.replace(host, subuid=None, subgid=None, direct_maps=False)
+    procs = outcomes["proc"].found
+    return dataclasses.replace(
+        host,
+        user_namespaces=outcomes["user_namespace"].ok,
+        overlay=outcomes["overlay"].ok,
+        fuse_overlayfs=None if "fuse_overlayfs" in notes else tools.fuse_overlayfs,
+        time_namespaces=outcomes["time_namespace"].ok,
+        seccomp=outcomes["seccomp"].ok,
+        memfd_exec=outcomes["memfd_exec"].ok,
+        proc_whole=isinstance(procs, list) and "whole" in procs,
+        proc_subset=isinstance(procs, list) and "subset" in procs,
+    )

@@ -1,0 +1,29 @@
+"""Waiting for processes we started."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+
+import trio
+
+PATIENCE = 5.0
+"""Seconds a process that has been told to end by closing its socket gets for that."""
+
+
+async def reap(process: subprocess.Popen[bytes], patience: float = PATIENCE) -> None:
+    """Wait until a process of ours is gone; kill it if it does not go by itself in time.
+
+    The pidfd comes first: kill() may find it dead and reap it, and its number is free then.
+    """
+    if process.poll() is None:
+        pidfd = os.pidfd_open(process.pid)
+        try:
+            with trio.move_on_after(patience) as waiting:
+                await trio.lowlevel.wait_readable(pidfd)
+            if waiting.cancelled_caught:
+                process.kill()
+                await trio.lowlevel.wait_readable(pidfd)
+        finally:
+            os.close(pidfd)
+    process.wait()

@@ -1,0 +1,463 @@
+"""The Runner: takes jobs, has tenants and sandboxes for them, and gives results."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
+from pathlib import Path
+
+import msgspec
+import trio
+
+from sandboxd import plan
+from sandboxd.compile import build
+from sandboxd.compile.load import tighten
+from sandboxd.errors import InternalError, JobError, LaunchError, SandboxError
+from sandboxd.host import Host
+from sandboxd.job import Job
+from sandboxd.policy import Policy
+from sandboxd.result import Event, Result
+from sandboxd.supervise import policies, record
+from sandboxd.supervise.cgroups import Cgroups, open_cgroups
+from sandboxd.supervise.descriptors import Descriptors
+from sandboxd.supervise.porter import Porter, open_porter
+from sandboxd.supervise.probe import probe
+from sandboxd.supervise.sandboxes import Sandbox, make
+from sandboxd.supervise.supervise import (
+    Conduct,
+    Dispatch,
+    Emit,
+    Pipes,
+    Stops,
+    open_pipes,
+    resize_terminal,
+    supervise,
+)
+from sandboxd.supervise.tenants import Prepared, Tenant, open_tenant
+
+EVENTS_BUFFER = 16
+"""Events a reader may lag behind before the job is stalled."""
+POLICIES_KEPT = 256
+UNDERTAKER = 0.02
+"""Seconds in which init, having reported, is dead and what it held is given back."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class RunnerStatistics:
+    """Counts since the runner was opened; `running` and `spares` are of this moment."""
+
+    slots: int
+    running: int
+    waiting: int
+    finished: int
+    tenants: int
+    spares: int
+
+
+class Home:
+    """A tenant's place: it is started when first needed, and anew when it died."""
+
+    def __init__(self) -> None:
+        self.lock = trio.Lock()
+        self.tenant: Tenant | None = None
+        self.porter: Porter | None = None
+        self.stack = AsyncExitStack()
+
+
+class Kept:
+    """A policy the runner has seen: prepared, with the tenant that serves it while it lives."""
+
+    def __init__(self, policy: Policy, prepared: Prepared, home: Home) -> None:
+        self.policy = policy
+        self.prepared = prepared
+        self.home = home
+        self.kind = record.Kind.of(prepared.compiled)
+        self.spares: list[Sandbox] = []
+        self.refilling = False
+
+
+class Run:
+    """One run in progress. Reading `events` is what keeps it going; see Runner.start."""
+
+    def __init__(self, run_id: str, stdin: trio.abc.SendStream | None) -> None:
+        self.id = run_id
+        self.stdin = stdin
+        self._send, self.events = trio.open_memory_channel[Event](EVENTS_BUFFER)
+        self._seq = 0
+        self._stops: Stops | None = None
+        self._cancelled = False
+        self._terminal: int | None = None
+        self._done = trio.Event()
+        self._result: Result | None = None
+        self._error: Exception | None = None
+        self._error_told = False
+        self._queue = trio.CancelScope()
+
+    def kill(self) -> None:
+        """End it now; its status will be `cancelled`."""
+        self._cancelled = True
+        if self._stops is not None:
+            self._stops.stop("cancelled", "cancelled by the caller")
+        else:
+            self._queue.cancel()
+
+    def resize(self, rows: int, columns: int) -> None:
+        """Tell the job's terminal its new size."""
+        if self._terminal is not None:
+            resize_terminal(self._terminal, rows, columns)
+
+    async def wait(self) -> Result:
+        """The result. Someone must read `events` meanwhile: a full channel stalls the job."""
+        await self._done.wait()
+        if self._error is not None:
+            self._error_told = True
+            raise self._error
+        if self._result is None:
+            raise SandboxError("the run was left before it ended", hint="wait inside the block")
+        return self._result
+
+    def _started(self, stops: Stops) -> None:
+        self._stops = stops
+        if self._cancelled:
+            self.kill()
+
+    async def _forward(self, name: str, data: bytes) -> None:
+        try:
+            await self._emit(Event(seq=self._seq, type=name, data=data))  # type: ignore[arg-type]
+        except trio.BrokenResourceError:  # the reader has gone: so has the reason to run
+            self.kill()
+
+    async def _emit(self, event: Event) -> None:
+        self._seq += 1
+        await self._send.send(event)
+
+
+class Runner:
+    """Runs jobs on this machine. Made by `open_runner`; may be used by many tasks at once."""
+
+    def __init__(
+        self, host: Host, slots: int, spares: int, cgroups: Cgroups | None, nursery: trio.Nursery
+    ) -> None:
+        self.host = host
+        self.slots = slots
+        self._spares_wanted = spares
+        self._cgroups = cgroups
+        self._nursery = nursery
+        self._limiter = trio.CapacityLimiter(slots)
+        self._finished = 0
+        self._closed = False
+        self._dying: list[Sandbox] = []
+        self._burying = False
+        self._found: dict[str, Policy] = {}
+        self._kept: dict[bytes, Kept] = {}
+        self._recent: dict[int, Kept] = {}
+        self._homes: dict[plan.TenantPlan, Home] = {}
+
+    # -- what callers use
+
+    async def run(self, job: Job) -> Result:
+        """Carry a job out. What the workload did is in the result; SandboxError is our failure."""
+        if job.stdin is None:
+            raise JobError("stdin=None: there is nobody to feed it", hint="use Runner.start")
+        return await self._run(job, None)
+
+    @asynccontextmanager
+    async def start(self, job: Job) -> AsyncIterator[Run]:
+        """Carry a job out while its events are read; leaving the block kills what is left."""
+        with Descriptors() as fds:
+            pipes = open_pipes(job, Pipes(fds))
+            stdin = None
+            if pipes.stdin is not None:
+                stdin = trio.lowlevel.FdStream(os.dup(pipes.stdin))
+                if job.terminal is None:
+                    fds.close(pipes.stdin)
+            run = Run(job.id or record.new_id(), stdin)
+            run._terminal = pipes.stdin if job.terminal else None
+            job = dataclasses.replace(job, id=run.id)
+            try:
+                with one_error():
+                    async with trio.open_nursery() as nursery:
+                        nursery.start_soon(self._conduct, job, run, pipes)
+                        try:
+                            yield run
+                        finally:
+                            run.events.close()
+                            run.kill()
+                            nursery.cancel_scope.cancel()
+            finally:
+                if stdin is not None:
+                    with trio.CancelScope(shield=True):
+                        await stdin.aclose()
+            if run._error is not None and not run._error_told:
+                raise run._error
+
+    def plan(self, job: Job) -> plan.Plan:
+        """What would be done for a job, without doing it."""
+        policy = self._policy(job)
+        return build.build(job, policy, host_for(policy, self.host), os.environb)
+
+    def statistics(self) -> RunnerStatistics:
+        waiting = self._limiter.statistics()
+        return RunnerStatistics(
+            slots=self.slots,
+            running=waiting.borrowed_tokens,
+            waiting=waiting.tasks_waiting,
+            finished=self._finished,
+            tenants=sum(home.tenant is not None for home in self._homes.values()),
+            spares=sum(len(kept.spares) for kept in self._kept.values()),
+        )
+
+    # -- one run
+
+    async def _conduct(self, job: Job, run: Run, pipes: Pipes) -> None:
+        try:
+            try:
+                await run._emit(Event(seq=0, type="start"))
+            except trio.BrokenResourceError:  # the events were closed before anything happened
+                run.kill()
+            run._result = await self._run(job, run, pipes)
+            with suppress(trio.BrokenResourceError):  # nobody reads any more; wait() has it
+                await run._emit(Event(seq=run._seq, type="exit", result=run._result))
+        except Exception as error:  # told by wait(), or at the end of the block
+            run._error = error
+        finally:
+            run._done.set()
+            run._send.close()
+
+    async def _run(self, job: Job, run: Run | None, pipes: Pipes | None = None) -> Result:
+        if self._closed:
+            raise SandboxError("the runner is closed", hint="use it inside `async with`")
+        asked = trio.current_time()
+        token = object()
+        if not await self._take_slot(token, run):
+            kept = self._keep(self._policy(job))
+            seen, waited = record.never_started(asked)
+            return record.make(job, kept.kind, seen, self.host, waited)
+        try:
+            queued = trio.current_time() - asked
+            kept = self._keep(self._policy(job))
+            with Descriptors() as fds:
+                conduct = Conduct(
+                    job=job,
+                    compiled=kept.prepared.compiled,
+                    host=self.host,
+                    dispatch=Dispatch(job, kept.prepared, pipes or Pipes(fds)),
+                    porter=lambda: self._porter(kept),
+                    emit=_forwarding(run),
+                    on_start=run._started if run else lambda _: None,
+                )
+                result = await self._in_sandbox(kept, conduct, (asked, queued))
+            self._finished += 1
+            if not kept.refilling:
+                kept.refilling = True
+                self._nursery.start_soon(self._refill, kept)
+            return result
+        finally:
+            self._limiter.release_on_behalf_of(token)
+
+    async def _take_slot(self, token: object, run: Run | None) -> bool:
+        """False if the run was killed before it got one."""
+        try:
+            self._limiter.acquire_on_behalf_of_nowait(token)
+        except trio.WouldBlock:
+            with run._queue if run is not None else trio.CancelScope():
+                await self._limiter.acquire_on_behalf_of(token)
+                return True
+            return False
+        return True
+
+    async def _in_sandbox(
+        self, kept: Kept, conduct: Conduct, waited: tuple[float, float]
+    ) -> Result:
+        box = await self._take(kept, conduct.dispatch)
+        try:
+            seen = await supervise(conduct, box)
+        except BaseException:
+            await box.end()
+            raise
+        if box.reported and box.fuse is None:
+            box.socket.close()
+            self._dying.append(box)
+            if not self._burying:
+                self._burying = True
+                self._nursery.start_soon(self._undertaker)
+        else:
+            await box.end()
+        return record.make(conduct.job, kept.kind, seen, self.host, waited)
+
+    async def _take(self, kept: Kept, dispatch: Dispatch) -> Sandbox:
+        """A spare or a new sandbox, with the job on its way into it."""
+        self._bury()  # what they had is used again
+        while len(self._dying) > self.slots:
+            await self._dying.pop(0).end()
+        box = await self._spare(kept) or await self._new(kept)
+        try:
+            dispatch.begin(box.socket)
+        except BaseException:
+            await box.end()
+            raise
+        return box
+
+    def _bury(self) -> None:
+        if self._dying:
+            self._dying = [box for box in self._dying if not box.is_gone()]
+
+    async def _undertaker(self) -> None:
+        """Once in a while for all of them: a task for each would cost more than its run."""
+        while self._dying:
+            await trio.sleep(UNDERTAKER)
+            self._bury()
+        self._burying = False
+
+    async def _spare(self, kept: Kept) -> Sandbox | None:
+        while kept.spares:
+            box = kept.spares.pop()
+            if not box.is_dead():
+                return box
+            await box.end()  # it died with its tenant
+        return None
+
+    async def _new(self, kept: Kept) -> Sandbox:
+        """Made now; a tenant that has died is started anew, once."""
+        for attempt in range(2):
+            tenant = await self._tenant(kept)
+            try:
+                return await make(tenant, kept.prepared, self._cgroups)
+            except LaunchError as error:
+                if error.stage != "tenant" or attempt:
+                    raise
+        raise InternalError("unreachable")
+
+    async def _refill(self, kept: Kept) -> None:
+        """Make what a policy lacks of spares and networks: after a job, not while one starts."""
+        try:
+            tenant = await self._tenant(kept)
+            if not kept.prepared.compiled.network_serves_again:
+                await tenant.refill_networks(self.slots)
+            while len(kept.spares) < self._spares_wanted:
+                tenant = await self._tenant(kept)
+                box = await make(tenant, kept.prepared, self._cgroups)
+                kept.spares.append(box)
+                await box.wait_known()
+        except SandboxError:
+            return  # the next job meets the same error, and can tell somebody
+        finally:
+            kept.refilling = False
+
+    # -- what lasts longer than a run
+
+    def _policy(self, job: Job) -> Policy:
+        policy = job.policy
+        if isinstance(policy, str):
+            if policy not in self._found:
+                self._found[policy] = policies.find(policy)
+            policy = self._found[policy]
+        return tighten(policy, job.limits) if job.limits is not None else policy
+
+    def _keep(self, policy: Policy) -> Kept:
+        """The policy made ready; equal policies are one, and so are tenants of equal plans."""
+        kept = self._recent.get(id(policy))
+        if kept is not None:
+            return kept
+        key = msgspec.msgpack.encode(policy)
+        if key not in self._kept:
+            host = host_for(policy, self.host)
+            prepared = Prepared.of(build.compile_policy(policy, host), host)
+            home = self._homes.setdefault(prepared.compiled.tenant, Home())
+            self._kept[key] = Kept(policy, prepared, home)
+        kept = self._kept[key]
+        if kept.policy is policy:  # so that the id stays this policy's
+            self._recent[id(policy)] = kept
+        return kept
+
+    async def _tenant(self, kept: Kept) -> Tenant:
+        home = kept.home
+        if home.tenant is not None and not home.tenant.dead:
+            return home.tenant
+        async with home.lock:
+            if home.tenant is not None and home.tenant.dead:
+                await self._leave(home)
+            if home.tenant is None:
+                opened = open_tenant(kept.prepared.compiled, self.host, self._cgroups)
+                home.tenant = await home.stack.enter_async_context(opened)
+            return home.tenant
+
+    async def _porter(self, kept: Kept) -> Porter:
+        """The process that carries files for this tenant's sandboxes; started when first needed."""
+        tenant = await self._tenant(kept)
+        home = kept.home
+        async with home.lock:
+            if home.porter is None:
+                with Descriptors() as fds:
+                    path = tenant.user_namespace()
+                    namespace = fds.own(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+                    opened = open_porter(namespace)
+                    home.porter = await home.stack.enter_async_context(opened)
+            return home.porter
+
+    async def _leave(self, home: Home) -> None:
+        with trio.CancelScope(shield=True):
+            await home.stack.aclose()
+        home.tenant = home.porter = None
+        home.stack = AsyncExitStack()
+
+    async def _close(self) -> None:
+        with trio.CancelScope(shield=True):
+            while self._dying:
+                await self._dying.pop().end()
+            for kept in self._kept.values():
+                while kept.spares:
+                    await kept.spares.pop().end()
+            for home in self._homes.values():
+                await self._leave(home)
+
+
+def _forwarding(run: Run | None) -> Emit | None:
+    return run._forward if run is not None else None
+
+
+def host_for(policy: Policy, host: Host) -> Host:
+    """The host with what a policy's bind sources are."""
+    sources = {mount.source for mount in policy.mounts if mount.type == "bind" and mount.source}
+    files = frozenset(source for source in sources if Path(source).is_file())
+    return dataclasses.replace(host, files=files) if files else host
+
+
+@asynccontextmanager
+async def open_runner(
+    *, slots: int | None = None, spares: int = 0, host: Host | None = None
+) -> AsyncIterator[Runner]:
+    """A Runner; leaving the block ends all its runs and everything they had.
+
+    `slots` is how many jobs run at once (default: one a CPU), `spares` how many sandboxes of each
+    policy are kept ready, `host` a snapshot to use instead of probing now.
+    """
+    if slots is not None and slots < 1:
+        raise ValueError(f"slots={slots}: at least one job must be able to run")
+    if host is None:
+        host = await trio.to_thread.run_sync(probe)
+    with one_error():
+        async with open_cgroups(host.cgroup) as cgroups, AsyncExitStack() as stack:
+            async with trio.open_nursery() as nursery:
+                runner = Runner(host, slots or host.cpus, spares, cgroups, nursery)
+                # When no task is left that could still make something: a spare, a network.
+                stack.push_async_callback(runner._close)
+                try:
+                    yield runner
+                finally:
+                    runner._closed = True
+                    nursery.cancel_scope.cancel()
+
+
+@contextmanager
+def one_error() -> Iterator[None]:
+    """Let a single error through as itself: that there are nurseries here is not the caller's."""
+    try:
+        yield
+    except BaseExceptionGroup as group:
+        only: BaseException = group
+        while isinstance(only, BaseExceptionGroup) and len(only.exceptions) == 1:
+            only = only.exceptions[0]
+        raise only from only.__cause__

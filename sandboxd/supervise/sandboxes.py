@@ -1,0 +1,187 @@
+"""One sandbox: a process tree in namespaces of its own, used by one job, once.
+
+Whoever holds a Sandbox owns its init (by pidfd), its socket, its uid, network namespace and
+cgroup. Ending it kills first, and gives back what may be used again only when the pidfd says that
+init, and with it the whole PID namespace, is dead.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import socket
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+import trio
+
+from sandboxd.errors import LaunchError
+from sandboxd.messages import SIGNAL_STOP
+from sandboxd.plan import TENANT_UID
+from sandboxd.script.record import Image
+from sandboxd.supervise.cgroups import Cgroups, Leaf
+from sandboxd.supervise.fuse import FuseRoot, open_fuse_root
+from sandboxd.supervise.tenants import Clone, Prepared, Tenant, sandbox_script
+
+PATIENCE = 0.25
+"""Seconds init gets to reap what it killed and to report, before it is killed as well."""
+DEAD_TIMEOUT = 10.0
+
+
+@dataclass(slots=True)
+class Sandbox:
+    """A live sandbox, ready for its job or running it."""
+
+    tenant: Tenant
+    clone: Clone
+    socket: socket.socket
+    image: Image
+    uid: int | None
+    network: int
+    leaf: Leaf | None
+    cgroups: Cgroups | None
+    fuse: FuseRoot | None = None
+    signals: list[int] = field(default_factory=list)
+    """What it is to get as soon as its pidfd is known."""
+    ended: bool = False
+    dead: bool = False
+    reported: bool = False
+    """Its init has told everything and is about to exit; nothing else is alive in there."""
+    network_serves_again: bool = False
+
+    def signal(self, number: int) -> None:
+        if self.ended:  # the number may be somebody else's by now
+            return
+        if self.clone.pidfd < 0:
+            self.tenant.hear()
+        if self.clone.pidfd < 0:
+            self.signals.append(number)
+            return
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self.clone.pidfd, number)
+
+    async def wait_known(self) -> None:
+        """Until its init can be signalled, which then gets the signals it was to get before."""
+        await self.clone.wait()
+        while self.signals:
+            self.signal(self.signals.pop(0))
+
+    def ask_to_stop(self) -> None:
+        """init kills everything, reaps, and reports what it was."""
+        self.signal(SIGNAL_STOP)
+
+    def kill(self) -> None:
+        """Everything at once, without a report: the kernel ends the PID namespace with init."""
+        self.signal(signal.SIGKILL)
+        if self.leaf is not None:
+            self.leaf.kill()
+
+    async def wait_dead(self) -> None:
+        await self.wait_known()
+        await trio.lowlevel.wait_readable(self.clone.pidfd)
+        self.dead = True
+
+    def is_dead(self) -> bool:
+        """Whether its init has ended already: a pidfd is readable then (pidfd_open(2))."""
+        if self.clone.pidfd < 0:
+            self.tenant.hear()
+            if self.clone.pidfd < 0:
+                return self.clone.error is not None
+        poll = select.poll()
+        poll.register(self.clone.pidfd, select.POLLIN)
+        return bool(poll.poll(0))
+
+    def pid(self) -> int:
+        """init's pid as the supervisor sees it, or 0: pidfd_open(2), fdinfo."""
+        with open(f"/proc/self/fdinfo/{self.clone.pidfd}") as file:
+            for line in file:
+                if line.startswith("Pid:"):
+                    return max(0, int(line.split()[1]))
+        return 0
+
+    async def end(self) -> bool:
+        """Kill it, wait, give back what it borrowed. False if it could not be killed."""
+        self.socket.close()
+        if self.reported and not self.dead:
+            with trio.CancelScope(shield=True, deadline=trio.current_time() + PATIENCE):
+                await self.wait_dead()
+        if not self.dead:
+            self.kill()
+            with trio.CancelScope(shield=True, deadline=trio.current_time() + DEAD_TIMEOUT):
+                try:
+                    await self.wait_dead()
+                except LaunchError:  # it was never born
+                    self.dead = True
+        self._close()
+        if self.fuse is not None:
+            await self.fuse.close()
+        if not self.dead:  # in D state: nothing it had may be used again
+            return False
+        self._give_back()
+        return True
+
+    def is_gone(self) -> bool:
+        """For one that reported: whether it is dead by now, and what it had given back."""
+        if not self.is_dead():
+            return False
+        self.dead = True
+        self._close()
+        self._give_back()
+        return True
+
+    def _close(self) -> None:
+        self.ended = True
+        if self.clone.pidfd >= 0:
+            os.close(self.clone.pidfd)
+
+    def _give_back(self) -> None:
+        self.tenant.return_network(self.network, again=self.network_serves_again)
+        if self.uid is not None:
+            self.tenant.return_uid(self.uid)
+        if self.leaf is not None and self.cgroups is not None:
+            self.cgroups.give_back(self.leaf)
+
+
+async def make(tenant: Tenant, prepared: Prepared, cgroups: Cgroups | None) -> Sandbox:
+    """Start the construction of a sandbox; it waits for its job, or reports why it failed.
+
+    What the caller does next happens while the kernel works.
+    """
+    compiled = prepared.compiled
+    setup = compiled.setup
+    uid = tenant.take_uid() if setup.own_uid else None
+    network = leaf = fuse = None
+    try:
+        network = await tenant.take_network()
+        leaf = cgroups.take(compiled.cgroup_files) if cgroups is not None else None
+        if "fuse" in setup.descriptors:
+            fuse = await open_fuse_root(tenant, prepared)
+        script = sandbox_script(prepared.image, TENANT_UID if uid is None else uid)
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        with theirs:
+            ours.setblocking(False)
+            offered = {"socket": theirs.fileno(), "network": network}
+            if leaf is not None:
+                offered["cgroup"] = leaf.fd
+            if fuse is not None:
+                offered["fuse"] = fuse.mount
+            try:
+                fds = [offered[name] for name in setup.descriptors]
+                clone = await tenant.clone(setup, script, fds)
+            except BaseException:
+                ours.close()
+                raise
+    except BaseException:
+        if network is not None:
+            tenant.return_network(network, again=False)
+        if uid is not None:
+            tenant.return_uid(uid)
+        if leaf is not None and cgroups is not None:
+            cgroups.give_back(leaf)
+        if fuse is not None:
+            await fuse.close()
+        raise
+    box = Sandbox(tenant, clone, ours, prepared.image, uid, network, leaf, cgroups, fuse)
+    box.network_serves_again = compiled.network_serves_again
+    return box

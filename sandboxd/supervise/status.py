@@ -1,0 +1,205 @@
+"""Why a run ended, in one word: one table, first match wins. Nobody else compares with limits."""
+
+from __future__ import annotations
+
+import errno as errnos
+import os
+import signal as signals
+from dataclasses import dataclass, field
+
+from sandboxd.messages import Ended
+from sandboxd.policy import Limits
+from sandboxd.result import ArtifactError, Fault, LimitReport, Signal, Status, Usage
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """What was observed. `stopped_by` is the first cause for which we ended the run."""
+
+    ended: Ended | None
+    usage: Usage
+    output: int
+    stopped_by: tuple[Status, str] | None = None
+    start_error: tuple[int, str] | None = None
+    """errno and what could not be started."""
+    artifact_errors: tuple[ArtifactError, ...] = ()
+    enforcement: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Classified:
+    status: Status
+    causes: tuple[Status, ...]
+    fault: Fault | None
+    message: str
+    exit_code: int | None
+    signal: Signal | None
+    core_dumped: bool
+    limits: dict[str, LimitReport]
+
+
+LIMIT_STATUS: dict[str, Status] = {
+    "memory": "memory_limit",
+    "cpu_time": "cpu_time_limit",
+    "wall_time": "wall_time_limit",
+    "idle_time": "idle_limit",
+    "output": "output_limit",
+    "disk": "disk_limit",
+    "inodes": "disk_limit",
+    "file_size": "disk_limit",
+    "processes": "process_limit",
+}
+FATAL_ONLY = frozenset({"disk", "inodes", "file_size", "processes"})
+"""Being at these is a cause only for a program that then failed."""
+
+
+def classify(facts: Facts, limits: Limits) -> Classified:
+    """The status and everything that goes with it (precedence: docs/reference/result.md)."""
+    status = facts.ended.wait_status if facts.ended else None
+    started = facts.start_error is None  # the 127 of a child that could not is not the program's
+    code = os.waitstatus_to_exitcode(status) if status is not None and started else None
+    reports = report_limits(facts, limits, failed=code != 0)
+    causes = find_causes(facts, reports, code)
+    primary = causes[0] if causes else "ok"
+    return Classified(
+        status=primary,
+        causes=causes,
+        fault=find_fault(primary),
+        message=describe(primary, facts, reports, code),
+        exit_code=code if code is not None and code >= 0 else None,
+        signal=ending_signal(facts, code),
+        core_dumped=bool(status is not None and os.WIFSIGNALED(status) and os.WCOREDUMP(status)),
+        limits=reports,
+    )
+
+
+def find_causes(
+    facts: Facts, reports: dict[str, LimitReport], code: int | None
+) -> tuple[Status, ...]:
+    """Every cause that holds, the one that counts first."""
+    exceeded = [LIMIT_STATUS[name] for name, report in reports.items() if report.exceeded]
+    stopped = [facts.stopped_by[0]] if facts.stopped_by else []
+    killed_by_us = bool(stopped) and code in (None, -signals.SIGKILL)
+    rows: list[tuple[bool, list[Status]]] = [
+        (facts.start_error is not None, ["start_failed"]),
+        (stopped == ["cancelled"], ["cancelled"]),
+        (bool(facts.usage.oom_kills), ["memory_limit"]),
+        (bool(stopped), stopped),
+        (True, exceeded),
+        (code == -signals.SIGSYS, ["syscall_denied"]),
+        (code is not None and code < 0 and not killed_by_us, ["signaled"]),
+        (code is None and not stopped and facts.start_error is None, ["signaled"]),
+        (code is not None and code > 0 and facts.start_error is None, ["nonzero_exit"]),
+        (bool(facts.artifact_errors) and code == 0, ["artifact_error"]),
+    ]
+    causes: dict[Status, None] = {}
+    for holds, words in rows:
+        if holds:
+            causes.update(dict.fromkeys(words))
+    return tuple(causes)
+
+
+def report_limits(facts: Facts, limits: Limits, *, failed: bool) -> dict[str, LimitReport]:
+    """Each limit held against what was used."""
+    usage, ended = facts.usage, facts.ended
+    disk = ended.disk_size * ended.disk_block if ended else None
+    full = ended is not None and ended.disk_free == 0
+    no_inodes = ended is not None and ended.inodes > 0 and ended.inodes_free == 0
+    too_large = _signal_number(facts) == signals.SIGXFSZ
+    rows: dict[str, tuple[float | None, float | None, bool]] = {
+        "memory": (limits.memory, usage.memory_peak, _more(usage.memory_peak, limits.memory)),
+        "cpu_time": (limits.cpu_time, usage.cpu_time, _more(usage.cpu_time, limits.cpu_time)),
+        "wall_time": (limits.wall_time, usage.wall_time, _more(usage.wall_time, limits.wall_time)),
+        "idle_time": (limits.idle_time, usage.idle_longest,
+                      _more(usage.idle_longest, limits.idle_time)),
+        "output": (limits.output, facts.output, _more(facts.output, limits.output)),
+        "disk": (limits.disk, usage.disk_used if disk is not None else None, full),
+        "inodes": (limits.inodes, usage.inodes_used, no_inodes),
+        "file_size": (limits.file_size, None, too_large),
+        "processes": (limits.processes, usage.processes_peak, bool(usage.process_limit_hits)),
+    }  # fmt: skip
+    stopped = facts.stopped_by[0] if facts.stopped_by else None
+    reports: dict[str, LimitReport] = {}
+    for name, (limit, used, over) in rows.items():
+        if limit is None:
+            continue
+        killed = stopped == LIMIT_STATUS[name] or (name == "memory" and bool(usage.oom_kills))
+        exceeded = over and (failed or name not in FATAL_ONLY)
+        action = "killed" if killed else "exceeded" if exceeded else "refused" if over else "none"
+        if facts.enforcement.get(name) == "none" and not exceeded:
+            action = "not enforced"
+        known = used is not None or killed or over or name == "file_size"
+        reports[name] = LimitReport(
+            limit=limit, used=used, exceeded=(killed or exceeded) if known else None,
+            action=action,  # type: ignore[arg-type]
+        )  # fmt: skip
+    return reports
+
+
+def _more(used: float | None, limit: float | None) -> bool:
+    return used is not None and limit is not None and used > limit
+
+
+def _signal_number(facts: Facts) -> int | None:
+    status = facts.ended.wait_status if facts.ended else None
+    return os.WTERMSIG(status) if status is not None and os.WIFSIGNALED(status) else None
+
+
+def ending_signal(facts: Facts, code: int | None) -> Signal | None:
+    number = -code if code is not None and code < 0 else None
+    if number is None:
+        return None
+    sender = None
+    if number == signals.SIGKILL and facts.usage.oom_kills:
+        sender = "kernel: out of memory"
+    elif number == signals.SIGKILL and facts.stopped_by:
+        sender = "sandboxd"
+    elif number == signals.SIGSYS:
+        sender = "kernel: seccomp"
+    elif number == signals.SIGXFSZ:
+        sender = "kernel: file size"
+    return Signal(number=number, name=signal_name(number), sender=sender)
+
+
+def signal_name(number: int) -> str:
+    try:
+        return signals.Signals(number).name
+    except ValueError:  # a real-time signal between SIGRTMIN and SIGRTMAX
+        return f"SIGRTMIN+{number - signals.SIGRTMIN}"
+
+
+def find_fault(status: Status) -> Fault | None:
+    """Who has to act."""
+    if status == "ok":
+        return None
+    return "caller" if status in ("cancelled", "start_failed") else "job"
+
+
+def describe(
+    status: Status, facts: Facts, reports: dict[str, LimitReport], code: int | None
+) -> str:
+    """One line for a person."""
+    if facts.start_error and status == "start_failed":
+        number, what = facts.start_error
+        return f"{what}: {os.strerror(number)}"
+    if facts.stopped_by and facts.stopped_by[0] == status:
+        return f"stopped: {facts.stopped_by[1]}"
+    for name, report in reports.items():
+        if report.exceeded and LIMIT_STATUS[name] == status:
+            return f"{name}: {_figure(report.used)} of {_figure(report.limit)} ({report.action})"
+    if status == "artifact_error":
+        first = facts.artifact_errors[0]
+        return f"{first.path}: {first.reason}"
+    if code is not None and code < 0:
+        return f"ended by {signal_name(-code)}"
+    if code is None and status == "signaled":
+        return "ended without a report: its init was killed"
+    return f"exit code {code}" if code else ""
+
+
+def _figure(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def errno_name(number: int) -> str:
+    return errnos.errorcode.get(number, str(number))

@@ -1,0 +1,441 @@
+"""One run from plan to result.
+
+Theory of operation. A sandbox that is ready gets its exec script and descriptors over its socket.
+From then on three things happen at once: the pumps read stdout and stderr, the watcher holds the
+counters against the limits, and the main line waits for init's report. The first who finds a
+reason to stop says so to `Stops`, which remembers it and asks init to end everything; init kills,
+reaps and reports within a moment, or is killed itself. When the pidfd says that the PID namespace
+is dead the pipes are at their end, the counters final, and the files nobody's any more.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import select
+import socket
+import termios
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import trio
+
+from sandboxd.compile.build import Compiled, exec_plan
+from sandboxd.errors import JobError, LaunchError
+from sandboxd.host import Host
+from sandboxd.job import Job, Terminal
+from sandboxd.linux import memfd
+from sandboxd.messages import ENDED, FILES, GO, Ended, Failure, StartHeader
+from sandboxd.plan import TENANT_UID
+from sandboxd.result import Artifact, ArtifactError, Status
+from sandboxd.script.init import exec_script
+from sandboxd.script.record import Image
+from sandboxd.supervise import account, stream
+from sandboxd.supervise.descriptors import Descriptors
+from sandboxd.supervise.porter import Caps, Porter
+from sandboxd.supervise.sandboxes import PATIENCE, Sandbox
+from sandboxd.supervise.status import Facts
+from sandboxd.supervise.tenants import MESSAGE, Prepared, Script, failure
+
+LARGE_STDIN = 64 << 20
+"""Bytes; a file larger than this goes through a pipe instead of a copy in memory."""
+
+SCRIPTS_KEPT = 64
+SCRIPT_KEPT = 64 << 10
+GRACE = 0.002
+"""Seconds in which a run may end without anybody having listened to its pipes."""
+
+Emit = Callable[[str, bytes], Awaitable[None]]
+
+
+class Stops:
+    """Why a run was stopped: the first cause wins and is remembered."""
+
+    def __init__(self, box: Sandbox) -> None:
+        self.cause: tuple[Status, str] | None = None
+        self.insist_at = math.inf
+        """When init gets killed that was asked to stop and has not."""
+        self.waiting: trio.CancelScope | None = None
+        self._dead = False
+        self._box = box
+
+    def stop(self, status: Status, why: str) -> None:
+        if self.cause is None and not self._dead:
+            self.cause = (status, why)
+            self._box.ask_to_stop()
+            self.insist_at = trio.current_time() + PATIENCE
+            if self.waiting is not None:
+                self.waiting.deadline = min(self.waiting.deadline, self.insist_at)
+
+    def over(self) -> None:
+        """The run is dead: nothing more to stop, and nobody to insist."""
+        self._dead = True
+        self.insist_at = math.inf
+
+
+@dataclass(slots=True)
+class Pipes:
+    """The supervisor's ends of a run's streams, and the job's ends until they are handed over."""
+
+    fds: Descriptors
+    job_ends: list[int] = field(default_factory=list)
+    reads: dict[str, int] = field(default_factory=dict)
+    stdin: int | None = None
+    source: int | None = None
+    """A file that is fed to stdin, too large for a copy in memory."""
+
+
+@dataclass(slots=True)
+class Observed:
+    """What one run showed; the Result is made of it."""
+
+    facts: Facts
+    captures: dict[str, stream.Capture]
+    artifacts: tuple[Artifact, ...]
+    started: float
+    ended: float
+
+
+class Dispatch:
+    """A job on its way into a sandbox: its script and descriptors.
+
+    `begin` is called when the sandbox has been asked for and not waited for: what Python does
+    then costs no time, because the kernel builds namespaces meanwhile.
+    """
+
+    def __init__(self, job: Job, prepared: Prepared, pipes: Pipes) -> None:
+        self.pipes = pipes
+        self._job = job
+        self._prepared = prepared
+        self._rest = memoryview(b"")
+        self._fds: list[int] = []
+
+    def begin(self, sock: socket.socket) -> None:
+        """Make the script, and send what the socket takes at once."""
+        if not self.pipes.job_ends:
+            open_pipes(self._job, self.pipes)
+        self.plan, self.image, message = self._script()
+        self._rest = memoryview(message)
+        self._fds = list(self.pipes.job_ends)
+        self._push(sock)
+
+    def _script(self) -> Script:
+        """What a job of these words gets; the last ones are kept, for they often come again."""
+        job, compiled, kept = self._job, self._prepared.compiled, self._prepared.scripts
+        inherited = compiled.policy.environment.inherit
+        key = (
+            *job.argv, None, job.cwd, bool(job.files), bool(job.collect), job.terminal is None,
+            *job.env.items(), *(os.environ.get(name) for name in inherited),
+        )  # fmt: skip
+        made = kept.get(key)
+        if made is None:
+            steps = exec_plan(job, compiled, os.environb)
+            image, script = exec_script(self._prepared.host.arch, steps)
+            made = steps, image, StartHeader(len(script)).pack() + script
+            if len(script) <= SCRIPT_KEPT:
+                if len(kept) >= SCRIPTS_KEPT:
+                    kept.clear()
+                kept[key] = made
+        return made
+
+    def _push(self, sock: socket.socket) -> bool:
+        """Whether everything is sent. The descriptors travel with the first byte."""
+        while self._rest:
+            try:
+                sent = socket.send_fds(sock, [self._rest], self._fds)
+            except BlockingIOError:
+                return False
+            except (BrokenPipeError, ConnectionResetError):
+                break  # it failed while it was set up: its report says why
+            self._fds = []
+            self._rest = self._rest[sent:]
+        self._rest = memoryview(b"")
+        for fd in self.pipes.job_ends:
+            self.pipes.fds.close(fd)
+        return True
+
+    async def finish(self, sock: socket.socket) -> None:
+        """Send the rest, and let go of the job's ends."""
+        while not self._push(sock):
+            await trio.lowlevel.wait_writable(sock)
+
+
+@dataclass(slots=True, kw_only=True)
+class Conduct:
+    """Everything one run needs, so that `supervise` reads as what happens."""
+
+    job: Job
+    compiled: Compiled
+    host: Host
+    dispatch: Dispatch
+    porter: Callable[[], Awaitable[Porter]]
+    emit: Emit | None
+    on_start: Callable[[Stops], None]
+
+
+async def supervise(run: Conduct, box: Sandbox) -> Observed:
+    """Carry one job out in a sandbox that is its own."""
+    limits = run.compiled.policy.limits
+    stops = Stops(box)
+    pipes, image = run.dispatch.pipes, run.dispatch.image
+    captures = {name: stream.Capture(run.job.keep) for name in pipes.reads}
+    budget = stream.Budget(limits.output)
+    pumps = [
+        stream.Pump(name, fd, captures[name], budget,
+                    lambda: stops.stop("output_limit", f"output {limits.output} bytes"))
+        for name, fd in pipes.reads.items()
+    ]  # fmt: skip
+    watcher = account.Watcher(box, limits, run.host, stops.stop)
+    with Descriptors() as fds:
+        await run.dispatch.finish(box.socket)
+        directory = await share_files(run, box, image, fds)
+        started = trio.current_time()
+        watcher.start(started)
+        run.on_start(stops)
+        if run.emit is None and pipes.source is None:
+            report = await attend(box, stops, watcher, pumps)
+        else:
+            await box.wait_known()
+            async with trio.open_nursery() as streams:
+                if pipes.source is not None and pipes.stdin is not None:
+                    streams.start_soon(stream.feed, pipes.source, pipes.stdin, pipes.fds.close)
+                for pump in pumps:
+                    streams.start_soon(stream.forward, pump, run.emit or stream.nowhere)
+                report = await attend(box, stops, watcher, [])
+        ended, failed = parse_report(report)
+        box.reported = ended is not None
+        if not box.reported:
+            await box.wait_dead()
+        stops.over()
+        for pump in pumps:
+            pump.drain()
+        ended_at = trio.current_time()
+        error = start_error(run, box, image, failed)
+        usage = account.usage(box, ended, watcher.seen, ended_at - started)
+        if ended is None and error is None and stops.cause is None and not usage.oom_kills:
+            raise LaunchError("sandbox", 0, 0, "its init was killed from outside",
+                              hint="by the machine's out-of-memory killer or a person")  # fmt: skip
+        artifacts: tuple[Artifact, ...] = ()
+        problems: tuple[ArtifactError, ...] = ()
+        if directory is not None and run.job.collect and error is None:
+            artifacts, problems = await collect(run, directory)
+    facts = Facts(
+        ended=ended, usage=usage, output=budget.used, stopped_by=stops.cause, start_error=error,
+        artifact_errors=problems, enforcement=run.compiled.enforcement,
+    )  # fmt: skip
+    return Observed(facts, captures, artifacts, started, ended_at)
+
+
+async def attend(
+    box: Sandbox, stops: Stops, watcher: account.Watcher, pumps: list[stream.Pump]
+) -> bytes:
+    """Wait for init's report, reading the pipes and looking at the limits meanwhile.
+
+    One task for all of that, and for a short run one wait: the pipes are listened to only after
+    GRACE, because what fits into them can as well be read at the end.
+    """
+    ears = None
+    report = b""
+    try:
+        while True:
+            due = min(watcher.due, stops.insist_at)
+            if ears is None and pumps:
+                due = min(due, watcher.started + GRACE)
+            with trio.CancelScope(deadline=due) as stops.waiting:
+                await trio.lowlevel.wait_readable(box.socket if ears is None else ears)
+            if not stops.waiting.cancelled_caught:
+                if ears is None or hear(ears, pumps, box.socket.fileno()):
+                    part = box.socket.recv(MESSAGE)
+                    report += part
+                    if not part or is_complete(report):
+                        return report
+                continue
+            now = trio.current_time()
+            if ears is None:
+                await box.wait_known()
+                ears = listen(box.socket, pumps)
+            watcher.look(now)
+            if now >= stops.insist_at:
+                stops.insist_at = math.inf
+                box.kill()
+    except ConnectionResetError:
+        return report
+    finally:
+        stops.waiting = None
+        if ears is not None:
+            ears.close()
+
+
+def listen(sock: socket.socket, pumps: list[stream.Pump]) -> select.epoll:
+    """One descriptor that is readable when any of these is."""
+    ears = select.epoll()
+    ears.register(sock.fileno(), select.EPOLLIN)
+    for pump in pumps:
+        ears.register(pump.fd, select.EPOLLIN)
+    return ears
+
+
+def hear(ears: select.epoll, pumps: list[stream.Pump], report: int) -> bool:
+    """Read what can be read, once each; whether the report can be."""
+    ready = {fd for fd, _ in ears.poll(0)}
+    for pump in pumps:
+        if pump.fd in ready:
+            pump.read()
+            if pump.over:
+                ears.unregister(pump.fd)
+    return report in ready
+
+
+# -- talking to init -------------------------------------------------------------------------
+
+
+async def share_files(run: Conduct, box: Sandbox, image: Image, fds: Descriptors) -> int | None:
+    """The working directory's descriptor, when the job has files to copy in or out."""
+    if not (run.job.files or run.job.collect):
+        return None
+    await trio.lowlevel.wait_readable(box.socket)
+    data, received, _, _ = socket.recv_fds(box.socket, len(FILES), 1, socket.MSG_CMSG_CLOEXEC)
+    for fd in received:
+        fds.own(fd)
+    if data != FILES or not received:
+        await box.wait_known()
+        data += await read_all(box.socket)
+        raise setup_failure(run, box, image, data)
+    if run.job.files:
+        porter = await run.porter()
+        await porter.copy_in(received[0], run.job.files, owner(box))
+        box.socket.send(GO)
+    return received[0]
+
+
+def owner(box: Sandbox) -> tuple[int, int]:
+    """The job's ids inside the tenant, where the porter is."""
+    inside = TENANT_UID if box.uid is None else box.uid
+    return inside, inside
+
+
+async def collect(
+    run: Conduct, directory: int
+) -> tuple[tuple[Artifact, ...], tuple[ArtifactError, ...]]:
+    porter = await run.porter()
+    patterns = [os.fsencode(pattern) for pattern in run.job.collect]
+    artifacts, problems = await porter.collect(directory, patterns, Caps())
+    return tuple(artifacts), tuple(problems)
+
+
+async def read_all(sock: socket.socket) -> bytes:
+    """Everything up to the end of a nonblocking socket."""
+    parts = []
+    while True:
+        try:
+            data = sock.recv(MESSAGE)
+        except BlockingIOError:
+            await trio.lowlevel.wait_readable(sock)
+            continue
+        except ConnectionResetError:
+            break
+        if not data:
+            break
+        parts.append(data)
+    return b"".join(parts)
+
+
+def is_complete(data: bytes) -> bool:
+    """Whether init has said all it will say."""
+    return len(data) in REPORT_SIZES and data.startswith(ENDED, len(data) - Ended.FORM.size)
+
+
+def parse_report(data: bytes) -> tuple[Ended | None, bytes]:
+    """init's report, and what came before it: a messages.Failure, or nothing."""
+    if not is_complete(data):
+        return None, data
+    position = len(data) - Ended.FORM.size
+    return Ended.unpack(data[position:]), data[:position]
+
+
+REPORT_SIZES = frozenset({Ended.FORM.size, Ended.FORM.size + Failure.FORM.size})
+
+
+def setup_failure(run: Conduct, box: Sandbox, image: Image, data: bytes) -> LaunchError:
+    """What a Failure means: a step of the sandbox's setup, or of the job's own script."""
+    if len(data) >= Failure.FORM.size:
+        address = Failure.unpack(data[: Failure.FORM.size]).address
+        if address >= image.origin:
+            return failure(data, image, run.dispatch.plan.steps)
+    return failure(data, box.image, run.compiled.setup.steps)
+
+
+def start_error(run: Conduct, box: Sandbox, image: Image, failed: bytes) -> tuple[int, str] | None:
+    """errno and words if the program could not be started; LaunchError if that is our failure."""
+    if not failed:
+        return None
+    error = setup_failure(run, box, image, failed)
+    if error.stage == "exec":
+        return error.errno, os.fsdecode(os.fsencode(run.job.argv[0]))
+    if error.stage == "change_dir":
+        return error.errno, f"working directory {os.fsdecode(run.job.cwd or '/box')}"
+    raise error
+
+
+# -- the job's descriptors -------------------------------------------------------------------
+
+
+def open_pipes(job: Job, pipes: Pipes) -> Pipes:
+    """stdin, stdout and stderr of a job; `pipes.fds` owns all ends."""
+    fds = pipes.fds
+    if job.terminal is not None:
+        return open_terminal(job.terminal, pipes)
+    pipes.job_ends.append(open_stdin(job, pipes))
+    for name in ("stdout", "stderr"):
+        ours, theirs = os.pipe2(os.O_CLOEXEC)
+        fds.own(ours)
+        os.set_blocking(ours, False)
+        pipes.reads[name] = ours
+        pipes.job_ends.append(fds.own(theirs))
+    return pipes
+
+
+def open_stdin(job: Job, pipes: Pipes) -> int:
+    fds = pipes.fds
+    if isinstance(job.stdin, bytes):
+        if not job.stdin:
+            return fds.own(os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC))
+        return fds.own(memfd.sealed(job.stdin))
+    if isinstance(job.stdin, Path):
+        source = open_input(job.stdin, fds)
+        if os.fstat(source).st_size <= LARGE_STDIN:
+            return fds.own(memfd.sealed_copy(source))
+        pipes.source = source
+    theirs, ours = os.pipe2(os.O_CLOEXEC)
+    fds.own(ours)
+    os.set_blocking(ours, False)
+    pipes.stdin = ours
+    return fds.own(theirs)
+
+
+def open_input(path: Path, fds: Descriptors) -> int:
+    """The file, to be copied from: a job that had its descriptor could open it for writing."""
+    try:
+        return fds.own(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+    except OSError as error:
+        raise JobError(f"stdin: {path}: {error.strerror}") from None
+
+
+def open_terminal(terminal: Terminal, pipes: Pipes) -> Pipes:
+    """A terminal of the job's own; what it prints is "stdout"."""
+    fds = pipes.fds
+    ours, theirs = os.openpty()
+    fds.own(ours)
+    fds.own(theirs)
+    resize_terminal(ours, terminal.rows, terminal.columns)
+    os.set_blocking(ours, False)
+    pipes.reads["stdout"] = ours
+    pipes.stdin = ours
+    pipes.job_ends += [theirs, fds.own(os.dup(theirs)), fds.own(os.dup(theirs))]
+    return pipes
+
+
+def resize_terminal(fd: int, rows: int, columns: int) -> None:
+    """TIOCSWINSZ (ioctl_tty(2)); the foreground processes get SIGWINCH."""
+    termios.tcsetwinsize(fd, (rows, columns))

@@ -1,0 +1,365 @@
+"""One trust domain and root: a user namespace with a template root, and the zygote that serves it.
+
+A tenant is started once and then asked for sandboxes. Its processes end when our end of its
+socket closes, for whatever reason; everything below is in its PID namespace and ends with it.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+from collections import deque
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import trio
+
+from sandboxd import plan
+from sandboxd.compile.build import Compiled
+from sandboxd.errors import HostError, LaunchError
+from sandboxd.host import Host
+from sandboxd.linux import memfd
+from sandboxd.messages import FILES, GO, MAPS, READY, CloneReply, CloneRequest, Failure
+from sandboxd.plan import ExecPlan, IdMap, SetupPlan, Step
+from sandboxd.script import elf
+from sandboxd.script.command import command
+from sandboxd.script.init import network_image, setup_image
+from sandboxd.script.lower import FIRST_DESCRIPTOR
+from sandboxd.script.record import Image
+from sandboxd.script.zygote import CLONE_INTO_CGROUP, CLONE_PIDFD, MEMORY, tenant_image
+from sandboxd.supervise.cgroups import Cgroups
+from sandboxd.supervise.descriptors import Descriptors
+from sandboxd.supervise.processes import reap
+
+START_TIMEOUT = 30.0
+"""Seconds; a tenant takes milliseconds, the executor on a loaded machine a second."""
+PACKAGE_PARENT = str(Path(__file__).resolve().parent.parent.parent)
+MESSAGE = 4096
+
+
+class Tenant:
+    """A running tenant. `clone` makes a sandbox; `take_network` lends a network namespace."""
+
+    def __init__(self, compiled: Compiled, host: Host, control: socket.socket, pid: int) -> None:
+        self.compiled = compiled
+        self.host = host
+        self.pid = pid
+        self.dead = False
+        self.control = control
+        self._asked: deque[Clone] = deque()
+        self._hearing = trio.Lock()
+        self._sending = trio.Lock()
+        self._listening: trio.CancelScope | None = None
+        self._networks: list[int] = []
+        self._lent: set[int] = set()
+        first = plan.FIRST_JOB_UID
+        last = min(first + compiled.tenant.ids.job_uids, 60000)
+        self._uids = deque(range(first, last))
+
+    def user_namespace(self) -> str:
+        """The path of the tenant's user namespace, as long as the tenant lives."""
+        return f"/proc/{self.pid}/ns/user"
+
+    # -- what sandboxes borrow
+
+    def take_uid(self) -> int:
+        """A uid of the tenant that no live sandbox has; the one unused for longest."""
+        if not self._uids:
+            raise HostError("subuid", "all subordinate ids are in use", hint="fewer jobs at once")
+        return self._uids.popleft()
+
+    def return_uid(self, uid: int) -> None:
+        self._uids.append(uid)
+
+    async def take_network(self) -> int:
+        """A descriptor of a network namespace that tells nothing; return it when it is left."""
+        fd = self._networks.pop() if self._networks else await self._make_network()
+        self._lent.add(fd)
+        return fd
+
+    def return_network(self, fd: int, *, again: bool) -> None:
+        """Its user is dead; whether it serves again is compile/network.py's to say."""
+        self._lent.discard(fd)
+        if again:
+            self._networks.append(fd)
+        else:
+            os.close(fd)
+
+    async def refill_networks(self, wanted: int) -> None:
+        """Make namespaces ahead, while nobody waits for one."""
+        while len(self._networks) < wanted and not self.dead:
+            self._networks.append(await self._make_network())
+
+    def close_networks(self) -> None:
+        for fd in (*self._networks, *self._lent):
+            os.close(fd)
+        self._networks.clear()
+        self._lent.clear()
+
+    async def _make_network(self) -> int:
+        with Descriptors() as fds:
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+            image = network_image(self.host.arch, self.compiled.network)
+            with ours:
+                with theirs:
+                    made, offered = self.compiled.network, [theirs.fileno()]
+                    asked = await self.clone(made, image.content, offered)
+                with trio.CancelScope(shield=True):  # the answer would come to nobody
+                    pidfd = fds.own(await asked.wait())
+                ours.setblocking(False)
+                await trio.lowlevel.wait_readable(ours)
+                data, received, _, _ = socket.recv_fds(ours, MESSAGE, 1, socket.MSG_CMSG_CLOEXEC)
+                for fd in received:
+                    fds.own(fd)
+                if data != FILES or len(received) != 1:
+                    raise failure(data, image, self.compiled.network.steps)
+                await trio.lowlevel.wait_readable(pidfd)
+                return os.dup(received[0])
+
+    # -- sandboxes
+
+    async def clone(self, setup: SetupPlan, script: bytes, fds: list[int]) -> Clone:
+        """Ask for a process in new namespaces that carries out `script`.
+
+        The descriptors arrive in the order of `setup.descriptors`. The answer is not waited for:
+        a short job is over before anybody has to know its pidfd.
+        """
+        flags = setup.namespaces | CLONE_PIDFD
+        cgroup = 0
+        if setup.cgroup:
+            flags |= CLONE_INTO_CGROUP
+            cgroup = plan_descriptor(setup, "cgroup")
+        parts = CloneRequest(flags, cgroup, script).pack()
+        try:
+            try:
+                socket.send_fds(self.control, parts, fds)
+            except BlockingIOError:
+                await self._send_later(parts, fds)
+        except OSError as error:
+            raise self._died(error.errno or 0) from None
+        asked = Clone(self, flags)
+        self._asked.append(asked)
+        return asked
+
+    async def _send_later(self, parts: list[bytes], fds: list[int]) -> None:
+        """The zygote is behind; only one task may wait for a descriptor."""
+        async with self._sending:
+            while True:
+                await trio.lowlevel.wait_writable(self.control)
+                with suppress(BlockingIOError):
+                    socket.send_fds(self.control, parts, fds)
+                    return
+
+    def hear(self) -> None:
+        """Take the answers that are there; they come in the order of the questions."""
+        while self._asked:
+            try:
+                data, received, _, _ = socket.recv_fds(
+                    self.control, MESSAGE, 1, socket.MSG_CMSG_CLOEXEC
+                )
+            except BlockingIOError:
+                return
+            except OSError:
+                data, received = b"", []
+            if not data:
+                error = self._died(0)
+                while self._asked:
+                    self._asked.popleft().error = error
+                if self._listening is not None:
+                    self._listening.cancel()
+                return
+            self._asked.popleft().answered(CloneReply.unpack(data).result, received)
+            if self._listening is not None:  # whoever waits for what has been taken here
+                self._listening.cancel()
+
+    async def wait_heard(self, asked: Clone) -> None:
+        """Until this one is answered."""
+        while not asked.known:
+            async with self._hearing:  # only one task may wait for a descriptor
+                self.hear()
+                if asked.known:
+                    return
+                with trio.CancelScope() as self._listening:
+                    await trio.lowlevel.wait_readable(self.control)
+                self._listening = None
+
+    def abandon(self) -> None:
+        """Nobody will be answered any more: say so to who waits, before the socket closes."""
+        error = self._died(0)
+        while self._asked:
+            self._asked.popleft().error = error
+        if self._listening is not None:
+            self._listening.cancel()
+        trio.lowlevel.notify_closing(self.control)
+
+    def _died(self, errno: int) -> LaunchError:
+        self.dead = True
+        return LaunchError("tenant", 0, errno, "the zygote is gone", hint="it is started anew")
+
+
+def plan_descriptor(setup: SetupPlan, name: str) -> int:
+    """The number a descriptor gets on arrival in the zygote."""
+    return FIRST_DESCRIPTOR + setup.descriptors.index(name)
+
+
+def clone_hint(errno: int) -> str:
+    if errno == 28:  # ENOSPC: a limit of /proc/sys/user
+        return "raise /proc/sys/user/max_*_namespaces"
+    if errno == 11:  # EAGAIN
+        return "raise the user's process limit (ulimit -u)"
+    return ""
+
+
+Script = tuple[ExecPlan, Image, bytes]
+"""A job's plan, the image of its records, and the message that starts it."""
+
+
+class Clone:
+    """A process that was asked for: its pidfd, or why there is none, once that is known."""
+
+    def __init__(self, tenant: Tenant, flags: int) -> None:
+        self.tenant = tenant
+        self.pidfd = -1
+        self.error: LaunchError | None = None
+        self._flags = flags
+
+    @property
+    def known(self) -> bool:
+        return self.pidfd >= 0 or self.error is not None
+
+    def answered(self, result: int, received: list[int]) -> None:
+        if result < 0:
+            self.error = LaunchError("clone", 0, -result, plan.describe_namespaces(self._flags),
+                                     hint=clone_hint(-result))  # fmt: skip
+        else:
+            self.pidfd = received[0]
+
+    async def wait(self) -> int:
+        """The pidfd, or LaunchError."""
+        if self.pidfd < 0:
+            await self.tenant.wait_heard(self)
+            if self.error is not None:
+                raise self.error
+        return self.pidfd
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Prepared:
+    """A policy made ready for this host: compiled and lowered, once."""
+
+    compiled: Compiled
+    host: Host
+    image: Image
+    scripts: dict[tuple[object, ...], Script] = field(default_factory=dict)
+    """Exec scripts of the last jobs, by what they depend on."""
+
+    @classmethod
+    def of(cls, compiled: Compiled, host: Host) -> Prepared:
+        return cls(compiled, host, setup_image(host.arch, compiled.setup))
+
+
+def sandbox_script(image: Image, uid: int) -> bytes:
+    """The setup script with the run's own uid put in."""
+    if not image.marks:
+        return image.content
+    digits = int.from_bytes(b"%8d" % uid, "little")
+    values = {name: digits if name.startswith("digits") else uid for name in image.marks}
+    return image.patched(values)
+
+
+def failure(data: bytes, image: Image, steps: tuple[Step, ...]) -> LaunchError:
+    """The error a messages.Failure means, in the words of the plan."""
+    if len(data) < Failure.FORM.size:
+        return LaunchError("sandbox", 0, 0, "it ended while it was set up")
+    failed = Failure.unpack(data[: Failure.FORM.size])
+    tag = image.tag(failed.address)
+    if tag < 0:
+        return LaunchError("init", 0, failed.errno, f"system call {failed.nr}")
+    step = steps[tag]
+    return LaunchError(step.stage, tag, failed.errno, step.describe(), hint=step.why)
+
+
+# -- starting one ----------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def open_tenant(
+    compiled: Compiled, host: Host, cgroups: Cgroups | None
+) -> AsyncIterator[Tenant]:
+    """A tenant; leaving ends it with everything in it and waits for that."""
+    image = tenant_image(host.arch, compiled.tenant)
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours:
+        ours.setblocking(False)
+        with theirs:
+            process = start(image, theirs.fileno(), host)
+        tenant = Tenant(compiled, host, ours, process.pid)
+        try:
+            with trio.fail_after(START_TIMEOUT):
+                await _boot(tenant, image, cgroups)
+            yield tenant
+        except trio.TooSlowError:
+            raise LaunchError("tenant", 0, 110, f"not ready after {START_TIMEOUT} s") from None
+        finally:
+            tenant.abandon()
+            ours.close()
+            with trio.CancelScope(shield=True):
+                await reap(process)
+            tenant.close_networks()
+
+
+def start(image: Image, control: int, host: Host) -> subprocess.Popen[bytes]:
+    """Execute a tenant's image: by the machine, or by the executor where it cannot run."""
+    content = image.patched(dict.fromkeys(image.marks, control))
+    with Descriptors() as fds:
+        if host.memfd_exec and host.arch in ("x86_64", "aarch64"):
+            fd = fds.own(memfd.program(elf.program(host.arch, content, MEMORY)))
+            argv, executable = ["sandboxd-tenant"], f"/proc/self/fd/{fd}"
+        else:
+            fd = fds.own(memfd.program(content))
+            # Its command line is init's, which every job may read: no path of ours in it.
+            executable, *rest = command(".", fd, MEMORY)
+            argv = [os.path.basename(executable), *rest]
+        return subprocess.Popen(
+            argv, executable=executable, pass_fds=(fd, control), cwd=PACKAGE_PARENT,
+            env={"PATH": os.path.dirname(executable)},
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+
+
+async def _boot(tenant: Tenant, image: Image, cgroups: Cgroups | None) -> None:
+    control, ids = tenant.control, tenant.compiled.tenant.ids
+    while True:
+        await trio.lowlevel.wait_readable(control)
+        try:
+            data = control.recv(MESSAGE)
+        except ConnectionResetError:
+            data = b""
+        if data == READY:
+            return
+        if data != MAPS:
+            raise failure(data, image, tenant.compiled.tenant.steps)
+        await write_maps(ids, tenant.pid)
+        if cgroups is not None and ids.writer == "direct":
+            cgroups.admit(tenant.pid, ids.uids[0][1])
+        control.send(GO)
+
+
+async def write_maps(ids: IdMap, pid: int) -> None:
+    """Give a process that waits in its new user namespace its ranges of ids."""
+    for name, rows in (("uid", ids.uids), ("gid", ids.gids)):
+        if ids.writer == "direct":
+            text = "".join(f"{inside} {outside} {count}\n" for inside, outside, count in rows)
+            Path(f"/proc/{pid}/{name}_map").write_text(text)  # noqa: ASYNC240
+            continue
+        words = [str(number) for row in rows for number in row]
+        done = await trio.run_process(
+            [f"new{name}map", str(pid), *words], check=False, capture_stderr=True
+        )
+        if done.returncode:
+            reason = done.stderr.decode(errors="replace").strip()
+            raise HostError(f"new{name}map", f"new{name}map refused the map: {reason}",
+                            hint=f"check the caller's line in /etc/sub{name}")  # fmt: skip

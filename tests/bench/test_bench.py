@@ -1,0 +1,86 @@
+"""The benchmark measures everything it says, and leaves nothing; no time is asserted anywhere."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from tests.bench import report
+from tests.bench.measures import FLIGHTS, LIVE, Row
+
+PROGRAMS = ("static program", "/bin/true")
+TIMES = [f"{what}, {program}" for program in PROGRAMS for what in ("first byte", "result")]
+CPU = [f"supervisor CPU per job, {what}" for what in PROGRAMS]
+RATES = [
+    f"{what}, {flight} in flight"
+    for flight in FLIGHTS
+    for what in ("rate", "supervisor CPU per job")
+]
+MEMORY = [
+    f"memory per live job, {what} ({LIVE} live)" for what in ("its processes", "MemAvailable")
+]
+START = "new runner: tenant, first result, end"
+
+
+@pytest.mark.needs("gcc")
+def test_every_row_is_there() -> None:
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "tests.bench", "--rounds", "2", "--json"],
+        capture_output=True, text=True, check=False, timeout=110,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    who: dict[str, set[str]] = {}
+    for row in found["rows"]:
+        assert row["count"] > 0
+        assert row["min"] <= row["p50"] <= row["p95"] <= row["max"]
+        assert row["unit"] in ("ms", "us", "jobs/s", "KB")
+        who.setdefault(row["measure"], set()).add(row["who"])
+    assert set(who) == {*TIMES, *CPU, *RATES, *MEMORY, START}
+    for measure in (*TIMES, *CPU, *RATES):
+        assert who[measure] >= everybody(found), measure
+    for measure in MEMORY:
+        assert who[measure] >= {name for name in everybody(found) if "spare" not in name}, measure
+    assert who[START] == {"sandboxd"}
+    assert report.text(found).count("\n") > len(found["rows"])
+
+
+def everybody(found: dict[str, Any]) -> set[str]:
+    """Who has to be in a measure here: a peer that is missing has been named."""
+    names = {"sandboxd", "sandboxd spare", "none (trio)", "none (Popen)"}
+    if "cgroup" not in found["missing"]:
+        names |= {"sandboxd, no cgroup", "sandboxd spare, no cgroup"}
+    if "bwrap" not in found["missing"]:
+        names.add("bwrap")
+    return names
+
+
+def test_only_what_is_asked_for() -> None:
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "tests.bench", "--rounds", "2", "--only", "start"],
+        capture_output=True, text=True, check=False, timeout=110,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert START in done.stdout
+    assert "rate" not in done.stdout
+
+
+def test_a_ratio_above_one_is_better() -> None:
+    rows = [
+        Row("result", "sandboxd", "ms", [1.0, 1.0, 9.0]),
+        Row("result", "bwrap", "ms", [4.0]),
+        Row("rate", "sandboxd", "jobs/s", [2000.0], better="more"),
+        Row("rate", "bwrap", "jobs/s", [500.0], better="more"),
+    ]
+    found = report.facts(rows, {}, {})
+    ratios = [row["times_better"] for row in json.loads(json.dumps(found["rows"]))]
+    assert ratios == [{"bwrap": 4.0}, {}, {"bwrap": 4.0}, {}]
+
+
+def test_quantiles() -> None:
+    row = Row("result", "x", "ms", [float(n) for n in range(100, 0, -1)])
+    assert [row.at(share) for share in (0, 0.5, 0.95, 1)] == [1.0, 51.0, 96.0, 100.0]

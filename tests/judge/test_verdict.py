@@ -1,0 +1,88 @@
+"""The two tables of verdicts: every row is chosen by something, and rows win in their order."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import pytest
+
+from sandboxd.judge.verdict import COMPILE, EXPECTED, MEANING, RUN, Facts, Verdict, decide
+from sandboxd.result import Status
+
+RUNS: list[tuple[str, Verdict, Facts]] = [
+    ("ended by the caller", "JE", Facts(status="cancelled")),
+    ("collecting failed", "JE", Facts(status="artifact_error")),
+    (
+        "too large to start",
+        "MLE",
+        Facts(status="start_failed", start_error="ENOMEM", own_program=True),
+    ),
+    ("broken program", "RTE", Facts(status="start_failed", start_error="ENOENT", own_program=True)),
+    ("not started", "JE", Facts(status="start_failed", start_error="ENOENT")),
+    ("memory used up", "MLE", Facts(status="memory_limit")),
+    ("CPU time used up", "TLE", Facts(status="cpu_time_limit")),
+    ("time used up", "TLE", Facts(status="wall_time_limit")),
+    ("time used up", "TLE", Facts(status="idle_limit")),
+    ("too much output", "OLE", Facts(status="output_limit", truncated=True)),
+    ("forbidden call", "SV", Facts(status="syscall_denied")),
+    ("space or processes used up", "RTE", Facts(status="disk_limit")),
+    ("space or processes used up", "RTE", Facts(status="process_limit")),
+    ("killed by a signal", "RTE", Facts(status="signaled", output="same")),
+    ("heap used up", "MLE", Facts(status="nonzero_exit", exit_code=3, out_of_memory_exit=3)),
+    ("failing exit code", "RTE", Facts(status="nonzero_exit", exit_code=1, out_of_memory_exit=3)),
+    ("failing exit code", "RTE", Facts(status="nonzero_exit", exit_code=3)),
+    ("failing exit code", "RTE", Facts(status="nonzero_exit", output="same")),
+    ("failing exit code", "RTE", Facts(status="nonzero_exit")),
+    ("output not kept whole", "OLE", Facts(status="ok", truncated=True, output="same")),
+    ("right", "AC", Facts(status="ok", output="same")),
+    ("right but for white space", "PE", Facts(status="ok", output="space")),
+    ("wrong", "WA", Facts(status="ok", output="different")),
+    ("not compared", "JE", Facts(status="ok")),
+]
+
+COMPILATIONS: list[tuple[str, Verdict, Facts]] = [
+    ("ended by the caller", "JE", Facts(status="cancelled")),
+    ("compiler did not start", "JE", Facts(status="start_failed")),
+    ("compiler ended badly", "CE", Facts(status="nonzero_exit", exit_code=1)),
+    ("compiler ended badly", "CE", Facts(status="memory_limit")),
+    ("compiler ended badly", "CE", Facts(status="wall_time_limit")),
+    ("compiler ended badly", "CE", Facts(status="syscall_denied")),
+    ("unusable program", "CE", Facts(status="artifact_error")),
+    ("no program", "CE", Facts(status="ok", produced=False)),
+    ("compiled", "AC", Facts(status="ok")),
+]
+
+
+@pytest.mark.parametrize(("name", "verdict", "facts"), RUNS)
+def test_run(name: str, verdict: Verdict, facts: Facts) -> None:
+    row = decide(RUN, facts)
+    assert (row.name, row.verdict) == (name, verdict)
+
+
+@pytest.mark.parametrize(("name", "verdict", "facts"), COMPILATIONS)
+def test_compilation(name: str, verdict: Verdict, facts: Facts) -> None:
+    row = decide(COMPILE, facts)
+    assert (row.name, row.verdict) == (name, verdict)
+
+
+def test_every_row_is_tested() -> None:
+    assert [row.name for row in RUN] == list(dict.fromkeys(name for name, _, _ in RUNS))
+    assert [row.name for row in COMPILE] == list(dict.fromkeys(name for name, _, _ in COMPILATIONS))
+
+
+@pytest.mark.parametrize("status", get_args(Status))
+def test_every_status_has_a_verdict_and_only_ok_is_accepted(status: Status) -> None:
+    right = Facts(status=status, output="same")
+    assert (decide(RUN, right).verdict == "AC") == (status == "ok")
+    assert (decide(COMPILE, right).verdict == "AC") == (status == "ok")
+
+
+def test_every_verdict_has_a_meaning() -> None:
+    assert set(MEANING) == set(get_args(Verdict))
+
+
+def test_expectations_are_verdicts_and_never_our_own_failure() -> None:
+    for verdicts in EXPECTED.values():
+        assert verdicts <= set(get_args(Verdict))
+        assert "JE" not in verdicts
+    assert [name for name, verdicts in EXPECTED.items() if "AC" in verdicts] == ["accepted"]

@@ -1,0 +1,145 @@
+"""The facts about this host that a test may need, each found out by doing it, once.
+
+Use as `@pytest.mark.needs("fuse", "memory")`. A test that lacks one skips, naming it and why.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+CONTROLLERS = ("cpu", "cpuset", "io", "memory", "pids")
+PROGRAMS = {
+    "crun": ("crun", "--version"),
+    "go": ("go", "version"),
+    "java": ("java", "-version"),
+    "objdump": ("objdump", "--version"),
+    "pasta": ("pasta", "--version"),
+    "rustc": ("rustc", "--version"),
+    "slirp4netns": ("slirp4netns", "--version"),
+    "strace": ("strace", "--version"),
+    "bwrap": ("bwrap", "--ro-bind", "/", "/", "--unshare-pid", "true"),
+    "userns": ("unshare", "--map-root-user", "true"),
+    "subuid": ("unshare", "--map-root-user", "--map-auto", "true"),
+}
+LANDLOCK_CREATE_RULESET = 444  # the same number on every architecture
+LANDLOCK_CREATE_RULESET_VERSION = 1
+
+
+def works(*argv: str) -> str:
+    """Why this command does not work here, or nothing."""
+    if shutil.which(argv[0]) is None:
+        return f"no {argv[0]} in PATH"
+    done = subprocess.run(
+        argv,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        check=False,
+    )
+    if done.returncode == 0:
+        return ""
+    return f"{' '.join(argv)}: {done.stderr.strip() or f'exit {done.returncode}'}"
+
+
+def opens(path: str) -> str:
+    try:
+        os.close(os.open(path, os.O_RDWR | os.O_CLOEXEC))
+    except OSError as error:
+        return f"{path}: {error.strerror}"
+    return ""
+
+
+def cgroup() -> str:
+    top = os.environ.get("SANDBOXD_CGROUP")
+    if top is None:
+        return "SANDBOXD_CGROUP names no delegated cgroup v2 subtree"
+    probe = Path(top, f"probe.{os.getpid()}")
+    try:
+        probe.mkdir()
+        probe.rmdir()
+    except OSError as error:
+        return f"{probe}: {error.strerror}"
+    return ""
+
+
+def controller(name: str) -> str:
+    if reason := cgroup():
+        return reason
+    top = Path(os.environ["SANDBOXD_CGROUP"])
+    there = (top / "cgroup.controllers").read_text().split()
+    if name not in there:
+        return f"{top} has no {name} controller (it has: {' '.join(there) or 'none'})"
+    try:
+        (top / "cgroup.subtree_control").write_text(f"+{name}")
+    except OSError as error:
+        return f"{top}/cgroup.subtree_control: {error.strerror}"
+    return ""
+
+
+def fuse() -> str:
+    return opens("/dev/fuse") or works("fuse-overlayfs", "--version")
+
+
+def landlock() -> str:
+    libc = ctypes.CDLL(None, use_errno=True)
+    number = ctypes.c_long(LANDLOCK_CREATE_RULESET)
+    version = libc.syscall(
+        number, None, ctypes.c_size_t(0), ctypes.c_uint(LANDLOCK_CREATE_RULESET_VERSION)
+    )
+    return "" if version > 0 else f"landlock_create_ruleset: {os.strerror(ctypes.get_errno())}"
+
+
+def overlay() -> str:
+    """The kernel's overlay in a user namespace, its upper directory where state is kept."""
+    base = os.environ.get("XDG_STATE_HOME")
+    with tempfile.TemporaryDirectory(dir=base if base and Path(base).is_dir() else None) as top:
+        for name in ("lower", "upper", "work", "root"):
+            Path(top, name).mkdir()
+        options = f"userxattr,lowerdir={top}/lower,upperdir={top}/upper,workdir={top}/work"
+        mount = f"mount -t overlay -o {options} overlay {top}/root"
+        # the work directory holds a directory of mode 0000 afterwards
+        return works(
+            "unshare",
+            "--map-root-user",
+            "--mount",
+            "sh",
+            "-c",
+            f"{mount} && rm -rf {top}/work/work",
+        )
+
+
+def compiler(name: str) -> str:
+    """A compiler without its headers is none."""
+    with tempfile.TemporaryDirectory() as top:
+        source = Path(top, "probe.c" if name == "gcc" else "probe.cpp")
+        source.write_text("#include <stdio.h>\nint main(void) { return 0; }\n")
+        return works(name, "-o", f"{top}/probe", str(source))
+
+
+PROBES: dict[str, Callable[[], str]] = {
+    "cgroup": cgroup,
+    "fuse": fuse,
+    "landlock": landlock,
+    "overlay": overlay,
+    "tun": functools.partial(opens, "/dev/net/tun"),
+    **{name: functools.partial(controller, name) for name in CONTROLLERS},
+    **{name: functools.partial(compiler, name) for name in ("gcc", "g++")},
+    **{name: functools.partial(works, *argv) for name, argv in PROGRAMS.items()},
+}
+
+
+@functools.cache
+def missing(fact: str) -> str:
+    """Why this host lacks the fact; empty if it has it."""
+    if fact not in PROBES:
+        raise ValueError(f"needs({fact!r}): unknown; known are {' '.join(sorted(PROBES))}")
+    return PROBES[fact]()

@@ -1,0 +1,207 @@
+"""Whatever dies, whenever: the caller learns it, and nothing is left (conftest looks each time)."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import trio
+
+from sandboxd.errors import LaunchError
+from sandboxd.job import Job
+from sandboxd.policy import Identity, Limits, Root
+from sandboxd.supervise.runner import Runner, open_runner
+from tests.supervise.variants import hosts, policy, without
+
+SLEEPER = Job(argv=["sleep", "1000"], policy=policy())
+PATIENCE = 10_000  # milliseconds
+
+
+def children(pid: int) -> list[int]:
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def descendants(pid: int) -> list[int]:
+    found = children(pid)
+    for child in list(found):
+        found += descendants(child)
+    return found
+
+
+def tenant_of(runner: Runner) -> int:
+    """The process we started for the runner's only tenant; its child is the zygote."""
+    (home,) = runner._homes.values()
+    assert home.tenant is not None
+    return home.tenant.pid
+
+
+@contextmanager
+def all_end(pids: list[int]) -> Iterator[None]:
+    """The body ends all of these processes, at the latest PATIENCE after it."""
+    pidfds = [os.pidfd_open(pid) for pid in pids]
+    try:
+        yield
+        for pidfd in pidfds:
+            poll = select.poll()
+            poll.register(pidfd, select.POLLIN)
+            assert poll.poll(PATIENCE), "a process is still there"
+    finally:
+        for pidfd in pidfds:
+            os.close(pidfd)
+
+
+def command_line(pid: int) -> bytes:
+    return Path(f"/proc/{pid}/cmdline").read_bytes()
+
+
+async def started(runner: Runner) -> int:
+    """Wait until the sleeper runs; the pid of its init."""
+    while True:
+        await trio.sleep(0.001)
+        if not runner.statistics().tenants:
+            continue
+        for init in (pid for zygote in children(tenant_of(runner)) for pid in children(zygote)):
+            if any(b"sleep" in command_line(pid) for pid in children(init)):
+                return init
+
+
+@hosts("nothing", "subuid", "machine")
+async def test_cancelled_at_any_point(host: str) -> None:
+    async with open_runner(host=without(host), slots=4) as runner:
+        await runner.run(Job(argv=["true"], policy=policy()))
+        for step in range(60):
+            with trio.move_on_after(step * 0.0002):
+                job = Job(
+                    argv=["cat"], policy=policy(), stdin=b"x", files={"a": b""}, collect=["a"]
+                )
+                await runner.run(job)
+        assert (await runner.run(Job(argv=["echo", "hi"], policy=policy()))).stdout == b"hi\n"
+
+
+@pytest.mark.parametrize("step", range(0, 30, 3))
+async def test_cancelled_while_the_tenant_starts(step: int) -> None:
+    with trio.move_on_after(step * 0.001):
+        async with open_runner() as runner:
+            await runner.run(SLEEPER)
+
+
+@hosts("nothing", "subuid", "cgroup", "machine")
+async def test_the_zygote_is_killed(host: str) -> None:
+    async with open_runner(host=without(host)) as runner:
+        async with trio.open_nursery() as nursery:
+            caught: list[LaunchError] = []
+
+            async def sleeper() -> None:
+                try:
+                    await runner.run(SLEEPER)
+                except LaunchError as error:
+                    caught.append(error)
+
+            nursery.start_soon(sleeper)
+            init = await started(runner)
+            (zygote,) = children(tenant_of(runner))
+            with all_end([zygote, init, *descendants(init)]):
+                os.kill(zygote, signal.SIGKILL)
+        assert "killed from outside" in str(caught[0])
+        assert (await runner.run(Job(argv=["echo", "again"], policy=policy()))).stdout == b"again\n"
+
+
+async def test_init_is_killed() -> None:
+    async with open_runner() as runner:
+        with pytest.RaisesGroup(LaunchError):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(runner.run, SLEEPER)
+                init = await started(runner)
+                with all_end([init, *descendants(init)]):
+                    os.kill(init, signal.SIGKILL)
+        assert (await runner.run(Job(argv=["true"], policy=policy()))).ok
+
+
+async def test_spares_die_with_their_zygote_and_are_not_used() -> None:
+    async with open_runner(spares=2) as runner:
+        await runner.run(Job(argv=["true"], policy=policy()))
+        # They are refilled in the background.
+        while runner.statistics().spares < 2:  # noqa: ASYNC110
+            await trio.sleep(0.001)
+        (zygote,) = children(tenant_of(runner))
+        with all_end([zygote, *descendants(zygote)]):
+            os.kill(zygote, signal.SIGKILL)
+        assert (await runner.run(Job(argv=["true"], policy=policy()))).ok
+
+
+SUPERVISOR = """
+import sys, trio
+from sandboxd.job import Job
+from sandboxd.supervise.runner import open_runner
+from tests.supervise.variants import policy, without
+
+async def main():
+    async with open_runner(host=without(sys.argv[1]), slots=8, spares=3) as runner:
+        await runner.run(Job(argv=["true"], policy=policy()))
+        async with trio.open_nursery() as nursery:
+            for _ in range(6):
+                job = Job(argv=["sh", "-c", "trap '' TERM; sleep 1000 & setsid sleep 1000"],
+                          policy=policy())
+                nursery.start_soon(runner.run, job)
+            while runner.statistics().running < 6 or runner.statistics().spares < 3:
+                await trio.sleep(0.001)
+            print("ready", flush=True)
+
+trio.run(main)
+"""
+
+
+@hosts("nothing", "subuid", "cgroup", "machine")
+def test_the_supervisor_is_killed(host: str) -> None:
+    command = [sys.executable, "-c", SUPERVISOR, host]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        everything = descendants(process.pid)
+        assert len(everything) > 10
+        with all_end(everything):
+            process.kill()
+            process.wait()
+
+    # Its empty cgroups are all that stays, and the next runner sweeps them.
+    async def next_one() -> None:
+        async with open_runner():
+            pass
+
+    trio.run(next_one)
+
+
+@pytest.mark.needs("fuse")
+async def test_fuse_overlayfs_is_killed_under_a_job() -> None:
+    chosen = policy(root=Root(writable=True, driver="fuse", proc="masked"),
+                    limits=Limits(wall_time=10.0), identity=Identity(user="caller"))  # fmt: skip
+    script = "echo up; while ls /usr >/dev/null 2>&1; do :; done"
+    job = Job(argv=["sh", "-c", script], policy=chosen)
+    async with open_runner() as runner, runner.start(job) as run:
+        async for event in run.events:
+            if event.data == b"up\n":
+                grandchildren = [pid for ours in children(os.getpid()) for pid in children(ours)]
+                for pid in grandchildren:
+                    if b"fuse-overlayfs" in command_line(pid):
+                        os.kill(pid, signal.SIGKILL)
+        result = await run.wait()
+    assert result.status in ("ok", "nonzero_exit", "signaled")
+
+
+async def test_hundreds_of_jobs_leave_no_descriptor() -> None:
+    async with open_runner(slots=8) as runner:
+        counts = []
+        for _ in range(3):
+            async with trio.open_nursery() as nursery:
+                for _ in range(150):
+                    nursery.start_soon(runner.run, Job(argv=["true"], policy=policy()))
+            counts.append(len(os.listdir("/proc/self/fd")))
+        # What is pooled, or dying, is bounded by the slots: a leak of one a job would be 300.
+        assert counts[2] <= counts[0] + 64, counts

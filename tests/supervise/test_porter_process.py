@@ -1,0 +1,260 @@
+"""The porter as a process of the supervisor: started, shared, lost, given up on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+
+import pytest
+import trio
+import trio.testing
+
+from sandboxd.errors import JobError, LaunchError
+from sandboxd.supervise.porter import Porter, open_porter
+from tests.supervise.tenants import Tenant, open_tenant
+
+
+@pytest.fixture
+def tenant() -> Iterator[Tenant]:
+    with open_tenant() as tenant:
+        yield tenant
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[int]:
+    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield folder
+    finally:
+        os.close(folder)
+
+
+def pid(porter: Porter) -> int:
+    assert porter._running is not None
+    return porter._running.process.pid
+
+
+async def goes_well(porter: Porter, tenant: Tenant, name: str = "again") -> None:
+    await porter.copy_in(tenant.box, {name: name.encode()}, tenant.owner)
+    found, errors = await porter.collect(tenant.box, [name])
+    assert not errors
+    assert [(one.path, one.data) for one in found] == [(name, name.encode())]
+
+
+@asynccontextmanager
+async def stopped(porter: Porter, tenant: Tenant) -> AsyncIterator[int]:
+    """The pid of a porter that will not answer."""
+    await goes_well(porter, tenant)
+    number = pid(porter)
+    os.kill(number, signal.SIGSTOP)
+    yield number
+
+
+@pytest.mark.needs("subuid")
+async def test_it_starts_when_it_is_needed_and_stays(tenant: Tenant) -> None:
+    async with open_porter(tenant.namespace) as porter:
+        assert porter._running is None
+        await porter.copy_in(tenant.box, {}, tenant.owner)
+        assert await porter.collect(tenant.box, []) == ([], [])
+        assert porter._running is None
+        porter.start()
+        number = pid(porter)
+        await goes_well(porter, tenant)
+        with pytest.raises(JobError):
+            await porter.copy_in(tenant.box, {"again/x": b""}, tenant.owner)
+        await goes_well(porter, tenant)
+        assert pid(porter) == number
+
+
+@pytest.mark.needs("subuid")
+async def test_it_can_do_this_and_nothing_else(tenant: Tenant) -> None:
+    async with open_porter(tenant.namespace) as porter:
+        await goes_well(porter, tenant)
+        status = dict(
+            line.split(":\t", 1)
+            for line in (await trio.Path(f"/proc/{pid(porter)}/status").read_text()).splitlines()
+        )
+        there = os.stat(f"/proc/{tenant.process.pid}/ns/user")
+        assert os.path.samestat(os.stat(tenant.namespace), there)
+    for name in ("CapPrm", "CapEff"):
+        assert int(status[name], 16) == 0b1111  # chown, dac_override, dac_read_search, fowner
+    assert int(status["CapInh"], 16) == int(status["CapAmb"], 16) == 0
+    assert status["NoNewPrivs"] == "1"
+    assert status["Threads"] == "1"
+
+
+@pytest.mark.needs("subuid")
+async def test_killed_while_nobody_asks(tenant: Tenant) -> None:
+    async with open_porter(tenant.namespace) as porter:
+        await goes_well(porter, tenant)
+        assert porter._running is not None
+        os.kill(pid(porter), signal.SIGKILL)
+        await trio.to_thread.run_sync(os.waitid, os.P_PID, pid(porter), os.WEXITED | os.WNOWAIT)
+        await goes_well(porter, tenant)
+
+
+@pytest.mark.needs("subuid")
+async def test_killed_during_a_request(tenant: Tenant) -> None:
+    async def fails() -> None:
+        with pytest.raises(LaunchError, match="SIGKILL"):
+            await porter.copy_in(tenant.box, {"a": b""}, tenant.owner)
+
+    async with open_porter(tenant.namespace) as porter:
+        async with stopped(porter, tenant) as number, trio.open_nursery() as nursery:
+            nursery.start_soon(fails)
+            await trio.testing.wait_all_tasks_blocked()
+            nursery.start_soon(goes_well, porter, tenant)  # waits for its turn, and has it
+            await trio.testing.wait_all_tasks_blocked()
+            os.kill(number, signal.SIGKILL)
+        await goes_well(porter, tenant)
+
+
+@pytest.mark.needs("subuid")
+async def test_given_up_during_a_request(tenant: Tenant) -> None:
+    async def asks(scope: trio.CancelScope) -> None:
+        with scope:
+            await porter.collect(tenant.box, ["again"])
+
+    async with open_porter(tenant.namespace) as porter:
+        async with stopped(porter, tenant) as number, trio.open_nursery() as nursery:
+            scope = trio.CancelScope()
+            nursery.start_soon(asks, scope)
+            await trio.testing.wait_all_tasks_blocked()
+            nursery.start_soon(goes_well, porter, tenant, "other")
+            await trio.testing.wait_all_tasks_blocked()
+            scope.cancel()
+        assert scope.cancelled_caught
+        assert pid(porter) != number
+        await goes_well(porter, tenant)
+
+
+@pytest.mark.needs("subuid")
+async def test_given_up_half_way_through_an_answer(tenant: Tenant) -> None:
+    """Wherever it is by then: before, in the midst of, or after it."""
+    tenant.run("for number in range(64): open(str(number), 'wb').write(bytes(100_000))")
+    async with open_porter(tenant.namespace) as porter:
+        for steps in range(40):
+            with trio.CancelScope() as scope:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(porter.collect, tenant.box, ["*"])
+                    for _ in range(steps):
+                        await trio.lowlevel.checkpoint()
+                    scope.cancel()
+            await goes_well(porter, tenant)
+
+
+@pytest.mark.needs("subuid")
+async def test_cancelled_before_it_is_our_turn(tenant: Tenant) -> None:
+    async with open_porter(tenant.namespace) as porter:
+        await goes_well(porter, tenant)
+        number = pid(porter)
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await porter.copy_in(tenant.box, {"a": b""}, tenant.owner)
+        assert scope.cancelled_caught
+        await goes_well(porter, tenant)
+        assert pid(porter) == number
+
+
+@pytest.mark.needs("subuid")
+async def test_left_while_it_does_not_answer(tenant: Tenant) -> None:
+    async with open_porter(tenant.namespace) as porter:
+        async with stopped(porter, tenant):
+            pass
+
+
+@pytest.mark.needs("subuid")
+async def test_many_at_once_get_their_own_answers(tenant: Tenant) -> None:
+    async with open_porter(tenant.namespace) as porter, trio.open_nursery() as nursery:
+        for number in range(100):
+            nursery.start_soon(goes_well, porter, tenant, f"d{number}")
+
+
+@pytest.mark.needs("subuid")
+async def test_few_descriptors_are_enough(tenant: Tenant, tmp_path: Path) -> None:
+    for number in range(200):
+        (tmp_path / str(number)).write_bytes(bytes(20_000))
+    before = set(os.listdir("/proc/self/fd"))
+    most = 0
+
+    async def watch() -> None:
+        nonlocal most
+        while True:
+            most = max(most, len(set(os.listdir("/proc/self/fd")) - before))
+            await trio.lowlevel.checkpoint()
+
+    async with open_porter(tenant.namespace) as porter, trio.open_nursery() as nursery:
+        nursery.start_soon(watch)
+        await porter.copy_in(tenant.box, {"all": tmp_path, "b": bytes(50_000)}, tenant.owner)
+        found, _ = await porter.collect(tenant.box, ["**"])
+        nursery.cancel_scope.cancel()
+    assert len(found) == 201
+    assert 16 < most < 40
+
+
+async def test_a_namespace_that_cannot_be_joined(tmp_path: Path) -> None:
+    with opened(tmp_path) as folder:
+        async with open_porter(folder) as porter:
+            for _ in range(2):
+                with pytest.raises(LaunchError, match="join the user namespace"):
+                    await porter.copy_in(folder, {"a": b""}, (0, 0))
+
+
+async def test_a_directory_that_is_none(tmp_path: Path) -> None:
+    with (tmp_path / "file").open("w") as file:
+        async with open_porter(None) as porter:
+            for _ in range(2):
+                with pytest.raises(LaunchError, match="Not a directory"):
+                    await porter.copy_in(file.fileno(), {"a": b""}, (os.getuid(), os.getgid()))
+                with pytest.raises(LaunchError, match="Not a directory"):
+                    await porter.collect(file.fileno(), ["a"])
+
+
+@pytest.mark.parametrize("own", [False, True])
+async def test_without_another_namespace(own: bool) -> None:
+    """None at all, or our own: the porter has our rights and the ids are those of the host."""
+    with tempfile.TemporaryDirectory() as name, opened(Path("/proc/self/ns")) as spaces:
+        namespace = os.open("user", os.O_RDONLY | os.O_CLOEXEC, dir_fd=spaces) if own else None
+        try:
+            with opened(Path(name)) as folder:
+                async with open_porter(namespace) as porter:
+                    await porter.copy_in(folder, {"a/b": b"1"}, (os.getuid(), os.getgid()))
+                    if os.getuid():
+                        os.mkdir("closed", 0, dir_fd=folder)
+                        os.mkdir("seen", 0o400, dir_fd=folder)
+                    found, errors = await porter.collect(folder, ["**", "seen/x"])
+        finally:
+            if namespace is not None:
+                os.close(namespace)
+    assert [(one.path, one.data) for one in found] == [("a/b", b"1")]
+    denied = [("closed", "Permission denied"), ("seen", "Permission denied")]
+    assert [(one.path, one.reason) for one in errors] == (denied if os.getuid() else [])
+
+
+async def test_what_our_rights_do_not_allow(tmp_path: Path) -> None:
+    if os.getuid() == 0:
+        pytest.skip("root may do it")
+    with opened(tmp_path) as folder:
+        async with open_porter(None) as porter:
+            with pytest.raises(LaunchError, match=r"make files.*Operation not permitted"):
+                await porter.copy_in(folder, {"a": b""}, (0, 0))
+            os.fchmod(folder, 0)
+            found, errors = await porter.collect(folder, ["a", "**"])
+            os.fchmod(folder, 0o700)
+    assert not found
+    assert [(one.path, one.reason) for one in errors] == [(".", "Permission denied")]
+
+
+@pytest.mark.needs("userns")
+async def test_a_tenant_of_a_single_id() -> None:
+    with open_tenant(ids=False) as tenant:
+        async with open_porter(tenant.namespace) as porter:
+            await goes_well(porter, tenant)
+            tenant.run("assert open('again').read() == 'again'; os.chmod('again', 0)")
+            tenant.die()
+            found, _ = await porter.collect(tenant.box, ["*"])
+    assert [one.data for one in found] == [b"again"]
