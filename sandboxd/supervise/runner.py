@@ -439,16 +439,19 @@ async def open_runner(
     if host is None:
         host = await trio.to_thread.run_sync(probe)
     with one_error():
-        async with open_cgroups(host.cgroup) as cgroups, AsyncExitStack() as stack:
-            async with trio.open_nursery() as nursery:
-                runner = Runner(host, slots or host.cpus, spares, cgroups, nursery)
-                # When no task is left that could still make something: a spare, a network.
-                stack.push_async_callback(runner._close)
-                try:
-                    yield runner
-                finally:
-                    runner._closed = True
-                    nursery.cancel_scope.cancel()
+        async with (
+            open_cgroups(host.cgroup) as cgroups,
+            AsyncExitStack() as stack,
+            trio.open_nursery() as nursery,
+        ):
+            runner = Runner(host, slots or host.cpus, spares, cgroups, nursery)
+            # When no task is left that could still make something: a spare, a network.
+            stack.push_async_callback(runner._close)
+            try:
+                yield runner
+            finally:
+                runner._closed = True
+                nursery.cancel_scope.cancel()
 
 
 @contextmanager
