@@ -90,6 +90,9 @@ def tenant_plan(policy: Policy, host: Host) -> TenantPlan:
         plan.DropBounding(why="every tenant"),
         plan.NoNewPrivileges(why="every tenant"),
     ]
+    if host.seccomp:
+        base, _ = seccomp.layers(policy.syscalls, host.arch)
+        steps += [plan.Filter(program=one, why=policy.origin("syscalls")) for one in base]
     return TenantPlan(ids=ids, steps=tuple(steps))
 
 
@@ -128,10 +131,8 @@ def setup_plan(policy: Policy, host: Host) -> SetupPlan:
     if host.landlock:
         steps.append(landlock.step(policy, host))
     if host.seccomp:
-        steps += [
-            plan.Filter(program=program, why=policy.origin("syscalls"))
-            for program in seccomp.programs(policy.syscalls, host.arch)
-        ]
+        _, own = seccomp.layers(policy.syscalls, host.arch)
+        steps += [plan.Filter(program=one, why=policy.origin("syscalls")) for one in own]
     return SetupPlan(
         steps=tuple(steps),
         namespaces=plan.namespaces(*SANDBOX_NAMESPACES),

@@ -24,6 +24,7 @@ from typing import Any
 from sandboxd.compile import bpf
 from sandboxd.compile.decisions import Action, Decision, decisions
 from sandboxd.compile.numbers import table
+from sandboxd.compile.syscalls import LAUNCH
 from sandboxd.errors import PolicyError
 from sandboxd.policy import Argument, Rule, Syscalls
 
@@ -86,26 +87,48 @@ _Section = tuple[int, tuple[_Range, ...]]
 @cache
 def programs(syscalls: Syscalls, arch: str) -> tuple[bytes, ...]:
     """The programs to load, all of them: one, unless its rules are longer than the kernel takes."""
-    found = tuple(_fit(_sections(syscalls, arch)))
+    return _make(syscalls, arch, _Part(launch=True, rest=True))
+
+
+@cache
+def layers(syscalls: Syscalls, arch: str) -> tuple[tuple[bytes, ...], tuple[bytes, ...]]:
+    """The same in two parts: what a tenant loads once, and what each of its sandboxes adds.
+
+    A process has all filters of those it descends from (seccomp(2)), and the strictest answer
+    counts. So the first part leaves open what a sandbox is made with, the second answers for just
+    that: it is short, and is loaded in less than half the time.
+    """
+    base, own = _Part(launch=False, rest=True), _Part(launch=True, rest=False)
+    return _make(syscalls, arch, base), _make(syscalls, arch, own)
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Which calls a program answers for: those in LAUNCH, the rest. It allows the others."""
+
+    launch: bool
+    rest: bool
+
+
+def _make(syscalls: Syscalls, arch: str, part: _Part) -> tuple[bytes, ...]:
+    sections = [_section(syscalls, arch, part)]
+    if arch == "x86_64" and syscalls.abi32 == "allow":
+        sections.append(_section(syscalls, "i386", part))
+    found = tuple(_fit(sections))
     # MAX_INSNS_PER_PATH of kernel/seccomp.c: 256 KB, with four instructions' fee for each program.
     if sum(len(program) // bpf.INSTRUCTION.size + 4 for program in found) > 32768:
         raise PolicyError("syscalls.rules", "more rules than the kernel takes")
     return found
 
 
-def _sections(syscalls: Syscalls, arch: str) -> list[_Section]:
-    sections = [_section(syscalls, arch)]
-    if arch == "x86_64" and syscalls.abi32 == "allow":
-        sections.append(_section(syscalls, "i386"))
-    return sections
-
-
-def _section(syscalls: Syscalls, arch: str) -> _Section:
+def _section(syscalls: Syscalls, arch: str, part: _Part) -> _Section:
     """All 2**32 numbers as ranges, in order: each with its first number."""
-    unknown = _Leaf((), syscalls.default)
+    unknown = _Leaf((), syscalls.default) if part.rest else _ALLOW
     leaves = {}
     for one in decisions(syscalls, arch):
-        leaves[one.number] = _Leaf(one.rules, one.otherwise)
+        launch = one.name in LAUNCH and arch != "i386"  # nothing of ours makes 32-bit calls
+        mine = part.launch if launch else part.rest
+        leaves[one.number] = _Leaf(one.rules, one.otherwise) if mine else _ALLOW
         leaves.setdefault(one.number + 1, unknown)
     if arch == "x86_64":
         leaves |= {X32_BIT: _KILL, SKIPPED: unknown}
@@ -242,7 +265,7 @@ def verify(syscalls: Syscalls, arch: str) -> list[Difference]:
     and calls that it maps to i386's socketcall and ipc not at all. ImportError without libseccomp.
     """
     oracle = _Oracle(syscalls, arch)
-    ours = programs(syscalls, arch)
+    ours = tuple(program for layer in layers(syscalls, arch) for program in layer)
     found = []
     for one in oracle.questions():
         mine = bpf.decide(ours, one.number, one.audit, one.args)

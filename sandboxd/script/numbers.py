@@ -38,6 +38,7 @@ _NUMBERS = {
     "open_tree": (428, 428),
     "openat": (257, 56),
     "pivot_root": (155, 41),
+    "ppoll": (271, 73),
     "prctl": (157, 167),
     "pread64": (17, 67),
     "prlimit64": (302, 261),

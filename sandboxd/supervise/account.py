@@ -94,9 +94,10 @@ PROPORTIONAL = (b"Pss_Anon:", b"Pss_Shmem:")
 
 
 def running_for(init: int) -> float:
-    """Seconds since init started the program, to a clock tick; 0 if it has not yet.
+    """Seconds since init started the program, up to a clock tick less; 0 if it has not yet.
 
-    proc_pid_stat(5), field 22: the start in ticks after boot, which CLOCK_BOOTTIME counts from.
+    proc_pid_stat(5), field 22: the start in whole ticks after boot, which CLOCK_BOOTTIME counts
+    from. It may have started as late as at the end of that tick, and no run is stopped too early.
     """
     try:
         with open(f"/proc/{init}/task/{init}/children", "rb") as file:
@@ -105,7 +106,7 @@ def running_for(init: int) -> float:
             start = int(file.read().rpartition(b")")[2].split()[19])
     except (OSError, IndexError):
         return 0.0
-    return time.clock_gettime(time.CLOCK_BOOTTIME) - start / TICKS
+    return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - (start + 1) / TICKS)
 
 
 class Watcher:

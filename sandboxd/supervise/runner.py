@@ -277,15 +277,16 @@ class Runner:
         except BaseException:
             await box.end()
             raise
-        if box.reported and box.fuse is None:
-            box.socket.close()
-            self._dying.append(box)
-            if not self._burying:
-                self._burying = True
-                self._nursery.start_soon(self._undertaker)
-        else:
+        if not box.reported or box.fuse is not None:
             await box.end()
-        return record.make(conduct.job, kept.kind, seen, self.host, waited)
+            return record.make(conduct.job, kept.kind, seen, self.host, waited)
+        result = record.make(conduct.job, kept.kind, seen, self.host, waited)
+        box.socket.close()  # which init waits for: its end is the kernel's work, and not ours
+        self._dying.append(box)
+        if not self._burying:
+            self._burying = True
+            self._nursery.start_soon(self._undertaker)
+        return result
 
     async def _take(self, kept: Kept, dispatch: Dispatch) -> Sandbox:
         """A spare or a new sandbox, with the job on its way into it."""

@@ -13,6 +13,7 @@ from sandboxd.compile import bpf, numbers, seccomp, syscalls
 from sandboxd.compile.decisions import INTS, decisions
 from sandboxd.errors import PolicyError
 from sandboxd.policy import Argument, Rule, Syscalls
+from sandboxd.script.numbers import numbers as script_numbers
 from tests.compile.tiers import TIERS, action, holds, known, meant, shipped
 
 ALL = TIERS | {f"{name}.toml": found for name, found in shipped().items()}
@@ -28,8 +29,9 @@ every_tier = pytest.mark.parametrize(
 def answer(
     policy: Syscalls, arch: str, number: int, args: tuple[int, ...] = (0,) * 6, audit: str = ""
 ) -> int:
-    programs = seccomp.programs(policy, arch)
-    return bpf.decide(programs, number, seccomp.AUDIT_ARCH[audit or arch], args)
+    """What a job gets: the answer of all that a tenant and a sandbox of it have loaded."""
+    base, own = seccomp.layers(policy, arch)
+    return bpf.decide((*base, *own), number, seccomp.AUDIT_ARCH[audit or arch], args)
 
 
 def by_name(policy: Syscalls, name: str, *args: int, arch: str = "x86_64") -> str:
@@ -42,6 +44,34 @@ def needs_libseccomp() -> None:
         pytest.importorskip("seccomp", exc_type=ImportError)
     except pytest.skip.Exception:
         pytest.importorskip("pyseccomp", exc_type=ImportError)
+
+
+# -- in two parts
+
+
+@every_tier
+@everywhere
+def test_a_tenant_leaves_open_what_its_sandboxes_are_made_with(name: str, arch: str) -> None:
+    base, own = seccomp.layers(ALL[name], arch)
+    audit = seccomp.AUDIT_ARCH[arch]
+    for call, number in numbers.table(arch).items():
+        whole = bpf.decide(seccomp.programs(ALL[name], arch), number, audit)
+        open_, closed = bpf.decide(base, number, audit), bpf.decide(own, number, audit)
+        if call in syscalls.LAUNCH:
+            assert (open_, closed) == (bpf.ALLOW, whole), call
+        else:
+            assert (open_, closed) == (whole, bpf.ALLOW), call
+
+
+def test_every_call_of_a_script_is_left_open() -> None:
+    assert set(script_numbers("x86_64")) == syscalls.LAUNCH
+
+
+@everywhere
+def test_what_is_not_of_this_architecture_is_killed_by_either_part(arch: str) -> None:
+    foreign = "aarch64" if arch == "x86_64" else "x86_64"
+    for part in seccomp.layers(TIERS["base"], arch):
+        assert bpf.decide(part, 0, seccomp.AUDIT_ARCH[foreign]) == bpf.KILL_PROCESS
 
 
 # -- the tiers
