@@ -14,6 +14,8 @@
         |  <- Ended ----------------------------------------------------------|
         |  - SIGNAL_STOP by pidfd ------------------------------------------->|  at any time
 
+After Ended init exits when the supervisor closes the socket, or dies.
+
 Supervisor and zygote share a SEQPACKET socket, one message a packet; supervisor and init a STREAM
 socket. The end of either (EOF) is how each learns that the other died. All messages are fixed
 structs; nothing that a workload wrote is ever in one.

@@ -250,7 +250,7 @@ class Runner:
                 )
                 result = await self._in_sandbox(kept, conduct, (asked, queued))
             self._finished += 1
-            if not kept.refilling:
+            if not kept.refilling and self._lacks(kept):
                 kept.refilling = True
                 self._nursery.start_soon(self._refill, kept)
             return result
@@ -290,6 +290,7 @@ class Runner:
 
     async def _take(self, kept: Kept, dispatch: Dispatch) -> Sandbox:
         """A spare or a new sandbox, with the job on its way into it."""
+        dispatch.prepare()
         self._bury()  # what they had is used again
         while len(self._dying) > self.slots:
             await self._dying.pop(0).end()
@@ -330,6 +331,14 @@ class Runner:
                 if error.stage != "tenant" or attempt:
                     raise
         raise InternalError("unreachable")
+
+    def _lacks(self, kept: Kept) -> bool:
+        """Whether there is something to make ahead."""
+        if len(kept.spares) < self._spares_wanted:
+            return True
+        tenant = kept.home.tenant
+        again = kept.prepared.compiled.network_serves_again
+        return tenant is not None and not again and tenant.networks_ahead < self.slots
 
     async def _refill(self, kept: Kept) -> None:
         """Make what a policy lacks of spares and networks: after a job, not while one starts."""

@@ -100,8 +100,9 @@ class Observed:
 class Dispatch:
     """A job on its way into a sandbox: its script and descriptors.
 
-    `begin` is called when the sandbox has been asked for and not waited for: what Python does
-    then costs no time, because the kernel builds namespaces meanwhile.
+    `prepare` comes before the sandbox is asked for, and not while it is made: the kernel wakes the
+    zygote on our CPU, as if we were about to sleep, and there it waits until we do (WF_SYNC in
+    kernel/sched/fair.c).
     """
 
     def __init__(self, job: Job, prepared: Prepared, pipes: Pipes) -> None:
@@ -111,13 +112,16 @@ class Dispatch:
         self._rest = memoryview(b"")
         self._fds: list[int] = []
 
-    def begin(self, sock: socket.socket) -> None:
-        """Make the script, and send what the socket takes at once."""
+    def prepare(self) -> None:
+        """Make the script, and open the streams."""
         if not self.pipes.job_ends:
             open_pipes(self._job, self.pipes)
         self.plan, self.image, message = self._script()
         self._rest = memoryview(message)
         self._fds = list(self.pipes.job_ends)
+
+    def begin(self, sock: socket.socket) -> None:
+        """Send what the socket takes at once."""
         self._push(sock)
 
     def _script(self) -> Script:

@@ -88,9 +88,13 @@ class Tenant:
         else:
             os.close(fd)
 
+    @property
+    def networks_ahead(self) -> int:
+        return len(self._networks)
+
     async def refill_networks(self, wanted: int) -> None:
         """Make namespaces ahead, while nobody waits for one."""
-        while len(self._networks) < wanted and not self.dead:
+        while self.networks_ahead < wanted and not self.dead:
             self._networks.append(await self._make_network())
 
     def close_networks(self) -> None:
