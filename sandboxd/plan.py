@@ -359,6 +359,7 @@ class LeafUserNamespace(Step):
     gid: int
     outer: int | None
     """The tenant's id that is mapped; None is the run's own."""
+    quotas: tuple[tuple[str, int], ...]
 
     def describe(self) -> str:
         return f"seen as {self.uid}:{self.gid}; no further ones"

@@ -82,10 +82,11 @@ def tenant_plan(policy: Policy, host: Host) -> TenantPlan:
     ]
     if ids.writer != "self" and not idmap.needs_leaf(policy.identity, ids):
         # Before capabilities go: nothing in this tenant makes a further user namespace.
-        steps.append(
-            plan.WriteFile(path="/proc/sys/user/max_user_namespaces", content=b"0",
-                           why="no nested user namespaces")
-        )  # fmt: skip
+        steps += [
+            plan.WriteFile(path=f"/proc/sys/user/{name}", content=b"%d" % most,
+                           why="what the kernel counts up to the caller")
+            for name, most in resources.quotas(policy, host)
+        ]  # fmt: skip
     steps += [
         plan.DropBounding(why="every tenant"),
         plan.NoNewPrivileges(why="every tenant"),
@@ -109,7 +110,7 @@ def setup_plan(policy: Policy, host: Host) -> SetupPlan:
     leaf = idmap.needs_leaf(policy.identity, ids)
     steps: list[Step] = [plan.JoinNetwork(descriptor=1, why=policy.origin("network.mode"))]
     if leaf:
-        steps.append(plan.KeepSysctls(why="no nested user namespaces"))
+        steps.append(plan.KeepSysctls(why="what the kernel counts up to the caller"))
     steps += rootfs.sandbox(policy, host, fuse)
     if policy.clock.boottime or policy.clock.monotonic:
         steps.append(
@@ -121,7 +122,9 @@ def setup_plan(policy: Policy, host: Host) -> SetupPlan:
     steps += [
         plan.Hostname(name=policy.identity.hostname, why=policy.origin("identity.hostname")),
         plan.NewSession(why="every sandbox"),
-        *idmap.steps(policy.identity, ids, policy.origin("identity")),
+        *idmap.steps(
+            policy.identity, ids, resources.quotas(policy, host), policy.origin("identity")
+        ),
         *resources.rlimits(policy, host),
     ]
     if policy.root.proc == "none":

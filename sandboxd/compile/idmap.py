@@ -44,8 +44,10 @@ def needs_leaf(identity: Identity, ids: IdMap) -> bool:
     return not own_uid(identity, ids) or identity.uid is not None
 
 
-def steps(identity: Identity, ids: IdMap, why: str) -> tuple[plan.Step, ...]:
-    """Become the job: its uid, and the leaf namespace where one is needed."""
+def steps(
+    identity: Identity, ids: IdMap, quotas: tuple[tuple[str, int], ...], why: str
+) -> tuple[plan.Step, ...]:
+    """Become the job: its uid, and the leaf namespace where one is needed, with its quotas."""
     own = own_uid(identity, ids)
     outer = None if own else plan.TENANT_UID
     become = plan.BecomeUser(uid=outer, gid=outer, why=why)
@@ -53,4 +55,5 @@ def steps(identity: Identity, ids: IdMap, why: str) -> tuple[plan.Step, ...]:
         return (become,)
     uid = DEFAULT_UID if identity.uid is None else identity.uid
     gid = uid if identity.gid is None else identity.gid
-    return (become, plan.LeafUserNamespace(uid=uid, gid=gid, outer=outer, why=why))
+    leaf = plan.LeafUserNamespace(uid=uid, gid=gid, outer=outer, quotas=quotas, why=why)
+    return (become, leaf)

@@ -5,12 +5,17 @@ from __future__ import annotations
 import math
 
 from sandboxd import plan
+from sandboxd.compile.decisions import decisions
 from sandboxd.host import Host
 from sandboxd.policy import Policy
 
 OWN = "every sandbox: quotas that jobs of one user would share"
 PERIOD = 100_000
 """Microseconds of a cpu.max period (Documentation/admin-guide/cgroup-v2.rst)."""
+
+INOTIFY = frozenset({"inotify_init", "inotify_init1"})
+SHARES = (("max_inotify_instances", 16), ("max_inotify_watches", 16384))
+"""Of 128 and of 8192 up to 1048576 that all of a user have (fs/notify/inotify/inotify_user.c)."""
 
 
 def rlimits(policy: Policy, host: Host) -> tuple[plan.Step, ...]:
@@ -52,6 +57,20 @@ def _at_most(value: int | None, hard: int | None) -> int | None:
     if hard is None:
         return value
     return hard if value is None else min(value, hard)
+
+
+def quotas(policy: Policy, host: Host) -> tuple[tuple[str, int], ...]:
+    """What goes into /proc/sys/user of a job's user namespace (namespaces(7), inotify(7)).
+
+    inotify is counted for the user of each namespace up to the first, where all jobs are the
+    caller, whatever their uid inside. So each gets a share, where its filter lets it have any.
+    """
+    own = (("max_user_namespaces", 0),)
+    if host.seccomp:
+        asked = [one for one in decisions(policy.syscalls, host.arch) if one.name in INOTIFY]
+        if not any(one.otherwise == "allow" or one.rules for one in asked):
+            return own
+    return (*own, *SHARES)
 
 
 def cgroup_files(policy: Policy, host: Host) -> dict[str, str]:

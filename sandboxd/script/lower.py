@@ -316,7 +316,8 @@ def _leaf_user_namespace(w: Writer, step: plan.LeafUserNamespace) -> None:
         if step.outer is None:
             w.mark("digits", row + 8)
         w.write_file(f"/proc/self/{name}", row, 8 + 8 + 3)
-    w.write_file("max_user_namespaces", b"0", directory=SYSCTLS)
+    for name, most in step.quotas:
+        w.write_file(name, b"%d" % most, directory=SYSCTLS)
     w.call("close", SYSCTLS)
     for capability in range(LAST_CAPABILITY + 1):
         w.call("prctl", PR_CAPBSET_DROP, capability, 0, 0, 0, ignore=True)

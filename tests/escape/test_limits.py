@@ -3,25 +3,34 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import os
 import time
+from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import trio
 
 from tests.escape.attack import (
+    Compiled,
     Job,
     Policy,
     Result,
     achieved,
     any_uid,
+    attack,
     every_policy,
+    find,
     finished,
     limited,
     live,
     open_runner,
+    plan,
+    probe,
     python,
+    with_steps,
 )
 
 MIB = 1 << 20
@@ -238,6 +247,8 @@ while True:
 
 # -- quotas that the kernel keeps per user ----------------------------------------------------
 
+INOTIFY_INSTANCES = int(Path("/proc/sys/fs/inotify/max_user_instances").read_text())
+"""All that the caller may have."""
 QUOTAS = {
     # pending signals (RLIMIT_SIGPENDING); queued to oneself, and blocked
     "signals": """
@@ -287,7 +298,7 @@ def take():
         here = call("inotify_init1", 0)
     path = f"/tmp/{next(names)}"
     os.mkdir(path)
-    call("inotify_add_watch", watch[0], path.encode(), 2)
+    call("inotify_add_watch", here, path.encode(), 2)
 """,
     "timers": """
 def take():
@@ -337,3 +348,40 @@ async def test_quotas_of_a_user(quota: str, policy: str) -> None:
             os.close(own)
             taken = (await finished(greedy))["count"]
             assert (taken > 0) == (found["first"] == "ok")
+
+
+def with_inotify(name: str) -> Policy:
+    """A policy of one's own that does not forbid it."""
+    policy = find(name)
+    kept = tuple(one for one in policy.syscalls.enosys if one != "@inotify")
+    return find(policy, syscalls=msgspec.structs.replace(policy.syscalls, enosys=kept))
+
+
+def without_shares(compiled: Compiled) -> Compiled:
+    def step_without(step: plan.Step) -> plan.Step | None:
+        if isinstance(step, plan.LeafUserNamespace):
+            return dataclasses.replace(step, quotas=step.quotas[:1])
+        return None if isinstance(step, plan.WriteFile) and "inotify" in step.path else step
+
+    return with_steps(compiled, step_without)
+
+
+@pytest.mark.parametrize("policy", ["base", "judge-native", "shell"])
+async def test_quota_of_inotify_under_a_policy_that_allows_it(policy: str) -> None:
+    """inotify instances are counted up to the user who made the namespaces: the caller.
+
+    So a uid of its own is no help: namespaces(7), /proc/sys/user. Countermeasure: a small limit in
+    the job's own user namespace; without it one job has all of the caller's (128, mostly).
+    """
+    body = QUOTAS["inotify"].replace("def take()", "kept = []\ndef take()") + EXHAUSTING
+    assert await attack(with_inotify(policy), body) == {"count": 16}
+    if min(3000, probe().hard_limits.get("NOFILE", 3000)) > INOTIFY_INSTANCES:
+        found = await attack(with_inotify(policy), body, weaken=without_shares)
+        assert found["count"] > 16
+
+
+@pytest.mark.parametrize("policy", ["base", "shell"])
+async def test_watches_of_inotify_are_limited(policy: str) -> None:
+    """The same for watches, of which a small machine has 8192 for all jobs of a caller."""
+    reading = "found['most'] = reads('/proc/sys/user/max_inotify_watches')"
+    assert await attack(with_inotify(policy), reading) == {"most": "16384\n"}
