@@ -281,8 +281,10 @@ def _reap(w: Writer, main: Label, report: Label) -> None:
     asm.emit(NO_CALL, 0, when=Condition.NEGATIVE, target=finish)
     asm.jump(reap)
     asm.place(found)
+    # It may be a stop and no end: the program can make init its tracer (PTRACE_TRACEME). Then it is
+    # still there, is killed like all others, and what is told is how it ended, below. After an end
+    # no other process gets its number: pids that small are given once (alloc_pid in kernel/pid.c).
     asm.emit(NO_CALL, 0, store=report + 8)
-    w.assign(0, main)
     asm.place(finish)
     w.call("clock_gettime", CLOCK_MONOTONIC, report + 32)
     w.call("kill", -1, SIGKILL, ignore=True)

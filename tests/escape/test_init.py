@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import trio
 
+from sandboxd.messages import Ended
 from tests.escape.attack import (
     POLICIES,
     PYTHON,
@@ -107,11 +108,13 @@ async def test_overwriting_the_runtime(policy: str) -> None:
 
 @pytest.mark.needs("landlock")
 async def test_the_runtime_is_within_reach_without_its_layers() -> None:
-    """Without both layers init's program opens; only that it is running keeps it whole."""
-    body = EXECUTABLES + "found['read'] = reads('/proc/1/exe', 4)"
+    """Without both layers init's program opens; that it is running and sealed keeps it whole."""
+    body = EXECUTABLES + "found['read'] = reads('/proc/1/exe', 4)\n"
+    body += "found['changed'] = writes('/proc/1/exe')"
     found = await attack("shell", body, weaken=NEITHER)
     assert found["read"] == "\x7fELF"
     assert found["init write"] in ("ETXTBSY", "ok")
+    assert found["changed"] in ("ETXTBSY", "EPERM")
 
 
 async def test_settings_of_init_without_hiding_it() -> None:
@@ -297,7 +300,10 @@ signal.pause()
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGTRAP, signal.SIGUSR1])
+STOPS = pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGTRAP, signal.SIGUSR1])
+
+
+@STOPS
 @pytest.mark.parametrize("policy", [*POLICIES, "ci"])
 async def test_being_traced_by_init(policy: str, number: signal.Signals) -> None:
     """PTRACE_TRACEME: the tracer is the parent, and the program's is init, which did not ask.
@@ -313,6 +319,20 @@ async def test_being_traced_by_init(policy: str, number: signal.Signals) -> None
             result = await runner.run(job)
     assert result.status in ("signaled", "wall_time_limit")
     assert result.exit_code is None
+
+
+@STOPS
+async def test_stops_are_not_believed(
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """init tells how the program really ended; messages.py refusing a stop is a second layer."""
+    monkeypatch.setattr(Ended, "STOPPED", -1)
+    body = TRACED_BY_INIT.replace("NUMBER", str(int(number)))
+    async with open_runner() as runner:
+        result = await runner.run(Job(argv=python(body), policy="shell"))
+    assert (result.status, result.exit_code) == ("signaled", None)
+    assert result.signal is not None
+    assert result.signal.name == "SIGKILL"
 
 
 LIMITS_OF_INIT = """
