@@ -11,14 +11,19 @@ _SEALS = 0x1 | 0x2 | 0x4 | 0x8  # F_SEAL_SEAL, SHRINK, GROW, WRITE (fcntl(2))
 
 
 def program(content: bytes) -> int:
-    """A descriptor of an executable file with this content."""
+    """A descriptor of an executable file with this content, which nobody can change any more.
+
+    It is behind /proc/1/exe of every sandbox: CVE-2019-5736 was such a file, written over.
+    """
+    flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
     try:
-        fd = os.memfd_create("sandboxd", os.MFD_CLOEXEC | _MFD_EXEC)
+        fd = os.memfd_create("sandboxd", flags | _MFD_EXEC)
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise
-        fd = os.memfd_create("sandboxd", os.MFD_CLOEXEC)
+        fd = os.memfd_create("sandboxd", flags)
     write_all(fd, content)
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
     return fd
 
 
