@@ -246,8 +246,8 @@ LAUNCH = frozenset(
 )
 
 # Values of the kernel's own headers: linux/sched.h, bits/socket.h, linux/netlink.h, linux/in.h,
-# asm-generic/ioctls.h, asm-generic/fcntl.h, asm-generic/resource.h, linux/personality.h. They are
-# the same on x86-64, i386 and aarch64.
+# asm-generic/ioctls.h, asm-generic/fcntl.h, asm-generic/resource.h, linux/personality.h,
+# linux/prctl.h, asm-generic/mman-common.h. They are the same on x86-64, i386 and aarch64.
 _CLONE_NEW = 0x7E020000
 """NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET; clone has no NEWTIME (clone(2))."""
 _AF_UNIX, _AF_INET, _AF_INET6, _AF_NETLINK = 1, 2, 10, 16
@@ -261,6 +261,7 @@ _F_SETLEASE, _F_NOTIFY = 1024, 1026
 _F_GETLK, _F_SETLK = (5, 12, 36), (6, 7, 13, 14, 37, 38)
 """For 32-bit offsets, for 64-bit ones in 32-bit programs (12 to 14), and OFD locks."""
 _RLIMIT_CORE = 4
+_PR_SET_MEMORY_MERGE, _MADV_MERGEABLE = 67, 12
 _PERSONALITY_QUERY, _ADDR_NO_RANDOMIZE = 0xFFFFFFFF, 0x0040000
 
 
@@ -398,11 +399,18 @@ RULES: Mapping[str, RuleGroup] = MappingProxyType(
             # setsockopt(IPPROTO_IPV6, IPV6_FLOWLABEL_MGR), include/uapi/linux/in6.h
             (Rule(calls=("setsockopt",), args=(_eq(1, 41), _eq(2, 32)), action="eperm"),),
         ),
+        "@no-merging": RuleGroup(
+            "memory is not offered for merging: its timing would tell what others have in theirs",
+            (
+                _refuse(("prctl",), _eq(0, _PR_SET_MEMORY_MERGE)),
+                _refuse(("madvise",), _eq(2, _MADV_MERGEABLE)),
+            ),
+        ),
         "@guards": RuleGroup(
             "small holes in otherwise harmless calls, closed",
             (
                 *("@no-tty-injection", "@no-leases", "@own-limits", "@core-limit"),
-                *("@personality-query", "@no-sync", "@no-flow-labels"),
+                *("@personality-query", "@no-sync", "@no-flow-labels", "@no-merging"),
             ),
         ),
     }

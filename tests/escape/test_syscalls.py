@@ -81,6 +81,8 @@ ATTEMPTS = {
         '("personality", 0x400000), ("personality", 0x100000), ("personality", 8)', "ok"
     ),
     "kernel log": attempt('("syslog", 3, room, 64), ("syslog", 10, room, 64)', "EPERM"),
+    # memory that is merged tells by its timing what other jobs have: prctl(2), madvise(2), ksm.rst
+    "merging": attempt('("prctl", 67, 1, 0, 0, 0), ("madvise", page, 4096, 12)', "ok EINVAL"),
     "terminal": attempt('("vhangup",)', "EPERM"),
     # CVE-2022-0185's way in, and namespaces seen from outside: fsopen(2), statmount(2)
     "mount queries": attempt(
@@ -108,6 +110,8 @@ room = ctypes.create_string_buffer(4096)
 params = ctypes.create_string_buffer(120)
 handle = ctypes.create_string_buffer(struct.pack("Ii", 128, 0), 136)
 now = struct.pack("qq", int(time.time()), 0)
+held = mmap.mmap(-1, 4096)
+page = ctypes.addressof(ctypes.c_char.from_buffer(held))
 set_tick = ctypes.create_string_buffer(struct.pack("I", 0x4000), 208)
 for one in (CALLS,):
     found[repr(one[:2])] = tried(call, *one)
