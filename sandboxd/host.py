@@ -39,6 +39,8 @@ class Host:
     subuid: IdRange | None = None
     """None: no range, or newuidmap does not work here: single-id mode."""
     subgid: IdRange | None = None
+    other_groups: bool = False
+    """The caller is in groups besides `gid`; in single-id mode its jobs stay in them."""
     direct_maps: bool = False
     """We may write uid_map with ranges ourselves (root): newuidmap is not needed."""
     overlay: bool = False

@@ -213,7 +213,9 @@ def test_every_word_of_a_field_is_in_the_reference() -> None:
     assert not missing(choices, words("result.md"))
 
 
-BARE = Host(arch="x86_64", kernel="0", uid=1000, gid=1000, cpus=2, seccomp=False)
+BARE = Host(
+    arch="x86_64", kernel="0", uid=1000, gid=1000, cpus=2, seccomp=False, other_groups=True
+)  # fmt: skip
 RANGE = IdRange(start=100000, count=65536)
 CONTROLLERS = frozenset({"memory", "pids", "cpu"})
 FULL = Host(

@@ -74,6 +74,8 @@ def _degraded(policy: Policy, host: Host, says: dict[str, str]) -> list[tuple[st
         found.append(
             ("user_namespace", notes.get("subuid", "no subordinate ids: jobs share a uid"))
         )
+        if host.other_groups:  # user_namespaces(7): who maps a single gid must deny setgroups
+            found.append(("groups", "a single id: jobs stay in all groups that the caller is in"))
     if host.cgroup is None:
         found.append(("cpu_time", f"{no_cgroup}: a lower bound, what escapes wait4 is not counted"))
     for what, controller in (("memory", "memory"), ("cpus", "cpu")):

@@ -341,7 +341,7 @@ def _isolation(host: Host) -> tuple[_Row, ...]:
         ),
         (
             *("user ids", host.subuid is not None, "one of its own for every run", "partly"),
-            "all runs share the caller's, and its quotas",
+            "all runs share the caller's, its groups and its quotas",
         ),
         ("system calls", host.seccomp, "a seccomp allowlist", "none", "not filtered"),
         (

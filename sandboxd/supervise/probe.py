@@ -32,7 +32,7 @@ _PASSING = frozenset(
 COSTS: Mapping[str, str] = {
     "arch": "nothing can be run",
     "user_namespaces": "nothing can be run",
-    "subuid": "jobs share one user id, so one can use up quotas per user (inotify, pipes) of all",
+    "subuid": "jobs share the caller's user id, its groups and its quotas (pipes, signals)",
     "overlay": "a writable root needs fuse-overlayfs or is made of binds on a tmpfs",
     "fuse_overlayfs": "without the kernel's overlay a writable root is made of binds on a tmpfs",
     "memfd_exec": "the slow executor is used in place of the machine",
@@ -116,6 +116,7 @@ def _plain_facts() -> tuple[Host, dict[str, str]]:
         kernel=system.release,
         uid=os.geteuid(),
         gid=os.getegid(),
+        other_groups=bool(set(os.getgroups()) - {os.getegid()}),
         cpus=len(os.sched_getaffinity(0)),
         page_size=os.sysconf("SC_PAGE_SIZE"),
         landlock=abi,

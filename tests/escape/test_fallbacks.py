@@ -151,3 +151,22 @@ async def test_required_layers(less: str) -> None:
     async with open_runner(host=lacking) as runner:
         with pytest.raises(SandboxError):
             await runner.run(Job(argv=("/bin/true",), policy=find(base, require=require)))
+
+
+@pytest.mark.needs("subuid")
+async def test_groups_of_the_caller() -> None:
+    """A namespace with a single id cannot leave the caller's groups: user_namespaces(7), setgroups.
+
+    So what they may read, jobs may, and the result says so. With subordinate ids they are gone.
+    """
+    counting = "found['groups'] = len(os.getgroups())"
+    host = dataclasses.replace(probe(), other_groups=True)
+    for one, count, said in (
+        (host, 0, False),
+        (LESS["single id"](host), len(os.getgroups()), True),
+        (LESS["single id"](dataclasses.replace(host, other_groups=False)), None, False),
+    ):
+        async with open_runner(host=one) as runner:
+            result = await runner.run(Job(argv=python(counting), policy="base"))
+        assert count is None or achieved(result)["groups"] == count
+        assert ("groups" in {found.what for found in result.degraded}) == said
