@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,9 @@ from sandboxd.supervise.probe import Examination, examine
 
 State = Literal["ok", "warn", "FAIL"]
 Level = Literal["kernel", "partly", "none"]
+
+OPEN_FILES = 4096 * 4096
+"""Of all processes of one job together, under the most generous policies of sandboxd's own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -264,7 +268,17 @@ def _sysctls() -> Check:
     return _check("sysctls", found and f"open to all users: {found}", "nothing open to all", fix)
 
 
+def _open_files() -> Check:
+    """One number for the whole machine, which systemd sets to the largest there is."""
+    most = fixes.sysctl("fs/file-max")
+    many = not most.isdecimal() or int(most) >= OPEN_FILES
+    found = f"fs.file-max is {most}, for all: one job may have {OPEN_FILES} open"
+    fix = fixes.admin(f"sysctl -w fs.file-max={sys.maxsize}")
+    return _check("open files", "" if many else found, "enough for all", fix)
+
+
 def _kernel(seen: Examination) -> Iterator[Check]:
+    yield _open_files()
     yield _psi()
     smt = Path("/sys/devices/system/cpu/smt/active")
     on = smt.exists() and smt.read_text(encoding="ascii").strip() == "1"

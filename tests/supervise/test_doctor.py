@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from sandboxd.host import CgroupSubtree, Host, IdRange
-from sandboxd.supervise import fixes, subtree
-from sandboxd.supervise.doctor import Check, Report, diagnose, guarantees
+from sandboxd.supervise import fixes, policies, subtree
+from sandboxd.supervise.doctor import OPEN_FILES, Check, Report, diagnose, guarantees
 from sandboxd.supervise.probe import probe
 from tests import needs
 
@@ -25,7 +25,7 @@ WHAT = (
     *("time namespace", "kernel overlay", "fuse-overlayfs", "TUN", "cgroup v2 subtree"),
     *("start in a cgroup", "cgroup memory", "cgroup pids", "cgroup cpu", "cgroup io"),
     *("cgroup cpuset", "cgroup.kill", "memory.peak", "pids.peak", "swap", "seccomp"),
-    *("Landlock", "libseccomp", "sysctls", "pressure (PSI)", "SMT"),
+    *("Landlock", "libseccomp", "sysctls", "open files", "pressure (PSI)", "SMT"),
 )
 
 # Prints a diagnosis as JSON.
@@ -123,6 +123,14 @@ def test_sysctls_agree_with_proc(report: Report) -> None:
     found = rows(report)["sysctls"]
     value = fixes.sysctl("kernel/unprivileged_bpf_disabled")
     assert ("kernel.unprivileged_bpf_disabled" in found.found) == (value == "0")
+
+
+def test_open_files_of_the_machine(report: Report) -> None:
+    """Our own policies do not allow more than what is warned of."""
+    shipped = [policies.find(name).limits for name in ("base", "ci", "shell", "agent", "compile")]
+    assert max((one.processes or 0) * (one.open_files or 0) for one in shipped) == OPEN_FILES
+    most = int(Path("/proc/sys/fs/file-max").read_text())
+    assert (rows(report)["open files"].state == "ok") == (most >= OPEN_FILES)
 
 
 @pytest.mark.needs("userns")
