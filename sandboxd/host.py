@@ -57,6 +57,8 @@ class Host:
     """A new proc mounts in a user namespace; False where the visible one is partly masked."""
     proc_subset: bool = True
     """The same for a proc with subset=pid."""
+    hides_processes: bool = False
+    """/proc shows nothing of processes that we may not trace (hidepid): no run can be sampled."""
     cgroup: CgroupSubtree | None = None
     cgroup_why_not: str = ""
     root_links: dict[str, str] = field(default_factory=dict)

@@ -32,6 +32,18 @@ LANDLOCK_CREATE_RULESET = 444  # the same number on every architecture
 LANDLOCK_CREATE_RULESET_VERSION = 1
 
 
+def hidden_processes(how: str) -> tuple[str, ...]:
+    """What to start a command with, so that /proc hides processes from it; needs userns.
+
+    An ordinary user may mount a proc in a PID namespace; a second user namespace takes the
+    capabilities away that would let it see them all the same.
+    """
+    again = 'exec unshare --user --map-user=1000 --map-group=1000 "$@"'
+    script = f"mount -t proc -o hidepid={how} proc /proc && {again}"
+    unshare = ("unshare", "--user", "--map-root-user", "--mount", "--pid", "--fork", "--kill-child")
+    return (*unshare, "sh", "-c", script, "sh")
+
+
 def works(*argv: str) -> str:
     """Why this command does not work here, or nothing."""
     if shutil.which(argv[0]) is None:

@@ -29,6 +29,8 @@ def judge(policy: Policy, host: Host, ids: IdMap, setup: SetupPlan) -> Found:
     """The guarantees of a run under this policy here."""
     limits = policy.limits
     controllers = host.cgroup.controllers if host.cgroup else frozenset()
+    per_process = [] if limits.address_space is None else ["RLIMIT_AS per process"]
+    sampled = [] if host.hides_processes else ["sampled"]
     filtered = any(isinstance(step, plan.Filter) for step in setup.steps)
     says = {
         "user_namespace": "single" if ids.writer == "self" else "subuid",
@@ -36,11 +38,10 @@ def judge(policy: Policy, host: Host, ids: IdMap, setup: SetupPlan) -> Found:
         "root": _root(policy, host),
         "network": policy.network.mode,
         "cpu_time": _pick(limits.cpu_time, host.cgroup is not None, "cgroup2 cpu.stat",
-                          "sampled and RLIMIT_CPU per process"),
+                          " and ".join([*sampled, "RLIMIT_CPU per process"])),
         "wall_time": _pick(limits.wall_time, True, "supervisor", NONE),
         "memory": _pick(limits.memory, "memory" in controllers, "cgroup2",
-                        "sampled" if limits.address_space is None
-                        else "sampled and RLIMIT_AS per process"),
+                        " and ".join([*sampled, *per_process]) or NONE),
         # RLIMIT_NPROC counts per (user namespace, uid), and a run has one of the two to itself.
         "processes": _pick(limits.processes, "pids" in controllers, "cgroup2", "RLIMIT_NPROC"),
         "cpus": _pick(limits.cpus, "cpu" in controllers, "cgroup2", NONE),
@@ -68,7 +69,6 @@ def _root(policy: Policy, host: Host) -> str:
 
 def _degraded(policy: Policy, host: Host, says: dict[str, str]) -> list[tuple[str, str]]:
     notes = host.fault_notes
-    no_cgroup = host.cgroup_why_not or "no delegated cgroup v2"
     found: list[tuple[str, str]] = []
     if says["user_namespace"] == "single":
         found.append(
@@ -76,12 +76,7 @@ def _degraded(policy: Policy, host: Host, says: dict[str, str]) -> list[tuple[st
         )
         if host.other_groups:  # user_namespaces(7): who maps a single gid must deny setgroups
             found.append(("groups", "a single id: jobs stay in all groups that the caller is in"))
-    if host.cgroup is None:
-        found.append(("cpu_time", f"{no_cgroup}: a lower bound, what escapes wait4 is not counted"))
-    for what, controller in (("memory", "memory"), ("cpus", "cpu")):
-        if says[what] not in ("cgroup2", NOT_LIMITED):
-            why = notes.get(f"cgroup.{controller}", no_cgroup)
-            found.append((what, f"{why}; {says[what]}"))
+    found += _less_limited(policy, host, says)
     if says["syscalls"] == NONE:
         why = notes.get("seccomp", f"{policy.origin('syscalls')} allows everything")
         found.append(("syscalls", why))
@@ -92,6 +87,24 @@ def _degraded(policy: Policy, host: Host, says: dict[str, str]) -> list[tuple[st
         found.append(("disk", "a root by fuse-overlayfs has the limit once more, not counted"))
     if not rootfs.is_shared(policy) and says["root"] == "tmpfs and binds":
         found.append(("root", notes.get("overlay", "no overlay works here: lower files read-only")))
+    return found
+
+
+def _less_limited(policy: Policy, host: Host, says: dict[str, str]) -> list[tuple[str, str]]:
+    notes = host.fault_notes
+    no_cgroup = host.cgroup_why_not or "no delegated cgroup v2"
+    hidden = notes.get("processes", "/proc hides processes")
+    found: list[tuple[str, str]] = []
+    if host.cgroup is None:
+        found.append(("cpu_time", f"{no_cgroup}: a lower bound, what escapes wait4 is not counted"))
+        if host.hides_processes and policy.limits.idle_time is not None:
+            found.append(("idle_time", f"{hidden}; {NONE}"))
+    for what, controller in (("memory", "memory"), ("cpus", "cpu")):
+        if says[what] not in ("cgroup2", NOT_LIMITED):
+            why = notes.get(f"cgroup.{controller}", no_cgroup)
+            if what == "memory" and host.hides_processes:
+                why = f"{why}; {hidden}"
+            found.append((what, f"{why}; {says[what]}"))
     return found
 
 

@@ -14,6 +14,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 
+import msgspec
+
 from sandboxd.host import Host
 from sandboxd.messages import Ended
 from sandboxd.policy import Limits
@@ -116,6 +118,9 @@ class Watcher:
         self, box: Sandbox, limits: Limits, host: Host, stop: Callable[[Status, str], None]
     ) -> None:
         self.box = box
+        self._blind = host.hides_processes
+        if self._blind and host.cgroup is None:  # nothing seen is not nothing done
+            limits = msgspec.structs.replace(limits, idle_time=None)
         self.limits = limits
         self.seen = Watch()
         self._stop = stop
@@ -152,7 +157,7 @@ class Watcher:
         pauses = [math.inf]
         if limits.wall_time is not None:
             left = limits.wall_time - (now - started)
-            if left <= 0:  # since it was sent; a slow set-up is not the program's
+            if left <= 0 and not self._blind:  # since it was sent; a slow set-up is not its own
                 left = limits.wall_time - running_for(self.box.pid())
             if left <= 0:
                 self._over("wall_time_limit", f"wall time {limits.wall_time:g} s")

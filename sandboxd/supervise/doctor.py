@@ -118,6 +118,8 @@ def _namespaces(seen: Examination) -> Iterator[Check]:
         name for name, there in (("whole", host.proc_whole), ("pid", host.proc_subset)) if there
     )
     yield _check("new /proc", outcomes["proc"].why, f"mounts ({kinds})", fixes.proc(), bad="FAIL")
+    hidden = seen.why_not.get("processes", "")
+    yield _check("seeing processes", hidden, "all in /proc", fixes.hidepid())
     yield _check(
         "time namespace",
         outcomes["time_namespace"].why,
@@ -327,8 +329,12 @@ def _limits(host: Host) -> tuple[_Row, ...]:
     have = host.cgroup.controllers if host.cgroup else frozenset[str]()
     return (
         (
-            *("memory limit", "memory" in have, "memory.max, of the whole run", "partly"),
-            "sampled: peaks can be missed; files by the size of their tmpfs",
+            *("memory limit", "memory" in have, "memory.max, of the whole run"),
+            *(
+                ("none", "not enforced: /proc hides processes (hidepid)")
+                if host.hides_processes
+                else ("partly", "sampled: peaks can be missed; files by the size of their tmpfs")
+            ),
         ),
         (
             *("cpu time", host.cgroup is not None, "cpu.stat, of the whole run", "partly"),

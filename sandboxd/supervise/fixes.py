@@ -182,6 +182,10 @@ def landlock() -> str:
     return f"boot with lsm=landlock{',' if active else ''}{active}"
 
 
+def hidepid() -> str:
+    return admin("mount -o remount,hidepid=0 /proc  # or gid= a group that you are in")
+
+
 def proc() -> str:
     if inside_docker():
         return f"{_DOCKER} ..."

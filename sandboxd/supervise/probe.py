@@ -29,6 +29,8 @@ _PASSING = frozenset(
     {errno.EAGAIN, errno.ENOMEM, errno.ENOSPC, errno.EMFILE, errno.ENFILE, errno.EINTR}
 )
 
+CAP_SYS_PTRACE = 19
+
 COSTS: Mapping[str, str] = {
     "arch": "nothing can be run",
     "user_namespaces": "nothing can be run",
@@ -40,6 +42,7 @@ COSTS: Mapping[str, str] = {
     "seccomp": "system calls are not filtered",
     "time_namespaces": "[clock] offsets are not possible",
     "proc": "no new proc can be mounted: only policies with root.proc = 'none' run",
+    "processes": "without cgroups nothing is sampled: memory and idle time are not limited",
     "cgroup": "memory cannot be limited for a whole run, cpu time is a lower bound",
     "cgroup.memory": "memory cannot be limited for a whole run",
     "cgroup.pids": "processes are limited per user id (RLIMIT_NPROC)",
@@ -110,6 +113,9 @@ def _plain_facts() -> tuple[Host, dict[str, str]]:
     system = os.uname()
     if system.machine not in ARCHITECTURES:
         notes["arch"] = f"no machine code for {system.machine}"
+    hidden = _hidden_by()
+    if hidden:
+        notes["processes"] = hidden
     links, folders = _top()
     host = Host(
         arch=system.machine,
@@ -120,6 +126,7 @@ def _plain_facts() -> tuple[Host, dict[str, str]]:
         cpus=len(os.sched_getaffinity(0)),
         page_size=os.sysconf("SC_PAGE_SIZE"),
         landlock=abi,
+        hides_processes=bool(hidden),
         root_links=links,
         root_dirs=folders,
         etc_entries=kinds(Path("/etc")),
@@ -127,6 +134,31 @@ def _plain_facts() -> tuple[Host, dict[str, str]]:
         hard_limits=_hard_limits(),
     )
     return host, notes
+
+
+def _hidden_by() -> str:
+    """The option of /proc that hides init from us, which is not dumpable (proc(5)); "" if none."""
+    status = dict(line.partition(":\t")[::2] for line in _lines("/proc/self/status"))
+    if int(status.get("CapEff", "0"), 16) >> CAP_SYS_PTRACE & 1:
+        return ""
+    options: dict[str, str] = {}
+    for line in _lines("/proc/self/mountinfo"):
+        words = line.split(" ")
+        if words[4] == "/proc":  # the last one is on top
+            options = dict(option.partition("=")[::2] for option in words[-1].split(","))
+    how = options.get("hidepid", "0")
+    # Its group sees all, but for hidepid=ptraceable (has_pid_permissions in fs/proc/base.c).
+    ours = {str(group) for group in (os.getegid(), *os.getgroups())}
+    if how in ("0", "off") or (how not in ("4", "ptraceable") and options.get("gid", "0") in ours):
+        return ""
+    return f"/proc is mounted with hidepid={how}"
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
 
 
 def _top() -> tuple[dict[str, str], frozenset[str]]:

@@ -17,12 +17,20 @@ from sandboxd.supervise import fixes, policies, subtree
 from sandboxd.supervise.doctor import OPEN_FILES, Check, Report, diagnose, guarantees
 from sandboxd.supervise.probe import probe
 from tests import needs
+from tests.needs import hidden_processes
 
 pytestmark = pytest.mark.root_ok
 
 WHAT = (
     *("machine", "memfd exec", "user namespace", "AppArmor", "id maps", "new /proc"),
-    *("time namespace", "kernel overlay", "fuse-overlayfs", "TUN", "cgroup v2 subtree"),
+    *(
+        "seeing processes",
+        "time namespace",
+        "kernel overlay",
+        "fuse-overlayfs",
+        "TUN",
+        "cgroup v2 subtree",
+    ),
     *("start in a cgroup", "cgroup memory", "cgroup pids", "cgroup cpu", "cgroup io"),
     *("cgroup cpuset", "cgroup.kill", "memory.peak", "pids.peak", "swap", "seccomp"),
     *("Landlock", "libseccomp", "sysctls", "open files", "pressure (PSI)", "SMT"),
@@ -173,6 +181,16 @@ def test_a_masked_proc() -> None:
     assert row["state"] == "ok" or "/proc" in row["fix"] or "docker" in row["fix"]
 
 
+@pytest.mark.needs("userns")
+@pytest.mark.parametrize("how", ["noaccess", "invisible", "ptraceable"])
+def test_a_proc_that_hides_processes(how: str) -> None:
+    seen = diagnose_in(*hidden_processes(how), SANDBOXD_CGROUP="/nonexistent")
+    row = seen["seeing processes"]
+    assert (row["state"], row["found"]) == ("warn", f"/proc is mounted with hidepid={how}")
+    assert "remount,hidepid=0 /proc" in row["fix"]
+    assert seen["memory limit"]["level"] == "none"
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root needs no newuidmap")
 @pytest.mark.needs("subuid")
 def test_without_newuidmap(tmp_path: Path) -> None:
@@ -207,6 +225,7 @@ ALL = dataclasses.replace(
 )
 ONLY_CGROUP = dataclasses.replace(BARE, cgroup=CgroupSubtree(path="/x"))
 FUSE = dataclasses.replace(BARE, fuse_overlayfs="/usr/bin/fuse-overlayfs")
+HIDDEN = dataclasses.replace(BARE, hides_processes=True)
 NO_FILTER = dataclasses.replace(BARE, seccomp=False)
 
 
@@ -216,6 +235,7 @@ NO_FILTER = dataclasses.replace(BARE, seccomp=False)
         (BARE, "memory limit", "partly", "sampled"),
         (ONLY_CGROUP, "memory limit", "partly", "sampled"),
         (ALL, "memory limit", "kernel", "memory.max"),
+        (HIDDEN, "memory limit", "none", "hidepid"),
         (BARE, "cpu time", "partly", "lower bound"),
         (ONLY_CGROUP, "cpu time", "kernel", "cpu.stat"),
         (BARE, "processes", "kernel", "RLIMIT_NPROC"),
