@@ -17,6 +17,8 @@ TRUNCATE, IOCTL_DEV = 1 << 14, 1 << 15
 # TRUNCATE with 3, IOCTL_DEV with 5.
 RIGHTS = {1: (1 << 13) - 1, 2: (1 << 14) - 1, 3: (1 << 15) - 1, 4: (1 << 15) - 1}
 ALL_RIGHTS = (1 << 16) - 1
+OF_FILES = EXECUTE | WRITE_FILE | READ_FILE | TRUNCATE | IOCTL_DEV
+"""Rights that a rule about a file may have (ACCESS_FILE in security/landlock/fs.c), else EINVAL."""
 SCOPED_FROM = 6
 ABSTRACT_UNIX_SOCKET, SIGNAL = 1 << 0, 1 << 1
 
@@ -32,8 +34,9 @@ def step(policy: Policy, host: Host) -> plan.Landlock:
         ("/dev", use),
         ("/proc", use | read),
         *((path, write) for path in ("/tmp", "/box", "/dev/shm")),
-        *((mount.target, write) for mount in policy.mounts
-          if mount.type == "tmpfs" or (mount.writable and not mount.optional)),
+        # An optional one that is not there has its place in the root all the same.
+        *((mount.target, write & OF_FILES if mount.source in host.files else write)
+          for mount in policy.mounts if mount.type == "tmpfs" or mount.writable),
     ]  # fmt: skip
     if policy.root.proc == "none":
         rules = [rule for rule in rules if rule[0] != "/proc"]

@@ -129,6 +129,42 @@ async def test_binds_read_only_and_writable(tmp_path: Path) -> None:
         assert written.stat().st_uid == os.getuid()
 
 
+ROOTS = {
+    "shared": Root(proc="masked"),
+    "private": Root(writable=True, proc="masked"),
+    "tmpfs": Root(writable=True, driver="tmpfs", proc="masked"),
+}
+
+
+@pytest.mark.parametrize("optional", [False, True])
+@pytest.mark.parametrize("place", ["/data", "/box/deep", "/tmp"])
+@pytest.mark.parametrize("root", ROOTS)
+async def test_writable_binds(tmp_path: Path, root: str, place: str, optional: bool) -> None:
+    """A directory and a single file, in the root and in a private place; Landlock lets both be."""
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("old\n")
+    mounts = tuple(
+        Mount(source=str(tmp_path / name), target=f"{place}/{name}", writable=True,
+              optional=optional)
+        for name in ("folder", "file")
+    )  # fmt: skip
+    chosen = policy(identity=CALLER, root=ROOTS[root])
+    script = f"cd {place}; cat file; echo new > file; echo more >> file; mkdir folder/made"
+    result = await run(script, msgspec.structs.replace(chosen, mounts=mounts))
+    assert (result.stdout, result.stderr, result.status) == (b"old\n", b"", "ok")
+    assert (tmp_path / "file").read_text() == "new\nmore\n"
+    assert (tmp_path / "folder/made").is_dir()
+
+
+@pytest.mark.parametrize("place", ["/data", "/box/deep"])
+async def test_an_optional_writable_bind_that_is_not_there(tmp_path: Path, place: str) -> None:
+    """Its empty place is nobody's to write to: it belongs to the template of all jobs."""
+    mount = Mount(source=str(tmp_path / "none"), target=place, writable=True, optional=True)
+    chosen = msgspec.structs.replace(policy(identity=CALLER), mounts=(mount,))
+    result = await run(f"ls -A {place}; touch {place}/made 2>/dev/null || echo no", chosen)
+    assert result.stdout == b"no\n"
+
+
 async def test_a_bind_source_that_is_not_there_names_its_line(tmp_path: Path) -> None:
     chosen = msgspec.structs.replace(
         policy(), mounts=(Mount(source=str(tmp_path / "none"), target="/x"),)
