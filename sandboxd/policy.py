@@ -227,10 +227,15 @@ class Policy(Section, frozen=True):
     """Dotted key -> "file: key" that set it; for messages and `explain`, not part of the policy."""
 
     def origin(self, key: str) -> str:
-        """The place a message should name for this dotted key."""
+        """The place a message should name for this dotted key; for a section, all its files."""
         place = key
         while place:
             if place in self.origins:
                 return self.origins[place]
             place = place.rpartition(".")[0]
-        return f"{self.name}: {key}"
+        files = (
+            where.partition(": ")[0]
+            for inner, where in self.origins.items()
+            if inner.startswith(f"{key}.")
+        )
+        return f"{', '.join(dict.fromkeys(files)) or self.name}: {key}"

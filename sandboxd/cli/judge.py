@@ -42,6 +42,7 @@ def register(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         description="Compiles each submission once and runs every test case in a fresh sandbox.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("problem", metavar="PROBLEM", type=Path)
     parser.add_argument("submissions", metavar="SUBMISSION", type=Path, nargs="+")
@@ -79,8 +80,12 @@ def main(args: argparse.Namespace) -> int:
         package = problem.load(args.problem)
         package = package.with_limits(time=args.time_limit, memory=args.memory)
         submissions = [_read(path, package, args.language) for path in args.submissions]
-    except (ProblemError, OSError) as error:
+    except ProblemError as error:
         say(f"judge: {error}")
+        return exitcodes.USAGE
+    except OSError as error:
+        say(f"judge: {error.filename}: {error.strerror}")
+        say("  a submission is a source file, or a directory of them")
         return exitcodes.USAGE
     return _judge_all(args, package, submissions)
 

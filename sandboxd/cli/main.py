@@ -44,6 +44,15 @@ examples:
 `sandboxd COMMAND --help` says more about each."""
 
 
+class _Parser(argparse.ArgumentParser):
+    """Its error for a word that is no command of a command names the nearest one."""
+
+    def error(self, message: str) -> NoReturn:
+        wrong = re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)$", message)
+        near = _nearest(wrong[1], re.findall(r"[\w-]+", wrong[2])) if wrong else ""
+        super().error(f"{message}; {near}" if near else message)
+
+
 class _Version(argparse.Action):
     """--version, looked up when asked for: importlib.metadata takes longer than all the rest."""
 
@@ -62,7 +71,7 @@ Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def command_parser(chosen: str | None = None) -> tuple[argparse.ArgumentParser, Commands]:
     """The whole command line and its commands; only the chosen one has its flags."""
-    parser = argparse.ArgumentParser(
+    parser: argparse.ArgumentParser = _Parser(
         prog="sandboxd",
         description=_DESCRIPTION,
         epilog=_EXAMPLE,
@@ -119,9 +128,11 @@ def _main(argv: Sequence[str], name: str | None) -> int:
     if name is not None and name not in COMMANDS:
         return _usage(f"no such command: {name}", _nearest(name, COMMANDS))
     parser, commands = command_parser(name)
+    if name is None and (wrong := [word for word in argv if word not in _flags(parser)]):
+        return _unknown_flag(parser, "", wrong[0])
     args, unknown = parser.parse_known_args(argv)
     if unknown and name is not None:
-        return _unknown_flag(commands.choices[name], name, unknown[0])
+        return _unknown_flag(*_deepest(commands, argv, []), unknown[0])
     status: int = args.func(args)
     return status
 
@@ -137,10 +148,27 @@ def _usage(message: str, hint: str) -> int:
 
 def _unknown_flag(parser: argparse.ArgumentParser, name: str, word: str) -> int:
     """argparse would name the flag only; the nearest one is more use."""
-    known = re.findall(r"(?<![\w-])--?[a-z][a-z-]*", parser.format_help())
     flag = word.partition("=")[0]
-    what = f"{name}: no such flag: {flag}" if flag.startswith("-") else f"{name}: unexpected {word}"
-    return _usage(what, _nearest(flag, known) or f"`sandboxd {name} --help` lists the flags")
+    start = f"{name}: " if name else ""
+    what = f"{start}no such flag: {flag}" if flag.startswith("-") else f"{start}unexpected {word}"
+    help_of = " ".join(filter(None, ("sandboxd", name, "--help")))
+    return _usage(what, _nearest(flag, _flags(parser)) or f"`{help_of}` lists the flags")
+
+
+def _flags(parser: argparse.ArgumentParser) -> list[str]:
+    return re.findall(r"(?<![\w-])--?[a-z][a-z-]*", parser.format_help())
+
+
+def _deepest(
+    commands: Commands, argv: Sequence[str], names: list[str]
+) -> tuple[argparse.ArgumentParser, str]:
+    """The parser of the command that these words name, or of the command of a command."""
+    chosen = next(word for word in argv if word in commands.choices)
+    parser, names = commands.choices[chosen], [*names, chosen]
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            return _deepest(action, argv[argv.index(chosen) + 1 :], names)
+    return parser, " ".join(names)
 
 
 def _nearest(word: str, known: Mapping[str, str] | Sequence[str]) -> str:

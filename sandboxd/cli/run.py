@@ -96,7 +96,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     group.add_argument("-q", "--quiet", action="store_true", help="no accounting on stderr")
     flags.add(parser)
-    parser.set_defaults(func=run)
+    parser.set_defaults(func=run, following=0)
 
 
 def _descriptor(text: str) -> int:
@@ -135,7 +135,7 @@ def _run(args: argparse.Namespace) -> int:
     job = flags.job(args, wanted, collect=tuple(args.collect), keep=args.keep)
     import trio
 
-    ending = trio.run(attach.attached, job, _output(args.json))
+    ending = trio.run(attach.attached, job, _output(args))
     if ending.result is None:
         return _hurried(args, ending)
     return _finish(args, ending, ending.result)
@@ -173,13 +173,15 @@ def _finish(args: argparse.Namespace, ending: Ending, result: Result) -> int:
 # -- JSON ------------------------------------------------------------------------------------
 
 
-def _output(form: str | None) -> Output:
+def _output(args: argparse.Namespace) -> Output:
     """What goes where for each event."""
-    if form == "once":
-        return lambda _: None
-    if form == "stream":
-        return lambda event: (STDOUT, _line(event_json(event)))
-    return _streams
+
+    def line(event: Event) -> tuple[int, bytes]:
+        args.following = event.seq + 1
+        return STDOUT, _line(event_json(event))
+
+    forms: dict[str | None, Output] = {"once": lambda _: None, "stream": line, None: _streams}
+    return forms[args.json]
 
 
 def _streams(event: Event) -> tuple[int, bytes] | None:
@@ -202,7 +204,9 @@ def _deliver(args: argparse.Namespace, value: dict[str, Any]) -> None:
     if args.json == "once":
         attach.write_all(STDOUT, _line(value))
     elif args.json == "stream" and value["status"] == "error":
-        attach.write_all(STDOUT, _line({"v": 1, "type": "exit", "result": value}))
+        attach.write_all(
+            STDOUT, _line({"v": 1, "seq": args.following, "type": "exit", "result": value})
+        )
 
 
 def failure_json(error: SandboxError) -> dict[str, Any]:

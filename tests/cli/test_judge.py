@@ -221,7 +221,7 @@ def test_a_package_without_a_time_limit_says_so(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["{package}", "/none"], "[Errno 2] No such file or directory: '/none'"),
+        (["{package}", "/none"], "/none: No such file or directory"),
         (["/none", "{package}"], "/none: not a directory (name a package directory)"),
         (
             ["--language", "cobol", "{package}", "{package}"],

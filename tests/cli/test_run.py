@@ -251,6 +251,17 @@ def test_json_stream_of_a_failure() -> None:
     done = run("--json=stream", "-p", "nothing", "true")
     (event,) = [json.loads(line) for line in done.stdout.splitlines()]
     assert (event["type"], event["result"]["error"]["kind"]) == ("exit", "policy")
+    assert event["seq"] == 0
+
+
+def test_json_stream_of_a_failure_after_the_start(tmp_path: Path) -> None:
+    policy = tmp_path / "missing.toml"
+    mount = '[[mounts]]\nsource = "/nonexistent"\ntarget = "/x"\n'
+    policy.write_text(f'extends = "base"\n{mount}')
+    done = run("--json=stream", "-p", str(policy), "true")
+    events = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [(event["seq"], event["type"]) for event in events] == [(0, "start"), (1, "exit")]
+    assert events[-1]["result"]["error"]["kind"] == "launch"
 
 
 def test_result_fd(tmp_path: Path) -> None:

@@ -57,6 +57,14 @@ def test_a_packaged_policy_can_be_replaced(places: dict[str, Path]) -> None:
     write(places["own"], "limits.processes = 1", "base")
     assert find("base").limits.processes == 1
     assert find("judge-native").origin("limits.processes") == "judge-native.toml: limits.processes"
+
+
+def test_where_a_whole_section_is_from() -> None:
+    """Every file that wrote something that counts in it, in the order of keys; else the policy."""
+    assert find("base").origin("root") == "base.toml: root"
+    assert find("compile").origin("limits") == "compile.toml, base.toml: limits"
+    assert find("judge-python").origin("syscalls") == "base.toml, judge-native.toml: syscalls"
+    assert find("base").origin("clock") == "base: clock"
     assert find("judge-native").root.etc == ()
 
 
