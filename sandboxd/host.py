@@ -22,6 +22,11 @@ class CgroupSubtree:
     has_kill: bool = True
     has_memory_peak: bool = False
     has_pids_peak: bool = False
+    room: int | None = None
+    """How many cgroups may still be made in it (cgroup.max.descendants); None: no cap is seen."""
+    scope: str = ""
+    """The systemd scope that it is: gone when nobody holds it, so each runner opens its own, and
+    systemd lets the tenants in (supervise/systemd.py). "" where it is just a directory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

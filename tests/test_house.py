@@ -50,7 +50,7 @@ OUTSIDE: dict[str, frozenset[str]] = {
     "plan": frozenset(),
     "messages": frozenset(),
     "compile": frozenset({"msgspec", "pyroute2", "pyseccomp", "seccomp"}),
-    "supervise": frozenset({"msgspec", "trio"}),
+    "supervise": frozenset({"jeepney", "msgspec", "trio"}),
     "judge": frozenset({"msgspec", "trio", "yaml"}),
     "serve": frozenset({"h11", "msgspec", "trio"}),
     "cli": frozenset({"msgspec", "trio"}),

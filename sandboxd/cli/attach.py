@@ -72,7 +72,7 @@ class _Foreground:
         self.everything.deadline = now + PATIENCE
 
 
-async def attached(job: Job, output: Output) -> Ending:
+async def attached(job: Job, output: Output, cgroup: str | None = None) -> Ending:
     """Carry a job out in the foreground. SandboxError is what sandboxd could not do."""
     import trio
 
@@ -86,7 +86,8 @@ async def attached(job: Job, output: Output) -> Ending:
         async with trio.open_nursery() as nursery:
             here = _Foreground(ending, nursery.cancel_scope, trio.CancelScope())
             nursery.start_soon(_obey, signals, here)
-            async with open_runner(slots=1) as runner, runner.start(job) as run:
+            opened = open_runner(slots=1, cgroup=cgroup)
+            async with opened as runner, runner.start(job) as run:
                 here.run = run
                 if run.stdin is not None:
                     nursery.start_soon(_feed, run.stdin, job.terminal is not None)

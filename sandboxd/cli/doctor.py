@@ -7,6 +7,8 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
+from sandboxd.cli import subtree
+
 if TYPE_CHECKING:
     from sandboxd.supervise.doctor import Report
 
@@ -29,6 +31,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    subtree.add(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     parser.set_defaults(func=doctor)
 
@@ -36,7 +39,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def doctor(args: argparse.Namespace) -> int:
     from sandboxd.supervise.doctor import diagnose
 
-    report = diagnose()
+    report = diagnose(args.cgroup)
     if args.json:
         json.dump(to_json(report), sys.stdout, indent=2)
         print()

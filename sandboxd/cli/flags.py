@@ -16,7 +16,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
 
-from sandboxd.cli import inputs, mounts
+from sandboxd.cli import inputs, mounts, subtree
 from sandboxd.cli.quantities import count, cpus, or_unlimited, size, time
 from sandboxd.errors import JobError
 from sandboxd.job import Job, Terminal
@@ -65,6 +65,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-p", "--policy", default="base", metavar="POLICY", help="a policy (default: base)"
     )
+    subtree.add(parser)
     _add_program(parser.add_argument_group("the program"))
     _add_limits(parser.add_argument_group("limits", "`unlimited` lifts a limit of the policy's."))
     _add_files(parser.add_argument_group("files"))

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sandboxd.cli import exitcodes, quantities
+from sandboxd.cli import exitcodes, quantities, subtree
 from sandboxd.cli.main import say
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ def register(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         metavar="N",
         help="cases at once (default: all CPUs but one)",
     )
+    subtree.add(parser)
     parser.add_argument("--language", metavar="L", help="c, cpp, python3, java, rust or go")
     parser.add_argument("--json", action="store_true", help="print one JSON object when done")
     parser.add_argument(
@@ -112,7 +113,7 @@ def _judge_all(
     jobs = args.jobs or max(1, len(os.sched_getaffinity(0)) - 1)
 
     async def every() -> None:
-        async with open_runner(slots=jobs) as runner:
+        async with open_runner(slots=jobs, cgroup=args.cgroup) as runner:
             for path, submission in zip(args.submissions, submissions, strict=True):
                 report.begin(path)
                 if isinstance(submission, str):

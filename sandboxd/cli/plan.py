@@ -51,7 +51,7 @@ def show(args: argparse.Namespace) -> int:
 
     flags.argv(args)  # nothing else matters if there is no program
     policy = flags.policy(args, find(args.policy))
-    found = planned(flags.job(args, policy), policy)
+    found = planned(flags.job(args, policy), policy, args.cgroup)
     if args.json:
         print(json.dumps(to_json(policy, found, script=args.script)))
         return 0

@@ -135,7 +135,7 @@ def _run(args: argparse.Namespace) -> int:
     job = flags.job(args, wanted, collect=tuple(args.collect), keep=args.keep)
     import trio
 
-    ending = trio.run(attach.attached, job, _output(args))
+    ending = trio.run(attach.attached, job, _output(args), args.cgroup)
     if ending.result is None:
         return _hurried(args, ending)
     return _finish(args, ending, ending.result)

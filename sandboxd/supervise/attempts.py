@@ -7,7 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,9 +59,17 @@ class Tools:
 
 
 def attempt(
-    trials: Iterable[str], *, ids: IdMap | None = None, tools: Tools, cgroup: str | None = None
+    trials: Iterable[str],
+    *,
+    ids: IdMap | None = None,
+    tools: Tools,
+    cgroup: str | None = None,
+    place: Callable[[int], None] = lambda _: None,
 ) -> dict[str, Outcome]:
-    """One outcome a trial, whatever happens to the prober."""
+    """One outcome a trial, whatever happens to the prober.
+
+    `place` gets its pid before it has anything to do, and may move it into another cgroup.
+    """
     names = tuple(trials)
     maps = None if ids is None else {**dataclasses.asdict(ids), **dataclasses.asdict(tools)}
     request = {
@@ -71,22 +79,30 @@ def attempt(
         "cgroup": cgroup,
     }
     try:
-        done = subprocess.run(
-            [sys.executable, "-I", "-S", "-B", "-c", _BOOTSTRAP, str(_ROOT)],
-            input=json.dumps(request),
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=_PATIENCE,
-            check=False,
-        )
+        said, complained, status = _ask(json.dumps(request), place)
     except (OSError, subprocess.SubprocessError) as error:
         return dict.fromkeys(names, Outcome(why=f"the prober: {error}"))
-    answer = parse(done.stdout)
+    answer = parse(said)
     if set(answer) != set(names):
-        said = done.stderr.strip().rpartition("\n")[2] or f"exit status {done.returncode}"
-        return dict.fromkeys(names, Outcome(why=f"the prober: {said}"))
+        why = complained.strip().rpartition("\n")[2] or f"exit status {status}"
+        return dict.fromkeys(names, Outcome(why=f"the prober: {why}"))
     return answer
+
+
+def _ask(request: str, place: Callable[[int], None]) -> tuple[str, str, int]:
+    """What a prober of its own answers, on stdout and stderr, and its exit status."""
+    with subprocess.Popen(
+        [sys.executable, "-I", "-S", "-B", "-c", _BOOTSTRAP, str(_ROOT)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, errors="replace",
+    ) as prober:  # fmt: skip
+        try:
+            place(prober.pid)
+            said, complained = prober.communicate(request, timeout=_PATIENCE)
+        except BaseException:
+            prober.kill()
+            raise
+        return said, complained, prober.returncode
 
 
 def parse(text: str) -> dict[str, Outcome]:

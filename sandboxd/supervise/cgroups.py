@@ -6,6 +6,7 @@ runners never touch each other's leaves and a later one can tell what a dead one
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
@@ -17,10 +18,13 @@ import trio
 
 from sandboxd.errors import HostError
 from sandboxd.host import CgroupSubtree
+from sandboxd.supervise import systemd
 
 Number = TypeVar("Number", int, float)
 PREFIX = "sandboxd-"
 GONE_TIMEOUT = 3.0
+FIXED = 2
+PER_SLOT = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,13 +185,7 @@ class Cgroups:
         for place, leaf in enumerate(self._free):
             if leaf.presets == files:
                 return self._free.pop(place)
-        self._made += 1
-        path = self.top / str(self._made)
-        try:
-            path.mkdir()
-        except OSError as error:
-            raise HostError("cgroup", f"mkdir {path}: {error.strerror}",
-                            hint="cgroup.max.descendants may be reached") from None  # fmt: skip
+        path = self._make()
         if self.owner is not None:
             os.chown(path / "cgroup.procs", self.owner, -1)
         leaf = Leaf(path, os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC), dict(files),
@@ -200,19 +198,45 @@ class Cgroups:
                 raise HostError("cgroup", f"{path}/{name} = {value}: {error.strerror}") from None
         return leaf
 
-    def admit(self, pid: int, uid: int) -> None:
-        """Let a tenant whose root is `uid` of the host clone into our leaves.
+    def _make(self) -> Path:
+        """A new directory; where no more may be made, a free leaf of other limits makes room."""
+        self._made += 1
+        path = self.top / str(self._made)
+        while True:
+            try:
+                path.mkdir()
+            except OSError as error:
+                if error.errno == errno.EAGAIN and self._free:
+                    self._remove(self._free.pop(0))
+                    continue
+                full = "cgroup.max.descendants or cgroup.max.depth is reached: fewer slots, spares"
+                hint = full if error.errno == errno.EAGAIN else ""
+                raise HostError("cgroup", f"mkdir {path}: {error.strerror}", hint=hint) from None
+            return path
+
+    async def admit(self, pid: int, uid: int | None) -> None:
+        """Let a tenant clone into our leaves; `uid` is its root on the host if that is not us.
 
         CLONE_INTO_CGROUP needs write access to cgroup.procs of the leaf and of the common ancestor
-        (cgroup-v2.rst, Delegation Containment). An ordinary user has both; a tenant started by
-        root is somebody else, so it is moved below our directory, which is made its own.
+        (cgroup-v2.rst, Delegation Containment). An ordinary user has both where we run in the
+        subtree. In a scope of systemd's we do not, and a tenant started by root is somebody else:
+        they are moved below our directory; root's is made its own.
         """
+        if uid is None and not self.subtree.scope:
+            return
         home = self.top / "tenants"
         home.mkdir(exist_ok=True)
-        (home / "cgroup.procs").write_text(str(pid))
-        self.owner = uid
-        for path in (self.top, *self.top.glob("*/")):
-            os.chown(path / "cgroup.procs", uid, -1)
+        try:
+            (home / "cgroup.procs").write_text(str(pid))
+        except PermissionError:
+            if not self.subtree.scope:
+                raise
+            below = f"/{home.relative_to(self.subtree.path)}"
+            await trio.to_thread.run_sync(systemd.attach, self.subtree.scope, below, pid)
+        if uid is not None:
+            self.owner = uid
+            for path in (self.top, *self.top.glob("*/")):
+                os.chown(path / "cgroup.procs", uid, -1)
 
     def give_back(self, leaf: Leaf) -> None:
         """The sandbox is dead; its leaf is used again or goes."""
@@ -232,6 +256,28 @@ class Cgroups:
             self._remove(leaf)
         self._free.clear()
         await remove_tree(self.top)
+
+
+def slots_within(room: int | None, slots: int | None, spares: int, cpus: int) -> int:
+    """How many jobs may run at once where only `room` more cgroups may be made.
+
+    A runner has its directory and its tenants'; each slot a leaf in use and one of a sandbox that
+    is on its way out; each spare a leaf. HostError if that many slots were asked for.
+    """
+    wanted = slots or cpus
+    if room is None:
+        return wanted
+    most = (room - FIXED - spares) // PER_SLOT
+    if most >= wanted:
+        return wanted
+    if slots is None and most > 0:
+        return most
+    need = FIXED + PER_SLOT * wanted + spares
+    raise HostError(
+        "cgroup", f"{wanted} slots and {spares} spares need {need} cgroups, and only {room} may be"
+        " made (cgroup.max.descendants)",
+        hint=f"at most slots={max(0, most)}, or fewer spares, or cgroup='none'",
+    )  # fmt: skip
 
 
 @asynccontextmanager

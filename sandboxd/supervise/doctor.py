@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from sandboxd.errors import HostError
 from sandboxd.host import CgroupSubtree, Host
-from sandboxd.supervise import fixes, subtree
+from sandboxd.supervise import fixes, subtree, systemd
 from sandboxd.supervise.attempts import Outcome, attempt
+from sandboxd.supervise.ladder import RUNGS, Climb, climbed
 from sandboxd.supervise.probe import Examination, examine
 
 State = Literal["ok", "warn", "FAIL"]
@@ -52,9 +54,16 @@ class Report:
         return all(check.state != "FAIL" for check in self.checks)
 
 
-def diagnose() -> Report:
-    """Everything afresh: nothing is taken from the cache of supervise/probe.py."""
-    seen = examine(cached=False, more=("tun",))
+def diagnose(cgroup: str | None = None) -> Report:
+    """Everything afresh: nothing is taken from the cache of supervise/probe.py.
+
+    `cgroup` is the one to use instead of looking for one, as for a runner.
+    """
+    with climbed(cgroup) as climb:
+        return _report(examine(climb, cached=False, more=("tun",)))
+
+
+def _report(seen: Examination) -> Report:
     parts: tuple[Callable[[Examination], Iterator[Check]], ...] = (
         _machine,
         _namespaces,
@@ -171,10 +180,11 @@ def _network(seen: Examination) -> Iterator[Check]:
 def _cgroups(seen: Examination) -> Iterator[Check]:
     """The rows are the same with and without a subtree."""
     top, _ = subtree.mounted()
-    found, why_not = seen.cgroup, seen.cgroup.why_not
+    climb, found = seen.cgroup, seen.cgroup.found
+    why_not = "" if found.subtree else found.why_not
     fix = fixes.subtree(top, why_not)
-    path = found.subtree.path if found.subtree else ""
-    yield _check("cgroup v2 subtree", why_not, f"{path} is ours", fix)
+    yield _check("cgroup v2 subtree", why_not, _whose(climb), fix)
+    yield from _rungs(climb)
     entered, swap = _in_a_leaf(seen) if found.subtree else (Outcome(), "")
     no_subtree = "" if found.subtree else "no subtree"
     if no_subtree:
@@ -188,15 +198,43 @@ def _cgroups(seen: Examination) -> Iterator[Check]:
     yield _swap(no_subtree or swap)
 
 
+def _whose(climb: Climb) -> str:
+    found = climb.subtree
+    if found is None:
+        return ""
+    room = "" if found.room is None else f", room for {found.room} cgroups"
+    return f"{found.path} is ours ({RUNGS[climb.rung]}){room}"
+
+
+def _rungs(climb: Climb) -> Iterator[Check]:
+    """Which rung of the ladder was taken, why those above it were not, and what was not tried."""
+    for rung, text in RUNGS.items():
+        found = f"passed: {climb.passed[rung]}" if rung in climb.passed else "not tried"
+        if rung == climb.rung:
+            found = f"taken: {text}"
+        elif rung == "given" and rung not in climb.passed:
+            found = "no --cgroup, no $SANDBOXD_CGROUP"
+        yield _check(f"cgroup: {rung}", "", found, "")
+
+
 def _in_a_leaf(seen: Examination) -> tuple[Outcome, str]:
     """Whether a process can start in a leaf, and why the leaf does not limit swap."""
-    assert seen.cgroup.subtree is not None
+    found = seen.cgroup.subtree
+    assert found is not None
+
+    def let_in(pid: int) -> None:
+        if found.scope:  # into the leaf that its holder is in
+            systemd.attach(found.scope, f"/{systemd.HOLDER}", pid)
+
     try:
-        with subtree.leaf(Path(seen.cgroup.subtree.path)) as made:
-            entered = attempt(("into_cgroup",), tools=seen.tools, cgroup=str(made))["into_cgroup"]
+        with subtree.leaf(Path(found.path)) as made:
+            trial = ("into_cgroup",)
+            entered = attempt(trial, tools=seen.tools, cgroup=str(made), place=let_in)[trial[0]]
             limits = (made / "memory.swap.max").exists()
     except OSError as error:
         return Outcome(why=str(error.strerror), errno=error.errno), "no leaf to look in"
+    except HostError as error:
+        return Outcome(why=str(error.args[0])), "no leaf to look in"
     return entered, "" if limits else "leaves have no memory.swap.max"
 
 

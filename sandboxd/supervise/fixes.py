@@ -10,7 +10,7 @@ import pwd
 from pathlib import Path
 
 from sandboxd.supervise import idrange
-from sandboxd.supervise.subtree import VARIABLE
+from sandboxd.supervise.ladder import VARIABLE
 
 _DOCKER = "docker run --security-opt seccomp=unconfined --security-opt systempaths=unconfined"
 _PRIVATE = "seccomp=unconfined --security-opt apparmor=unconfined"

@@ -39,7 +39,7 @@ class Planned:
         yield "exec", list(listing(image, arch))
 
 
-def planned(job: Job, policy: Policy) -> Planned:
+def planned(job: Job, policy: Policy, cgroup: str | None = None) -> Planned:
     """The plan of a job on this machine, which is looked at as for a run."""
-    host = host_for(policy, probe())
+    host = host_for(policy, probe(cgroup=cgroup))
     return Planned(build(job, policy, host, os.environb), host)

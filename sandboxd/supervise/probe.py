@@ -21,8 +21,9 @@ from sandboxd.errors import HostError
 from sandboxd.host import Host, IdRange
 from sandboxd.linux import landlock
 from sandboxd.script.numbers import ARCHITECTURES
-from sandboxd.supervise import hostcache, idrange, subtree
+from sandboxd.supervise import hostcache, idrange
 from sandboxd.supervise.attempts import Outcome, Tools, attempt
+from sandboxd.supervise.ladder import Climb, climbed
 
 # Not remembered: it may be otherwise the next time.
 _PASSING = frozenset(
@@ -54,6 +55,9 @@ COSTS: Mapping[str, str] = {
     "pids.peak": "the peak of processes is sampled",
 }
 """Capability -> what is lost without it. The keys are those of Host.fault_notes."""
+_OF_A_CGROUP = frozenset(
+    {key for key in COSTS if key.startswith("cgroup")} | {"memory.peak", "pids.peak"}
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,17 +69,29 @@ class Examination:
     """Capability -> why it is missing, without what that costs."""
     outcomes: dict[str, Outcome]
     tools: Tools
-    cgroup: subtree.Found
+    cgroup: Climb
 
 
-def probe(*, cached: bool = True) -> Host:
-    """What this machine offers. `cached=False` tries everything afresh, and remembers that."""
-    return examine(cached=cached).host
+def probe(*, cached: bool = True, cgroup: str | None = None) -> Host:
+    """What this machine offers. `cached=False` tries everything afresh, and remembers that.
+
+    `cgroup` as for the ladder (ladder.py). A scope of systemd's that the ladder opened is closed
+    again: the host says what such a scope offers, and a runner opens another.
+    """
+    with climbed(cgroup) as climb:
+        host = examine(climb, cached=cached).host
+    if host.cgroup and host.cgroup.scope:
+        host = dataclasses.replace(
+            host, cgroup=dataclasses.replace(host.cgroup, path="", scope="a new one")
+        )
+    return host
 
 
-def examine(*, cached: bool = True, more: tuple[str, ...] = ()) -> Examination:
-    """The same with all outcomes; `more` trials are done on top and never come from the cache."""
-    found = subtree.find()  # first: nobody of ours who is more privileged must sit in it meanwhile
+def examine(climb: Climb, *, cached: bool = True, more: tuple[str, ...] = ()) -> Examination:
+    """The same with all outcomes; `more` trials are done on top and never come from the cache.
+
+    The ladder was climbed before: nobody of ours who is more privileged sits in the subtree then.
+    """
     tools = Tools.in_path()
     host, notes = _plain_facts()
     ranges = _ranges(tools)
@@ -88,14 +104,29 @@ def examine(*, cached: bool = True, more: tuple[str, ...] = ()) -> Examination:
     if more:
         outcomes |= attempt(more, tools=tools)
     host = _with_outcomes(host, outcomes, tools, notes)
-    notes |= found.notes
-    if found.subtree is None:
-        notes["cgroup"] = found.why_not
-    costs = {key: f"{why}: {COSTS[key]}" for key, why in notes.items()}
-    host = dataclasses.replace(
-        host, cgroup=found.subtree, cgroup_why_not=found.why_not, fault_notes=costs
+    host = with_cgroup(dataclasses.replace(host, fault_notes=_costs(notes)), climb)
+    notes |= _cgroup_notes(climb)
+    return Examination(host=host, why_not=notes, outcomes=outcomes, tools=tools, cgroup=climb)
+
+
+def with_cgroup(host: Host, climb: Climb) -> Host:
+    """The host with what the ladder led to."""
+    others = {key: why for key, why in host.fault_notes.items() if key not in _OF_A_CGROUP}
+    return dataclasses.replace(
+        host,
+        cgroup=climb.subtree,
+        cgroup_why_not=climb.found.why_not,
+        fault_notes=others | _costs(_cgroup_notes(climb)),
     )
-    return Examination(host=host, why_not=notes, outcomes=outcomes, tools=tools, cgroup=found)
+
+
+def _cgroup_notes(climb: Climb) -> dict[str, str]:
+    none = {"cgroup": climb.found.why_not} if climb.subtree is None else {}
+    return {**climb.found.notes, **none}
+
+
+def _costs(notes: Mapping[str, str]) -> dict[str, str]:
+    return {key: f"{why}: {COSTS[key]}" for key, why in notes.items()}
 
 
 def _plain_facts() -> tuple[Host, dict[str, str]]:

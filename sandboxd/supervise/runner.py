@@ -20,10 +20,10 @@ from sandboxd.job import Job
 from sandboxd.policy import Policy
 from sandboxd.result import Event, Result
 from sandboxd.supervise import policies, record
-from sandboxd.supervise.cgroups import Cgroups, open_cgroups
+from sandboxd.supervise.cgroups import Cgroups, open_cgroups, slots_within
 from sandboxd.supervise.descriptors import Descriptors
+from sandboxd.supervise.place import open_place
 from sandboxd.supervise.porter import Porter, open_porter
-from sandboxd.supervise.probe import probe
 from sandboxd.supervise.sandboxes import Sandbox, make
 from sandboxd.supervise.supervise import (
     Conduct,
@@ -437,31 +437,34 @@ def host_for(policy: Policy, host: Host) -> Host:
 
 @asynccontextmanager
 async def open_runner(
-    *, slots: int | None = None, spares: int = 0, host: Host | None = None
+    *,
+    slots: int | None = None,
+    spares: int = 0,
+    host: Host | None = None,
+    cgroup: str | None = None,
 ) -> AsyncIterator[Runner]:
     """A Runner; leaving the block ends all its runs and everything they had.
 
     `slots` is how many jobs run at once (default: one a CPU), `spares` how many sandboxes of each
-    policy are kept ready, `host` a snapshot to use instead of probing now.
+    policy are kept ready, `host` a snapshot to use instead of probing now, `cgroup` a delegated
+    cgroup v2 directory to use and no other, or "none". Without it one is looked for (ladder.py).
+    HostError if what `cgroup` names cannot be used.
     """
     if slots is not None and slots < 1:
         raise ValueError(f"slots={slots}: at least one job must be able to run")
-    if host is None:
-        host = await trio.to_thread.run_sync(probe)
     with one_error():
-        async with (
-            open_cgroups(host.cgroup) as cgroups,
-            AsyncExitStack() as stack,
-            trio.open_nursery() as nursery,
-        ):
-            runner = Runner(host, slots or host.cpus, spares, cgroups, nursery)
-            # When no task is left that could still make something: a spare, a network.
-            stack.push_async_callback(runner._close)
-            try:
-                yield runner
-            finally:
-                runner._closed = True
-                nursery.cancel_scope.cancel()
+        async with open_place(host, cgroup) as here, open_cgroups(here.cgroup) as cgroups:
+            room = here.cgroup.room if here.cgroup else None
+            slots = slots_within(room, slots, spares, here.cpus)
+            async with AsyncExitStack() as stack, trio.open_nursery() as nursery:
+                runner = Runner(here, slots, spares, cgroups, nursery)
+                # When no task is left that could still make something: a spare, a network.
+                stack.push_async_callback(runner._close)
+                try:
+                    yield runner
+                finally:
+                    runner._closed = True
+                    nursery.cancel_scope.cancel()
 
 
 @contextmanager

@@ -1,7 +1,8 @@
-"""The cgroup v2 directory in which sandboxes get their leaves: found, tried, controllers enabled.
+"""A cgroup v2 directory looked at: may sandboxes have their leaves in it? Controllers enabled.
 
 Nothing is moved: a leaf is made and removed, and what the kernel would say to a process that is
-to start in it is asked with access(2). See cgroups(7) and Documentation/admin-guide/cgroup-v2.rst.
+to start in it is asked with access(2). Which directories are looked at is in ladder.py. See
+cgroups(7) and Documentation/admin-guide/cgroup-v2.rst.
 """
 
 from __future__ import annotations
@@ -9,17 +10,17 @@ from __future__ import annotations
 import errno
 import os
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from sandboxd.host import CgroupSubtree
 
-VARIABLE = "SANDBOXD_CGROUP"
+PROC = Path("/proc")
 CONTROLLERS = ("memory", "pids", "cpu", "io", "cpuset")
 
-_OCCUPIED = "processes sit in the subtree itself (no internal processes: cgroups(7)), not in a leaf"
+OCCUPIED = "processes sit in the subtree itself (no internal processes: cgroups(7)), not in a leaf"
 _NO_DELEGATION = "this cgroup is not delegated to us"
 
 
@@ -32,33 +33,20 @@ class Found:
     notes: dict[str, str] = field(default_factory=dict)
 
 
-def find(environment: Mapping[str, str] = os.environ, proc: Path = Path("/proc")) -> Found:
-    """$SANDBOXD_CGROUP if it is set, else our own cgroup."""
-    top, own = mounted(proc)
-    named = environment.get(VARIABLE, "")
-    if named:
-        return _try(Path(named), f"{VARIABLE}={named}", own, proc)
-    if top is None:
-        return Found(why_not="no cgroup v2 hierarchy is mounted here")
-    if own is None:
-        return Found(why_not="our own cgroup lies outside of what is mounted here")
-    return _try(own, str(own), own, proc)
-
-
-def mounted(proc: Path = Path("/proc")) -> tuple[Path | None, Path | None]:
-    """Where cgroup v2 is mounted, and the directory of our own cgroup in there."""
+def mounted(proc: Path = PROC, pid: int | str = "self") -> tuple[Path | None, Path | None]:
+    """Where cgroup v2 is mounted, and the directory in there of our own cgroup, or of a pid's."""
     try:
         lines = (proc / "self/mountinfo").read_text(errors="surrogateescape").splitlines()
-        groups = (proc / "self/cgroup").read_text(errors="surrogateescape").splitlines()
+        groups = (proc / f"{pid}/cgroup").read_text(errors="surrogateescape").splitlines()
     except OSError:
         return None, None
     own = next((line[3:] for line in groups if line.startswith("0::")), None)
     top: Path | None = None
     for line in lines:
-        words, _, source = line.partition(" - ")
+        fields, _, source = line.partition(" - ")
         if source.split(" ")[0] != "cgroup2":
             continue
-        root, target = (_unescape(word) for word in words.split(" ")[3:5])
+        root, target = (_unescape(word) for word in fields.split(" ")[3:5])
         top = Path(target)
         if own is not None and ".." not in own.split("/") and Path(own).is_relative_to(root):
             return top, top / Path(own).relative_to(root)
@@ -72,24 +60,52 @@ def _unescape(word: str) -> str:
     return word
 
 
-def _try(path: Path, name: str, own: Path | None, proc: Path) -> Found:
+def examine(path: Path, name: str, own: Path | None, *, let_in: bool = False) -> Found:
+    """Whether our leaves can be in `path`, called `name` in reasons; what can be enabled, is.
+
+    `own` is the cgroup our processes start in. With `let_in` somebody else moves them (systemd).
+    """
     if not path.is_absolute():
         return Found(why_not=f"{name} is not an absolute path")
     path = Path(os.path.realpath(path))
+    room = cap(path)
     try:
         with leaf(path) as made:
             if not (made / "cgroup.procs").exists():
                 return Found(why_not=f"{name} is no cgroup v2 directory")
-            if refused := _cannot_enter(path, own):
+            if refused := "" if let_in else _cannot_enter(path, own):
                 return Found(why_not=f"{name}: {refused}")
-            notes = enable(path, proc)
+            notes = enable(path)
             if refused := _not_a_domain(made):
                 return Found(why_not=f"{name}: {refused}")
-            return Found(subtree=_describe(path, made, notes), notes=notes)
+            (made / "deeper").mkdir()  # as deep as a runner's leaves are
+            (made / "deeper").rmdir()
+            return Found(subtree=_describe(path, made, notes, room), notes=notes)
     except OSError as error:
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            return Found(why_not=f"{name}: {_NO_DELEGATION} ({error.strerror})")
-        return Found(why_not=f"{name}: {error.strerror}")
+        return Found(why_not=f"{name}: {_refused(error)}")
+
+
+def _refused(error: OSError) -> str:
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"{_NO_DELEGATION} ({error.strerror})"
+    if error.errno == errno.EAGAIN:  # cgroup-v2.rst, cgroup.max.descendants and cgroup.max.depth
+        return "no more cgroups may be made here (cgroup.max.descendants, cgroup.max.depth)"
+    return str(error.strerror)
+
+
+def cap(path: Path) -> int | None:
+    """How many cgroups may still be made below `path`: the least that any cgroup above leaves.
+
+    Only what can be seen counts: the kernel also looks above the root of a cgroup namespace.
+    """
+    left: list[int] = []
+    for folder in (path, *path.parents):
+        limit = words(folder / "cgroup.max.descendants")
+        if limit and limit[0].isdecimal():
+            rows = words(folder / "cgroup.stat")
+            have = dict(zip(rows[::2], rows[1::2], strict=False)).get("nr_descendants", "0")
+            left.append(max(0, int(limit[0]) - int(have)))
+    return min(left, default=None)
 
 
 @contextmanager
@@ -108,6 +124,17 @@ def leaf(path: Path) -> Iterator[Path]:
         made.rmdir()
 
 
+def limits(found: CgroupSubtree) -> bool:
+    """Whether its leaves can limit what has to be limited for a whole run: memory, processes."""
+    return found.controllers >= {"memory", "pids"}
+
+
+def is_ours(path: Path) -> bool:
+    """Whether we may make cgroups in it, put processes into it, and enable controllers."""
+    names = (".", "cgroup.procs", "cgroup.subtree_control")
+    return all(os.access(path / name, os.W_OK, effective_ids=True) for name in names)
+
+
 def _cannot_enter(path: Path, own: Path | None) -> str:
     """Why no process of ours may start in a leaf below `path`; "" if it may.
 
@@ -122,7 +149,7 @@ def _cannot_enter(path: Path, own: Path | None) -> str:
     return f"sandboxd runs outside of it, in {own}, and may not write {common}/cgroup.procs"
 
 
-def enable(path: Path, proc: Path = Path("/proc")) -> dict[str, str]:
+def enable(path: Path, proc: Path = PROC) -> dict[str, str]:
     """Switch on what is off, for leaves of `path`, one by one; the reasons of what stays off.
 
     Nothing while processes sit in `path` itself: the kernel would refuse memory and io, but allow
@@ -130,9 +157,9 @@ def enable(path: Path, proc: Path = Path("/proc")) -> dict[str, str]:
     (cgroup-v2.rst, "Threads"). The root of the hierarchy alone, which has no cgroup.type, is
     exempt.
     """
-    occupied = (path / "cgroup.type").exists() and bool(_words(path / "cgroup.procs"))
-    have = _words(path / "cgroup.subtree_control")
-    offered = _words(path / "cgroup.controllers")
+    occupied = (path / "cgroup.type").exists() and bool(words(path / "cgroup.procs"))
+    have = words(path / "cgroup.subtree_control")
+    offered = words(path / "cgroup.controllers")
     notes: dict[str, str] = {}
     for name in CONTROLLERS:
         if name in have:
@@ -140,7 +167,7 @@ def enable(path: Path, proc: Path = Path("/proc")) -> dict[str, str]:
         if name not in offered:
             notes[f"cgroup.{name}"] = _not_offered(name, proc)
         elif occupied:
-            notes[f"cgroup.{name}"] = _OCCUPIED
+            notes[f"cgroup.{name}"] = OCCUPIED
         else:
             _switch_on(path, name, notes)
     return notes
@@ -151,12 +178,12 @@ def _switch_on(path: Path, name: str, notes: dict[str, str]) -> None:
         (path / "cgroup.subtree_control").write_text(f"+{name}")
     except OSError as error:
         refused = f"cannot be enabled in {path}: {error.strerror}"
-        notes[f"cgroup.{name}"] = _OCCUPIED if error.errno == errno.EBUSY else refused
+        notes[f"cgroup.{name}"] = OCCUPIED if error.errno == errno.EBUSY else refused
 
 
 def _not_a_domain(made: Path) -> str:
     """Why a leaf cannot hold processes; "" if it can."""
-    kind = " ".join(_words(made / "cgroup.type")) or "domain"
+    kind = " ".join(words(made / "cgroup.type")) or "domain"
     return "" if kind == "domain" else f"its leaves are {kind} (cgroup.type), not domains"
 
 
@@ -174,15 +201,15 @@ def _not_offered(name: str, proc: Path) -> str:
     return "not delegated to this cgroup" if row else "not delegated, or not in this kernel"
 
 
-def _words(path: Path) -> list[str]:
+def words(path: Path) -> list[str]:
     try:
         return path.read_text().split()
     except OSError:
         return []
 
 
-def _describe(path: Path, made: Path, notes: dict[str, str]) -> CgroupSubtree:
-    enabled = frozenset(_words(path / "cgroup.subtree_control")) & frozenset(CONTROLLERS)
+def _describe(path: Path, made: Path, notes: dict[str, str], room: int | None) -> CgroupSubtree:
+    enabled = frozenset(words(path / "cgroup.subtree_control")) & frozenset(CONTROLLERS)
     facts = {name: (made / name).exists() for name in ("cgroup.kill", "memory.peak", "pids.peak")}
     since = {"cgroup.kill": "5.14", "memory.peak": "5.19", "pids.peak": "6.1"}
     for name, there in facts.items():
@@ -195,4 +222,5 @@ def _describe(path: Path, made: Path, notes: dict[str, str]) -> CgroupSubtree:
         has_kill=facts["cgroup.kill"],
         has_memory_peak=facts["memory.peak"],
         has_pids_peak=facts["pids.peak"],
+        room=room,
     )

@@ -347,8 +347,8 @@ async def _boot(tenant: Tenant, image: Image, cgroups: Cgroups | None) -> None:
         if data != MAPS:
             raise failure(data, image, tenant.compiled.tenant.steps)
         await write_maps(ids, tenant.pid)
-        if cgroups is not None and ids.writer == "direct":
-            cgroups.admit(tenant.pid, ids.uids[0][1])
+        if cgroups is not None:
+            await cgroups.admit(tenant.pid, ids.uids[0][1] if ids.writer == "direct" else None)
         control.send(GO)
 
 

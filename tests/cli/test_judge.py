@@ -66,7 +66,9 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Script:
         runner = ScriptedRunner(compiled, {"a": (0, a), "b": (0, b)})
 
         @asynccontextmanager
-        async def open_runner(*, slots: int | None = None) -> AsyncIterator[ScriptedRunner]:
+        async def open_runner(
+            *, slots: int | None = None, cgroup: str | None = None
+        ) -> AsyncIterator[ScriptedRunner]:
             assert slots is not None
             yield runner
 
@@ -166,7 +168,9 @@ def test_our_failure_before_any_case(
     package: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     @asynccontextmanager
-    async def open_runner(*, slots: int | None = None) -> AsyncIterator[ScriptedRunner]:
+    async def open_runner(
+        *, slots: int | None = None, cgroup: str | None = None
+    ) -> AsyncIterator[ScriptedRunner]:
         raise HostError("userns", "no user namespaces", hint="sysctl x=1")
         yield
 

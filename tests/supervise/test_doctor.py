@@ -23,14 +23,9 @@ pytestmark = pytest.mark.root_ok
 
 WHAT = (
     *("machine", "memfd exec", "user namespace", "AppArmor", "id maps", "new /proc"),
-    *(
-        "seeing processes",
-        "time namespace",
-        "kernel overlay",
-        "fuse-overlayfs",
-        "TUN",
-        "cgroup v2 subtree",
-    ),
+    *("seeing processes", "time namespace", "kernel overlay", "fuse-overlayfs", "TUN"),
+    "cgroup v2 subtree",
+    *("cgroup: given", "cgroup: own", "cgroup: systemd", "cgroup: prepared"),
     *("start in a cgroup", "cgroup memory", "cgroup pids", "cgroup cpu", "cgroup io"),
     *("cgroup cpuset", "cgroup.kill", "memory.peak", "pids.peak", "swap", "seccomp"),
     *("Landlock", "libseccomp", "sysctls", "open files", "pressure (PSI)", "SMT"),

@@ -13,6 +13,7 @@ import pytest
 
 from sandboxd.supervise import hostcache
 from sandboxd.supervise.attempts import Outcome, Tools
+from sandboxd.supervise.ladder import climbed
 from sandboxd.supervise.probe import examine, probe
 
 pytestmark = pytest.mark.root_ok
@@ -74,7 +75,8 @@ def test_outcomes_that_are_none(claimed: Path) -> None:
     kept = json.loads(claimed.read_text())
     kept["outcomes"]["overlay"] = {"found": True}
     claimed.write_text(json.dumps(kept))
-    assert examine().outcomes["user_namespace"] != Outcome(why="made up")
+    with climbed("none") as climb:
+        assert examine(climb).outcomes["user_namespace"] != Outcome(why="made up")
     assert not believed()
 
 

@@ -6,7 +6,8 @@ import errno
 import os
 import stat
 import subprocess
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,15 +15,23 @@ import pytest
 
 from sandboxd.supervise import subtree
 from sandboxd.supervise.attempts import Tools, attempt
+from sandboxd.supervise.ladder import VARIABLE, climbed
+from sandboxd.supervise.subtree import Found
 
 pytestmark = pytest.mark.root_ok
 
 not_root = pytest.mark.skipif(os.geteuid() == 0, reason="root may do it all")
 
 
+def find(environment: Mapping[str, str] = os.environ, proc: Path = subtree.PROC) -> Found:
+    """What the ladder leads to in this environment."""
+    with climbed(None, environment, proc) as climb:
+        return climb.found
+
+
 @pytest.mark.needs("cgroup")
 def test_the_named_subtree(cgroup_top: Path) -> None:
-    found = subtree.find()
+    found = find()
     assert found.subtree is not None, found.why_not
     assert found.subtree.path == str(cgroup_top)
     enabled = set((cgroup_top / "cgroup.subtree_control").read_text().split())
@@ -40,7 +49,7 @@ def test_the_named_subtree(cgroup_top: Path) -> None:
 
 @pytest.mark.needs("cgroup")
 def test_what_is_not_enabled_has_a_reason() -> None:
-    found = subtree.find()
+    found = find()
     assert found.subtree
     for name in subtree.CONTROLLERS:
         assert (name in found.subtree.controllers) != (f"cgroup.{name}" in found.notes)
@@ -63,7 +72,7 @@ def test_a_subtree_with_processes_is_left_alone(cgroup_top: Path) -> None:
     """Enabling what the kernel does not refuse (pids) would spoil the leaves."""
     inner = cgroup_top / "inner"
     with occupied(inner):
-        found = subtree.find({subtree.VARIABLE: str(inner)})
+        found = find({VARIABLE: str(inner)})
         assert (inner / "cgroup.subtree_control").read_text().split() == []
         assert found.subtree
         assert found.subtree.controllers == frozenset()
@@ -88,12 +97,22 @@ def test_leaves_that_are_no_domains(cgroup_top: Path) -> None:
     with occupied(inner):
         (inner / "cgroup.subtree_control").write_text("+pids")
         assert "not supported" in start_in_a_leaf(inner)
-        found = subtree.find({subtree.VARIABLE: str(inner)})
+        found = find({VARIABLE: str(inner)})
         assert found.why_not.endswith("its leaves are domain invalid (cgroup.type), not domains")
 
 
-def test_our_own_cgroup(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(subtree.VARIABLE, raising=False)
+# In a process of its own, which the ladder may move. Prints where it was and what was found.
+ALONE = """\
+from sandboxd.supervise import subtree
+from sandboxd.supervise.ladder import climbed
+_, own = subtree.mounted()
+with climbed() as climb:
+    print(own)
+    print(climb.subtree.path if climb.rung == "own" else "")
+"""
+
+
+def test_our_own_cgroup() -> None:
     top, own = subtree.mounted()
     if own is None or top is None:
         pytest.skip("no cgroup v2 is mounted")
@@ -101,10 +120,17 @@ def test_our_own_cgroup(monkeypatch: pytest.MonkeyPatch) -> None:
         line for line in Path("/proc/self/cgroup").read_text().splitlines() if line[:3] == "0::"
     )
     assert str(own).rstrip("/") == f"{top}{line[3:]}".rstrip("/")
-    found = subtree.find()
-    assert (found.subtree is not None) == os.access(own, os.W_OK)
-    if found.subtree:
-        assert found.subtree.path == str(own)
+    environment = {name: value for name, value in os.environ.items() if name != VARIABLE}
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE], env=environment, capture_output=True, text=True, check=True
+    )
+    was, found = done.stdout.splitlines()
+    assert was == str(own)
+    if found:
+        assert Path(was).is_relative_to(found)
+        assert subtree.is_ours(Path(found))
+    elif not (own / "cgroup.type").exists():
+        assert not subtree.is_ours(own)
 
 
 @pytest.mark.parametrize(
@@ -116,14 +142,14 @@ def test_our_own_cgroup(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_a_subtree_that_is_none(path: str, reason: str) -> None:
-    found = subtree.find({subtree.VARIABLE: path})
+    found = find({VARIABLE: path})
     assert found.subtree is None
     assert found.why_not.startswith(f"SANDBOXD_CGROUP={path}")
     assert reason in found.why_not
 
 
 def test_a_subtree_that_is_a_plain_directory(tmp_path: Path) -> None:
-    found = subtree.find({subtree.VARIABLE: str(tmp_path)})
+    found = find({VARIABLE: str(tmp_path)})
     assert "is no cgroup v2 directory" in found.why_not
     assert os.listdir(tmp_path) == []
 
@@ -133,7 +159,7 @@ def test_a_subtree_that_is_not_ours() -> None:
     top, _ = subtree.mounted()
     if top is None:
         pytest.skip("no cgroup v2 is mounted")
-    found = subtree.find({subtree.VARIABLE: str(top)})
+    found = find({VARIABLE: str(top)})
     assert found.subtree is None
     assert "not delegated to us" in found.why_not
 
@@ -154,7 +180,7 @@ def test_what_the_kernel_files_mean(tmp_path: Path) -> None:
         assert (str(top), str(own) if own else None) == expected
     (here / "mountinfo").write_text(row.replace("cgroup2", "cgroup"))
     assert subtree.mounted(tmp_path) == (None, None)
-    assert subtree.find({}, tmp_path).why_not == "no cgroup v2 hierarchy is mounted here"
+    assert find({}, tmp_path).why_not == "no cgroup v2 hierarchy is mounted here"
     assert subtree.mounted(tmp_path / "nowhere") == (None, None)
 
 
@@ -164,7 +190,7 @@ def test_outside_of_the_cgroup_namespace(tmp_path: Path) -> None:
     here.mkdir()
     (here / "cgroup").write_text("0::/../other\n")
     (here / "mountinfo").write_text("31 23 0:28 / /cg rw - cgroup2 cgroup2 rw\n")
-    assert "lies outside" in subtree.find({}, tmp_path).why_not
+    assert "lies outside" in find({}, tmp_path).why_not
 
 
 def start_in_a_leaf(path: Path) -> str:
@@ -183,10 +209,10 @@ def test_a_subtree_into_which_we_may_not_move(cgroup_top: Path) -> None:
     gate = cgroup_top / "cgroup.procs"
     mode = stat.S_IMODE(gate.stat().st_mode)
     try:
-        assert subtree.find({subtree.VARIABLE: str(other)}).subtree
+        assert find({VARIABLE: str(other)}).subtree
         assert start_in_a_leaf(other) == ""
         gate.chmod(0o444)
-        assert "runs outside of it" in subtree.find({subtree.VARIABLE: str(other)}).why_not
+        assert "runs outside of it" in find({VARIABLE: str(other)}).why_not
         assert "Permission denied" in start_in_a_leaf(other)
     finally:
         gate.chmod(mode)
