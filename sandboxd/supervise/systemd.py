@@ -59,9 +59,8 @@ class Scope:
     path: Path
 
 
-def bus() -> Path:
-    """The socket of the bus on which our systemd answers; it needs no environment."""
-    uid = os.geteuid()
+def bus(uid: int) -> Path:
+    """The socket of the bus on which this user's systemd answers; it needs no environment."""
     if uid == 0:
         return Path("/run/dbus/system_bus_socket")
     usual = Path(f"/run/user/{uid}/bus")
@@ -80,7 +79,7 @@ def _is_socket_of(path: Path, uid: int) -> bool:
 
 def answers() -> str:
     """Why there is no systemd to ask; "" if there may be one."""
-    path = bus()
+    path = bus(os.geteuid())
     if os.path.exists(path):
         return ""
     kind = "system bus" if os.geteuid() == 0 else "user manager"
@@ -239,7 +238,7 @@ def _asked() -> Iterator[_Systemd]:
     from jeepney.io.blocking import open_dbus_connection
     from jeepney.wrappers import DBusErrorResponse
 
-    path = bus()
+    path = bus(os.geteuid())
     try:
         address = f"unix:path={quote(str(path))}"
         with open_dbus_connection(address, auth_timeout=PATIENCE) as connection:
