@@ -97,6 +97,59 @@ def controller(name: str) -> str:
     return ""
 
 
+def systemd_user() -> str:
+    """A user manager that answers; it needs no session and no environment."""
+    runtime = f"/run/user/{os.getuid()}"
+    if os.geteuid() == 0:
+        return "root has the system's systemd"
+    return works("env", f"XDG_RUNTIME_DIR={runtime}", "systemctl", "--user", "list-units", "-q")
+
+
+def own_cgroup() -> Path:
+    line = next(
+        line for line in Path("/proc/self/cgroup").read_text().splitlines() if line[:3] == "0::"
+    )
+    return Path("/sys/fs/cgroup", line[4:])
+
+
+def outside() -> str:
+    """We are where an ordinary user usually is: in a cgroup that belongs to root."""
+    own = own_cgroup()
+    if not (own / "cgroup.procs").exists():
+        return f"no {own}: not a pure cgroup v2 machine"
+    return f"{own} belongs to us" if os.access(own / "cgroup.procs", os.W_OK) else ""
+
+
+def prepared() -> str:
+    """We are in a subtree that an administrator gave us, and no systemd unit is above."""
+    if reason := outside():
+        own = own_cgroup()
+        unit = [part for part in own.parts if part.endswith((".service", ".scope", ".slice"))]
+        ours = reason.endswith("belongs to us") and not unit and os.geteuid() != 0
+        return "" if ours else f"{own} is no prepared subtree"
+    return f"{own_cgroup()} belongs to root"
+
+
+def delegated(*names: str, missing: tuple[str, ...] = ()) -> str:
+    """What the system's systemd gives to the user's."""
+    uid = os.getuid()
+    top = Path(f"/sys/fs/cgroup/user.slice/user-{uid}.slice/user@{uid}.service")
+    try:
+        have = (top / "cgroup.controllers").read_text().split()
+    except OSError as error:
+        return f"{top}: {error.strerror}"
+    if set(names) - set(have) or set(missing) & set(have):
+        return f"{top} has {' '.join(have) or 'no controllers'}"
+    return ""
+
+
+def systemd_system() -> str:
+    """We are root, and may tell the system's systemd what to do."""
+    if os.geteuid() != 0:
+        return "not root"
+    return works("systemctl", "list-units", "-q", "--no-pager")
+
+
 def fuse() -> str:
     return opens("/dev/fuse") or works("fuse-overlayfs", "--version")
 
@@ -141,7 +194,15 @@ PROBES: dict[str, Callable[[], str]] = {
     "cgroup": cgroup,
     "fuse": fuse,
     "landlock": landlock,
+    "outside": outside,
     "overlay": overlay,
+    "prepared": prepared,
+    "systemd-stock": functools.partial(
+        delegated, "cpu", "memory", "pids", missing=("cpuset", "io")
+    ),
+    "systemd-memory": functools.partial(delegated, "cpu", "memory", "pids"),
+    "systemd-system": systemd_system,
+    "systemd-user": systemd_user,
     "tun": functools.partial(opens, "/dev/net/tun"),
     **{name: functools.partial(controller, name) for name in CONTROLLERS},
     **{name: functools.partial(compiler, name) for name in ("gcc", "g++")},
