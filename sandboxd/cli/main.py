@@ -28,6 +28,7 @@ COMMANDS: Mapping[str, str] = MappingProxyType(
         "plan": "show what would be done to run a program",
         "policy": "list, show, check and explain policies",
         "doctor": "what works on this machine, and how to fix what does not",
+        "setup": "what an administrator does once, shown or done",
     }
 )
 """Command, and so the module in this room -> its line of help."""

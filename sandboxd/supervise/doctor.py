@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import sys
@@ -60,16 +61,16 @@ def diagnose(cgroup: str | None = None) -> Report:
     `cgroup` is the one to use instead of looking for one, as for a runner.
     """
     with climbed(cgroup) as climb:
-        return _report(examine(climb, cached=False, more=("tun",)))
+        return _report(examine(climb, cached=False, more=("tun",)), cgroup)
 
 
-def _report(seen: Examination) -> Report:
+def _report(seen: Examination, cgroup: str | None) -> Report:
     parts: tuple[Callable[[Examination], Iterator[Check]], ...] = (
         _machine,
         _namespaces,
         _overlays,
         _network,
-        _cgroups,
+        functools.partial(_cgroups, given=cgroup),
         _defences,
         _kernel,
     )
@@ -177,12 +178,12 @@ def _network(seen: Examination) -> Iterator[Check]:
     )
 
 
-def _cgroups(seen: Examination) -> Iterator[Check]:
+def _cgroups(seen: Examination, given: str | None) -> Iterator[Check]:
     """The rows are the same with and without a subtree."""
     top, _ = subtree.mounted()
     climb, found = seen.cgroup, seen.cgroup.found
     why_not = "" if found.subtree else found.why_not
-    fix = fixes.subtree(top, why_not)
+    fix = fixes.subtree(top, why_not, given)
     yield _check("cgroup v2 subtree", why_not, _whose(climb), fix)
     yield from _rungs(climb)
     entered, swap = _in_a_leaf(seen) if found.subtree else (Outcome(), "")

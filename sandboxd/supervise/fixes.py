@@ -10,7 +10,7 @@ import pwd
 from pathlib import Path
 
 from sandboxd.supervise import idrange
-from sandboxd.supervise.ladder import VARIABLE
+from sandboxd.supervise.ladder import VARIABLE, prepared_place
 
 _DOCKER = "docker run --security-opt seccomp=unconfined --security-opt systempaths=unconfined"
 _PRIVATE = "seccomp=unconfined --security-opt apparmor=unconfined"
@@ -105,44 +105,29 @@ def device(path: str, module: str) -> str:
     return admin(f"chmod 0666 {path}")
 
 
-_IN_A_SCOPE = (
-    "sh -c 'c=/sys/fs/cgroup$(sed -n s/^0:://p /proc/self/cgroup) && mkdir $c/leaf && "
-    f'echo $$ >$c/leaf/cgroup.procs && {VARIABLE}=$c exec "$@"\' sh sandboxd doctor'
-)
-
-
-def subtree(top: Path | None, why: str) -> str:
-    """A subtree of our own: by systemd, else made by root."""
-    named = os.environ.get(VARIABLE)
+def subtree(top: Path | None, why: str, given: str | None = None) -> str:
+    """A subtree of our own: by systemd, else made by root. `given` is what --cgroup named."""
+    named = given or os.environ.get(VARIABLE)
     if named and "runs outside of it" in why:
         return f"{admin('sh -c')} 'mkdir -p {named}/leaf && echo '$$' >{named}/leaf/cgroup.procs'"
     if named and why:
-        return f"unset {VARIABLE}"
-    if os.geteuid() == 0 and os.path.isdir("/run/systemd/system"):
-        return f"systemd-run --scope --quiet -p Delegate=yes {_IN_A_SCOPE}"
-    runtime = f"/run/user/{os.getuid()}"
-    if os.path.exists(f"{runtime}/systemd"):
-        variable = "" if os.environ.get("XDG_RUNTIME_DIR") else f"XDG_RUNTIME_DIR={runtime} "
-        return f"{variable}systemd-run --user --scope --quiet -p Delegate=yes {_IN_A_SCOPE}"
+        return "leave --cgroup out" if given else f"unset {VARIABLE}"
     if top is None:
         return admin("mount -t cgroup2 cgroup2 /sys/fs/cgroup")
+    if os.path.isdir("/run/systemd/system"):
+        if os.geteuid() == 0:
+            return "systemctl start dbus.socket"
+        return admin(f"loginctl enable-linger {user_name()}")
     return by_root(top)
 
 
 def by_root(top: Path) -> str:
-    """Root makes a subtree, gives it away and puts this shell into a leaf of it."""
-    try:
-        offered = (top / "cgroup.controllers").read_text(encoding="ascii").split()
-    except OSError:
-        offered = []
-    words = " ".join(f"+{name}" for name in offered if name in ("cpu", "cpuset", "memory", "pids"))
-    enable = f"echo {words} >{top}/cgroup.subtree_control; " if words else ""
-    files = "$d $d/cgroup.procs $d/cgroup.threads $d/cgroup.subtree_control"
-    script = (
-        f"{enable}mkdir -p {top}/sandboxd/leaf && cd {top}/sandboxd && "
-        f"for d in . leaf; do chown {os.getuid()} {files}; done && echo '$$' >leaf/cgroup.procs"
-    )
-    return f"{admin('sh -c')} '{script}' && export {VARIABLE}={top}/sandboxd"
+    """Root makes the subtree, gives it away and puts this shell into a leaf of it."""
+    path = prepared_place(top, os.getuid())
+    enter = f"{admin('sh -c')} 'echo '$$' >{path}/login/cgroup.procs'"
+    if path.exists():
+        return enter
+    return f"{admin('sandboxd setup')} --user {user_name()} --apply && {enter}"
 
 
 def controller(name: str, why: str, top: Path | None) -> str:
@@ -150,17 +135,10 @@ def controller(name: str, why: str, top: Path | None) -> str:
         return "boot with cgroup_no_v1=all (systemd: and systemd.unified_cgroup_hierarchy=1)"
     if "boot" in why:
         return f"boot without cgroup_disable={name}"
-    if "leaf" in why:
-        return _leaf() if os.environ.get(VARIABLE) else subtree(top, why)
-    if os.path.isdir("/run/systemd/system") and os.geteuid() == 0:
-        return subtree(top, why)
+    if os.environ.get(VARIABLE) and "leaf" in why:
+        return _leaf()
     if os.path.isdir("/run/systemd/system"):
-        return (
-            f"{admin('mkdir -p /etc/systemd/system/user@.service.d')} && "
-            r"printf '[Service]\nDelegate=cpu cpuset io memory pids\n' | "
-            f"{admin('tee /etc/systemd/system/user@.service.d/delegate.conf')} && "
-            f"{admin('systemctl daemon-reload')}  # then log in again"
-        )
+        return f"{admin('sandboxd setup')} --user {user_name()} --apply"
     return f"echo +{name} | {admin('tee')} PARENT/cgroup.subtree_control  # of every parent"
 
 
