@@ -150,6 +150,19 @@ def systemd_system() -> str:
     return works("systemctl", "list-units", "-q", "--no-pager")
 
 
+def disposable() -> str:
+    """Somebody vouches that nobody needs this machine afterwards: it may be set up by tests."""
+    named = os.environ.get("SANDBOXD_DISPOSABLE") == "1"
+    return "" if named and os.geteuid() == 0 else "not root of a machine with SANDBOXD_DISPOSABLE=1"
+
+
+def open_checkout() -> str:
+    """Every user may read this checkout, and so run what is in it."""
+    here = Path(__file__).resolve()
+    closed = next((path for path in here.parents if not path.stat().st_mode & 0o001), None)
+    return f"{closed} is closed to other users" if closed else ""
+
+
 def fuse() -> str:
     return opens("/dev/fuse") or works("fuse-overlayfs", "--version")
 
@@ -192,8 +205,10 @@ def compiler(name: str) -> str:
 
 PROBES: dict[str, Callable[[], str]] = {
     "cgroup": cgroup,
+    "disposable": disposable,
     "fuse": fuse,
     "landlock": landlock,
+    "open-checkout": open_checkout,
     "outside": outside,
     "overlay": overlay,
     "prepared": prepared,

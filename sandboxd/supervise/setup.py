@@ -198,7 +198,7 @@ def _written(path: str, lines: list[str]) -> tuple[str, ...]:
     return f"mkdir -p {folder}", f"printf '%s\\n' {words} >{path}"
 
 
-def profile(program: str) -> list[str]:
+def rules(program: str) -> list[str]:
     """An AppArmor profile that takes nothing away and gives user namespaces (AppArmor 4)."""
     return [
         "abi <abi/4.0>,",
@@ -222,7 +222,7 @@ def _apparmor(machine: Machine) -> Step:
     if not _PLAIN.fullmatch(machine.program):
         found = "user namespaces only with a profile: say for which program (--program PATH)"
         return Step(what=what, state="by hand", found=found)
-    commands = (*_written(PROFILE, profile(machine.program)), f"apparmor_parser -r {PROFILE}")
+    commands = (*_written(PROFILE, rules(machine.program)), f"apparmor_parser -r {PROFILE}")
     found = f"no profile lets {machine.program} have user namespaces"
     return Step(what=what, state="missing", found=found, commands=commands)
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 import os
+import pwd
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -276,3 +278,137 @@ def test_root_gets_a_scope_of_the_system() -> None:
     it_holds(found)
     assert all(path.endswith(".scope") for path in found["paths"])
     assert found["after"] == found["before"]
+
+
+# -- what an administrator does --------------------------------------------------------------------
+
+USER_NAME = "sandboxd-guest"
+MASKED = ("unshare", "--mount", "sh", "-c", 'mount -t tmpfs none /run/systemd && exec "$@"', "sh")
+"""No systemd is to be seen."""
+
+
+@contextmanager
+def stock() -> Iterator[None]:
+    """systemd delegates what it does of its own accord: cpu, memory and pids."""
+    folder = Path("/etc/systemd/system/user@.service.d")
+    saved = {path: path.read_text() for path in folder.glob("*.conf")}
+    for path in saved:
+        path.unlink()
+    subprocess.run(["systemctl", "daemon-reload"], check=True)
+    try:
+        yield
+    finally:
+        for path in folder.glob("*.conf"):
+            path.unlink()
+        for path, text in saved.items():
+            path.write_text(text)
+        subprocess.run(["systemctl", "daemon-reload"], check=True)
+
+
+@pytest.fixture
+def user() -> Iterator[tuple[str, int]]:
+    """An ordinary user without subordinate ids, and nothing else of theirs."""
+    subprocess.run(["useradd", "--create-home", "--shell", "/bin/sh", USER_NAME], check=True)
+    account = pwd.getpwnam(USER_NAME)
+    for name in ("/etc/subuid", "/etc/subgid"):
+        lines = Path(name).read_text().splitlines(keepends=True)
+        Path(name).write_text("".join(one for one in lines if not one.startswith(USER_NAME)))
+    yield USER_NAME, account.pw_uid
+    subprocess.run(["loginctl", "disable-linger", USER_NAME], check=False)
+    subprocess.run(["systemctl", "stop", f"user@{account.pw_uid}.service"], check=False)
+    subprocess.run(["userdel", "--remove", USER_NAME], check=True, capture_output=True)
+
+
+def sandboxd_setup(*args: str, wrapper: tuple[str, ...] = ()) -> dict[str, dict[str, Any]]:
+    done = subprocess.run(
+        [*wrapper, sys.executable, "-P", "-m", "sandboxd", "setup", "--json", *args],
+        cwd="/", env={**NO_SESSION, "HOME": "/root"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode in (0, 1), done.stderr
+    return {step["what"]: step for step in json.loads(done.stdout)["steps"]}
+
+
+def states(found: dict[str, dict[str, Any]]) -> dict[str, str]:
+    return {what: step["state"] for what, step in found.items()}
+
+
+def as_user(name: str) -> tuple[str, ...]:
+    return ("setpriv", "--reuid", name, "--regid", name, "--init-groups", "--")
+
+
+@pytest.mark.needs("disposable", "open-checkout", "systemd-system", "userns")
+def test_setup_with_systemd(user: tuple[str, int]) -> None:
+    """Shown, done, done again; afterwards the user's jobs have what was missing before."""
+    name, uid = user
+    home = {**NO_SESSION, "HOME": f"/home/{name}"}
+    with stock():
+        before = sandboxd_setup("--user", name)
+        assert states(before)["subordinate ids"] == "missing"
+        assert states(before)["linger"] == states(before)["delegation"] == "missing"
+        assert "no cpuset and no io" in before["delegation"]["found"]
+        done = sandboxd_setup("--user", name, "--apply")
+        assert set(states(done).values()) == {"ok"}, done
+        marks = {path: path.stat().st_mtime_ns for path in Path("/etc").rglob("*sandboxd*.conf")}
+        assert len(marks) == 1
+        assert sandboxd_setup("--user", name, "--apply") == done
+        assert {path: path.stat().st_mtime_ns for path in marks} == marks
+        wait_for(Path(f"/run/user/{uid}/bus"))
+        found = run("climb", *as_user(name), environment=home)
+        assert found["rung"] == "systemd", found
+        assert found["controllers"] == ["cpu", "cpuset", "io", "memory", "pids"]
+        it_holds(run("limited", *as_user(name), environment=home))
+
+
+@pytest.mark.needs("disposable", "open-checkout", "systemd-system")
+def test_a_user_manager_that_runs_already(user: tuple[str, int]) -> None:
+    """It is told of its new controllers without being stopped."""
+    name, uid = user
+    home = {**NO_SESSION, "HOME": f"/home/{name}"}
+    with stock():
+        subprocess.run(["loginctl", "enable-linger", name], check=True)
+        wait_for(Path(f"/run/user/{uid}/bus"))
+        pid = main_pid(uid)
+        found = run("climb", *as_user(name), environment=home)
+        assert found["controllers"] == ["cpu", "memory", "pids"]
+        sandboxd_setup("--user", name, "--apply")
+        found = run("climb", *as_user(name), environment=home)
+        assert found["controllers"] == ["cpu", "cpuset", "io", "memory", "pids"], found
+        assert main_pid(uid) == pid
+
+
+def main_pid(uid: int) -> str:
+    words = ["systemctl", "show", "--value", "--property=MainPID", f"user@{uid}.service"]
+    return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
+
+
+@pytest.mark.needs("disposable", "open-checkout", "userns")
+def test_setup_without_systemd(user: tuple[str, int]) -> None:
+    """A subtree, and once root has put the user's shell into its leaf, limits that hold."""
+    name, uid = user
+    top = Path(f"/sys/fs/cgroup/sandboxd-{uid}")
+    try:
+        before = sandboxd_setup("--user", name, wrapper=MASKED)
+        assert states(before)["cgroup subtree"] == "missing"
+        done = sandboxd_setup("--user", name, "--apply", wrapper=MASKED)
+        assert set(states(done).values()) == {"ok"}, done
+        assert sandboxd_setup("--user", name, "--apply", wrapper=MASKED) == done
+        home = {**NO_SESSION, "HOME": f"/home/{name}"}
+        outside = run("climb", *MASKED, *as_user(name), environment=home)
+        assert "runs outside of it" in outside["passed"]["prepared"]
+        enter = ("sh", "-c", f'echo $$ >{top}/login/cgroup.procs && exec "$@"', "sh")
+        found = run("climb", *MASKED, *enter, *as_user(name), environment=home)
+        assert found["path"] == str(top)
+        assert found["rung"] == "own"
+        assert {"cpu", "memory", "pids"} <= set(found["controllers"])
+        it_holds(run("limited", *enter, *MASKED, *as_user(name), environment=home))
+    finally:
+        for path in sorted(top.rglob("*/"), reverse=True):
+            path.rmdir()
+        top.rmdir()
+
+
+def wait_for(path: Path) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not path.exists():
+        assert time.monotonic() < deadline, path
+        time.sleep(0.02)
