@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-PATIENCE = 3.0  # the kernel takes namespaces apart after the last process is gone
+PATIENCE = 10.0  # the kernel takes namespaces apart after the last process is gone
 PAUSE = 0.005
 
 KEPT = frozenset({"sandboxd", "crun"})  # made once, and stays; what is inside of it is looked at

@@ -124,8 +124,8 @@ def test_two_signals() -> None:
 
 
 def test_a_cancelled_run_has_a_result() -> None:
-    with started("--json", *shell(f"echo ready >&2; sleep {MARK}")) as process:
-        time.sleep(1.0)
+    with started("--json", "--", "sleep", MARK) as process:
+        wait_asleep(1)
         process.send_signal(signal.SIGTERM)
         out, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 143
@@ -242,14 +242,19 @@ def on(screen: Screen, *words: str) -> contextlib.AbstractContextManager[subproc
 def test_a_terminal_and_its_size(screen: Screen) -> None:
     before = screen.settings()
     screen.resize(33, 111)
-    script = "test -t 0 && test -t 1 && test -t 2 && stty size; read x; stty size; echo got $x"
+    script = """
+test -t 0 && test -t 1 && test -t 2 && stty size
+while [ "$(stty size)" = "33 111" ]; do sleep 0.01; done
+stty size
+read x
+echo got $x
+"""
     with on(screen, "-itq", *shell(script)) as process:
         screen.wait_for(b"33 111")
         assert screen.settings() != before  # raw: the job's own terminal echoes
         screen.resize(44, 122)
-        time.sleep(0.3)
-        screen.type(b"abc\r")
         screen.wait_for(b"44 122")
+        screen.type(b"abc\r")
         screen.wait_for(b"got abc\r\n")
         assert process.wait(timeout=PATIENCE) == 0
     assert screen.seen.count(b"abc") == 2  # echoed once

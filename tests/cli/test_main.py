@@ -191,7 +191,7 @@ def test_what_is_not_needed_is_not_loaded(words: list[str]) -> None:
 
 
 def test_starting_is_quick() -> None:
-    """In processor time, so that a busy machine does not matter; a bare Python has its share."""
+    """In processor time, so that a busy machine does not matter, and next to what trio takes."""
 
     def cost(*argv: str) -> float:
         before = os.times()
@@ -205,4 +205,5 @@ def test_starting_is_quick() -> None:
 
     bare = min(cost(sys.executable, "-c", "pass") for _ in range(5))
     ours = min(cost(*SANDBOXD, "--help") for _ in range(5))
-    assert ours - bare < 0.06
+    heavy = min(cost(sys.executable, "-c", "import trio, msgspec") for _ in range(5))
+    assert ours - bare < (heavy - bare) / 2

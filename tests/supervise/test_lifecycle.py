@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -21,11 +21,16 @@ from sandboxd.supervise.runner import Runner, open_runner
 from tests.supervise.variants import hosts, policy, without
 
 SLEEPER = Job(argv=["sleep", "1000"], policy=policy())
-PATIENCE = 10_000  # milliseconds
+PATIENCE = 30_000  # milliseconds
 
 
 def children(pid: int) -> list[int]:
-    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    """Of its first thread; none of a process that is gone."""
+    try:
+        text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+    return [int(word) for word in text.split()]
 
 
 def descendants(pid: int) -> list[int]:
@@ -45,7 +50,10 @@ def tenant_of(runner: Runner) -> int:
 @contextmanager
 def all_end(pids: list[int]) -> Iterator[None]:
     """The body ends all of these processes, at the latest PATIENCE after it."""
-    pidfds = [os.pidfd_open(pid) for pid in pids]
+    pidfds = []
+    for pid in pids:
+        with suppress(ProcessLookupError):  # one that was on its way already
+            pidfds.append(os.pidfd_open(pid))
     try:
         yield
         for pidfd in pidfds:
@@ -58,7 +66,9 @@ def all_end(pids: list[int]) -> Iterator[None]:
 
 
 def command_line(pid: int) -> bytes:
-    return Path(f"/proc/{pid}/cmdline").read_bytes()
+    with suppress(FileNotFoundError, ProcessLookupError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    return b""
 
 
 async def started(runner: Runner) -> int:
@@ -181,7 +191,7 @@ def test_the_supervisor_is_killed(host: str) -> None:
 @pytest.mark.needs("fuse")
 async def test_fuse_overlayfs_is_killed_under_a_job() -> None:
     chosen = policy(root=Root(writable=True, driver="fuse", proc="masked"),
-                    limits=Limits(wall_time=10.0), identity=Identity(user="caller"))  # fmt: skip
+                    limits=Limits(wall_time=50.0), identity=Identity(user="caller"))  # fmt: skip
     script = "echo up; while ls /usr >/dev/null 2>&1; do :; done"
     job = Job(argv=["sh", "-c", script], policy=chosen)
     async with open_runner() as runner, runner.start(job) as run:

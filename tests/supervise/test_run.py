@@ -38,10 +38,10 @@ async def test_a_slow_reader_stalls_the_job() -> None:
     async with open_runner() as runner:
         job = Job(argv=["sh", "-c", "yes | head -c 50M"], policy=policy(), keep=100)
         async with runner.start(job) as run:
-            await run.events.receive()
+            assert (await run.events.receive()).type == "start"
+            total = len((await run.events.receive()).data)  # it runs
             with trio.move_on_after(0.3):
                 await trio.sleep_forever()  # nobody reads
-            total = 0
             async for event in run.events:
                 total += len(event.data)
             result = await run.wait()

@@ -134,15 +134,35 @@ async def test_memory_limit_by_sampling_or_by_cgroup(host: str) -> None:
     assert result.usage.memory_peak_source
 
 
+# It forked twice, ignores signals, and is still busy when the program ends.
+DAEMON = """
+import os, signal, time
+out, into = os.pipe()
+if os.fork() == 0:
+    os.setsid()
+    if os.fork() == 0:
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
+        while time.process_time() < 0.2:
+            pass
+        os.write(into, b"x")
+        while True:
+            pass
+    os._exit(0)
+os.wait()
+os.read(out, 1)
+print("done")
+"""
+
+
 @EVERY
 async def test_everything_a_job_leaves_running_is_ended_and_counted(host: str) -> None:
-    # A daemon that forked twice, ignores signals and burns CPU.
-    script = "(trap '' TERM HUP INT; setsid sh -c 'while :; do :; done' &) ; sleep 0.3; echo done"
-    result = await run(host, "sh", "-c", script, limits=Limits(wall_time=20.0))
+    limits = Limits(wall_time=50.0)
+    result = await run(host, "/usr/bin/python3", "-c", DAEMON, limits=limits)
     assert result.stdout == b"done\n"
     assert result.ok
     assert result.usage.cpu_time is not None
-    assert result.usage.cpu_time > 0.15
+    assert result.usage.cpu_time > 0.19
 
 
 @EVERY
@@ -359,5 +379,7 @@ async def test_times_add_up() -> None:
         before = time.monotonic()
         timing = (await runner.run(Job(argv=["sleep", "0.1"], policy=policy()))).timing
         elapsed = time.monotonic() - before
-    assert timing.queued + timing.setup + 0.1 <= elapsed
-    assert timing.setup > 0.001  # the first job of a policy starts its tenant
+    # The program may be on its way before we note that it is.
+    assert min(timing.queued, timing.teardown) >= 0
+    assert timing.setup > 0
+    assert timing.queued + timing.setup + timing.teardown <= elapsed
