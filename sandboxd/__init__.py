@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from sandboxd.result import Artifact, Event, Output, Result, Usage, to_json
     from sandboxd.supervise.oneshot import run, run_sync
     from sandboxd.supervise.policies import find as find_policy
-    from sandboxd.supervise.runner import Run, Runner, RunnerStatistics, open_runner
+    from sandboxd.supervise.run import Run
+    from sandboxd.supervise.runner import Runner, RunnerStatistics, open_runner
 
 _HOMES = {
     "errors": (
@@ -38,7 +39,8 @@ _HOMES = {
     "policy": ("Limits", "Policy"),
     "result": ("Artifact", "Event", "Output", "Result", "Usage", "to_json"),
     "supervise.oneshot": ("run", "run_sync"),
-    "supervise.runner": ("Run", "Runner", "RunnerStatistics", "open_runner"),
+    "supervise.run": ("Run",),
+    "supervise.runner": ("Runner", "RunnerStatistics", "open_runner"),
 }  # fmt: skip
 _WHERE = {name: home for home, names in _HOMES.items() for name in names}
 

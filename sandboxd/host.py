@@ -39,7 +39,11 @@ class Host:
     uid: int
     gid: int
     cpus: int
+    cores: tuple[tuple[int, ...], ...] = ()
+    """The CPUs we may use, those of one core together (its hyper-threads), lowest first."""
     page_size: int = 4096
+    huge_pages: dict[str, int] = field(default_factory=dict)
+    """Sizes of huge pages as the hugetlb controller writes them ("2MB") -> pages in the pool."""
     user_namespaces: bool = True
     subuid: IdRange | None = None
     """None: no range, or newuidmap does not work here: single-id mode."""

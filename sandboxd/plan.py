@@ -475,6 +475,7 @@ class Plan:
     setup: SetupPlan
     exec: ExecPlan
     cgroup_files: dict[str, str] = field(default_factory=dict)
+    cpu_sets: tuple[str, ...] = ()
     enforcement: dict[str, str] = field(default_factory=dict)
     degraded: tuple[tuple[str, str], ...] = ()
 

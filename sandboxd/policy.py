@@ -58,6 +58,42 @@ class Limits(Section, frozen=True):
     """CPU bandwidth: 1.5 is one and a half CPUs."""
 
 
+class Io(Section, frozen=True):
+    """[[resources.io]]: how fast one disk may be used (io.max); the page cache is no disk."""
+
+    device: Annotated[str, Meta(pattern="^[0-9]+:[0-9]+$")]
+    """MAJOR:MINOR of a whole disk, as lsblk(8) has it."""
+    read: Bytes | None = None
+    """Bytes a second."""
+    write: Bytes | None = None
+    """Bytes a second."""
+    reads: Count | None = None
+    """Operations a second."""
+    writes: Count | None = None
+    """Operations a second."""
+
+
+class Resources(Section, frozen=True):
+    """[resources]: how a run shares the machine with others. Each key needs its controller."""
+
+    memory_high: Bytes | None = None
+    """Above it the run is slowed and its pages reclaimed; it is not killed (memory.high)."""
+    swap: Annotated[int, Meta(ge=0, le=(1 << 63) - 1, extra={"unit": "bytes"})] = 0
+    """Bytes that may be swapped out on top of limits.memory (memory.swap.max)."""
+    oom: Literal["run", "process"] = "run"
+    """What the kernel kills at limits.memory: the whole run, or its largest process alone."""
+    cpu_weight: Annotated[int, Meta(ge=1, le=10000)] | None = None
+    """Share of busy CPUs against other runs; the kernel's default is 100 (cpu.weight)."""
+    cpuset: Annotated[str, Meta(pattern="^[0-9]+(-[0-9]+)?(,[0-9]+(-[0-9]+)?)*$")] | None = None
+    """The CPUs that runs are on: "0-3,8" (cpuset.cpus); None: all that are sandboxd's."""
+    cores: Annotated[int, Meta(ge=1, le=65536)] | None = None
+    """Cores that each run has for itself, as long as there are no more runs than that."""
+    siblings: bool = True
+    """Whether a run also gets the other hyper-threads of its cores; false leaves them idle."""
+    io: tuple[Io, ...] = ()
+    """Bandwidth of disks."""
+
+
 class Root(Section, frozen=True):
     """[root]: the file system the job sees."""
 
@@ -214,6 +250,7 @@ class Policy(Section, frozen=True):
     name: str = "custom"
     description: str = ""
     limits: Limits = Limits(disk=64 << 20, inodes=16384, open_files=256)
+    resources: Resources = Resources()
     root: Root = Root()
     mounts: tuple[Mount, ...] = ()
     network: Network = Network()

@@ -61,13 +61,19 @@ class Usage(Record, frozen=True):
     cpu_time_source: str | None = None
     wall_time: float | None = None
     idle_longest: float | None = None
+    memory_current: int | None = None
     memory_peak: int | None = None
     memory_peak_source: str | None = None
     memory_anon_peak: int | None = None
     memory_file_peak: int | None = None
+    memory_shmem_peak: int | None = None
+    memory_kernel_peak: int | None = None
+    memory_events: dict[str, int] | None = None
     swap_peak: int | None = None
     oom_kills: int | None = None
+    processes_current: int | None = None
     processes_peak: int | None = None
+    processes_peak_source: str | None = None
     process_limit_hits: int | None = None
     io_read: int | None = None
     io_written: int | None = None
@@ -77,8 +83,9 @@ class Usage(Record, frozen=True):
     net_sent: int | None = None
     context_switches_voluntary: int | None = None
     context_switches_forced: int | None = None
-    pressure: dict[str, float | None] | None = None
+    pressure: dict[str, float] | None = None
     cpu_throttled: float | None = None
+    cpu_throttlings: int | None = None
 
 
 class Output(Record, frozen=True):
@@ -109,8 +116,10 @@ class LimitReport(Record, frozen=True):
 
 
 class Violation(Record, frozen=True):
+    """A rule that was broken. `name` is None where nobody can know it without being root."""
+
     kind: str
-    name: str
+    name: str | None
     count: int
     rule: str
 

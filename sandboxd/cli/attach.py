@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from sandboxd.job import Job
     from sandboxd.result import Event, Result
-    from sandboxd.supervise.runner import Run
+    from sandboxd.supervise.run import Run
 
 STDIN, STDOUT, STDERR = 0, 1, 2
 CHUNK = 65536
@@ -72,7 +72,15 @@ class _Foreground:
         self.everything.deadline = now + PATIENCE
 
 
-async def attached(job: Job, output: Output, cgroup: str | None = None) -> Ending:
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What the command line asks for beyond the job."""
+
+    cgroup: str | None = None
+    usage_every: float | None = None
+
+
+async def attached(job: Job, output: Output, wanted: Wanted = Wanted()) -> Ending:
     """Carry a job out in the foreground. SandboxError is what sandboxd could not do."""
     import trio
 
@@ -86,8 +94,10 @@ async def attached(job: Job, output: Output, cgroup: str | None = None) -> Endin
         async with trio.open_nursery() as nursery:
             here = _Foreground(ending, nursery.cancel_scope, trio.CancelScope())
             nursery.start_soon(_obey, signals, here)
-            opened = open_runner(slots=1, cgroup=cgroup)
-            async with opened as runner, runner.start(job) as run:
+            async with (
+                open_runner(slots=1, cgroup=wanted.cgroup) as runner,
+                runner.start(job, usage_every=wanted.usage_every) as run,
+            ):
                 here.run = run
                 if run.stdin is not None:
                     nursery.start_soon(_feed, run.stdin, job.terminal is not None)

@@ -75,6 +75,7 @@ def to_json(policy: Policy, found: Planned, *, script: bool) -> dict[str, Any]:
             for number, step in enumerate(steps)
         ]
     record["cgroup_files"] = found.plan.cgroup_files
+    record["cpu_sets"] = found.plan.cpu_sets
     record["enforcement"] = found.plan.enforcement
     record["degraded"] = [{"what": what, "why": why} for what, why in found.plan.degraded]
     if script:
@@ -100,6 +101,8 @@ def render(policy: Policy, found: Planned, *, script: bool) -> Iterator[str]:
         yield from _script(steps, scripts[name]) if script else _steps(steps)
     yield ""
     yield from _table("files of the run's cgroup", found.plan.cgroup_files)
+    if found.plan.cpu_sets:
+        yield f"pinned to the CPUs {' or '.join(found.plan.cpu_sets)}"
     yield from _table("enforcement", found.plan.enforcement)
     yield from _table("not enforced", dict(found.plan.degraded))
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from sandboxd.cli import attach, exitcodes, flags, inputs
 from sandboxd.cli.attach import STDERR, STDOUT, Ending, Output
 from sandboxd.cli.main import complain, first_error, say
-from sandboxd.cli.quantities import size
+from sandboxd.cli.quantities import size, time
 from sandboxd.errors import (
     HostError,
     JobError,
@@ -75,6 +75,12 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="print nothing but events, one JSON object a line; the last has the result",
     )
     group.add_argument(
+        "--usage-every",
+        type=time,
+        metavar="T",
+        help="with --json=stream: every so often an event that says what it has used, e.g. 500ms",
+    )
+    group.add_argument(
         "--result-fd", type=_descriptor, metavar="N", help="write the JSON object to descriptor N"
     )
     group.add_argument(
@@ -131,11 +137,14 @@ def _run(args: argparse.Namespace) -> int:
     flags.argv(args)  # nothing else matters if there is no program
     if args.collect and args.collect_to is None:
         raise JobError("--collect without --collect-to", hint="say where to: --collect-to DIR")
+    if args.usage_every is not None and args.json != "stream":
+        raise JobError("--usage-every without --json=stream", hint="only its events have usage")
     wanted = flags.policy(args, find(args.policy))
     job = flags.job(args, wanted, collect=tuple(args.collect), keep=args.keep)
     import trio
 
-    ending = trio.run(attach.attached, job, _output(args), args.cgroup)
+    beyond = attach.Wanted(args.cgroup, args.usage_every)
+    ending = trio.run(attach.attached, job, _output(args), beyond)
     if ending.result is None:
         return _hurried(args, ending)
     return _finish(args, ending, ending.result)

@@ -35,6 +35,10 @@ class Compiled:
     """A sandbox of one purpose: make a network namespace for the pool."""
     network_serves_again: bool
     cgroup_files: dict[str, str]
+    cpu_sets: tuple[str, ...]
+    """Where its leaf may be pinned to; nothing for anywhere."""
+    cpus: float
+    """CPU seconds that a run can use in a second, at most."""
     enforcement: dict[str, str]
     degraded: tuple[tuple[str, str], ...]
     root_driver: str
@@ -53,6 +57,7 @@ def compile_policy(policy: Policy, host: Host) -> Compiled:
     setup = setup_plan(policy, host)
     found = enforce.judge(policy, host, ids, setup)
     enforce.check_required(policy, host, found)
+    cpu_sets = resources.cpu_sets(policy, host)
     return Compiled(
         policy=policy,
         tenant=tenant_plan(policy, host),
@@ -60,6 +65,8 @@ def compile_policy(policy: Policy, host: Host) -> Compiled:
         network=network.network_plan(),
         network_serves_again=network.serves_again(policy, host),
         cgroup_files=resources.cgroup_files(policy, host),
+        cpu_sets=cpu_sets,
+        cpus=resources.cpus_at_once(policy, host, cpu_sets),
         enforcement=found.enforcement,
         degraded=found.degraded,
         root_driver=rootfs.driver(policy, host),
@@ -200,6 +207,7 @@ def build(job: Job, policy: Policy, host: Host, environ: Mapping[bytes, bytes]) 
         setup=compiled.setup,
         exec=exec_plan(job, compiled, environ),
         cgroup_files=compiled.cgroup_files,
+        cpu_sets=compiled.cpu_sets,
         enforcement=compiled.enforcement,
         degraded=compiled.degraded,
     )

@@ -6,6 +6,7 @@ facts, and a policy's [require] is held against it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from sandboxd import plan
@@ -17,6 +18,9 @@ from sandboxd.policy import Policy
 
 NONE = "none"
 NOT_LIMITED = "not limited"
+NOT_ASKED = "not asked"
+ON_REQUEST = {"memory_high": "memory", "cpu_weight": "cpu", "pinning": "cpuset", "io": "io"}
+"""What [resources] may ask for -> the controller without which there is none of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +56,9 @@ def judge(policy: Policy, host: Host, ids: IdMap, setup: SetupPlan) -> Found:
         "landlock": f"abi {host.landlock}" if setup.landlock else NONE,
         "kill": "cgroup2 and pid namespace" if host.cgroup else "pid namespace",
     }  # fmt: skip
+    for what in ON_REQUEST:
+        there = "cgroup2" if ON_REQUEST[what] in controllers else NONE
+        says[what] = there if _asks(policy, what) else NOT_ASKED
     return Found(says, tuple(_degraded(policy, host, says)))
 
 
@@ -59,6 +66,17 @@ def _pick(limit: object, exact: bool, best: str, fallback: str) -> str:
     if limit is None:
         return NOT_LIMITED
     return best if exact else fallback
+
+
+def _asks(policy: Policy, what: str) -> bool:
+    wanted = policy.resources
+    asked = {
+        "memory_high": wanted.memory_high is not None,
+        "cpu_weight": wanted.cpu_weight is not None,
+        "pinning": bool(wanted.cpuset or wanted.cores or not wanted.siblings),
+        "io": bool(wanted.io),
+    }
+    return asked[what]
 
 
 def _root(policy: Policy, host: Host) -> str:
@@ -76,7 +94,7 @@ def _degraded(policy: Policy, host: Host, says: dict[str, str]) -> list[tuple[st
         )
         if host.other_groups:  # user_namespaces(7): who maps a single gid must deny setgroups
             found.append(("groups", "a single id: jobs stay in all groups that the caller is in"))
-    found += _less_limited(policy, host, says)
+    found += _without_controllers(policy, host, says)
     if says["syscalls"] == NONE:
         why = notes.get("seccomp", f"{policy.origin('syscalls')} allows everything")
         found.append(("syscalls", why))
@@ -90,22 +108,33 @@ def _degraded(policy: Policy, host: Host, says: dict[str, str]) -> list[tuple[st
     return found
 
 
-def _less_limited(policy: Policy, host: Host, says: dict[str, str]) -> list[tuple[str, str]]:
+def _without_controllers(
+    policy: Policy, host: Host, says: dict[str, str]
+) -> Iterator[tuple[str, str]]:
     notes = host.fault_notes
     no_cgroup = host.cgroup_why_not or "no delegated cgroup v2"
     hidden = notes.get("processes", "/proc hides processes")
-    found: list[tuple[str, str]] = []
     if host.cgroup is None:
-        found.append(("cpu_time", f"{no_cgroup}: a lower bound, what escapes wait4 is not counted"))
+        yield "cpu_time", f"{no_cgroup}: a lower bound, what escapes wait4 is not counted"
         if host.hides_processes and policy.limits.idle_time is not None:
-            found.append(("idle_time", f"{hidden}; {NONE}"))
+            yield "idle_time", f"{hidden}; {NONE}"
     for what, controller in (("memory", "memory"), ("cpus", "cpu")):
         if says[what] not in ("cgroup2", NOT_LIMITED):
             why = notes.get(f"cgroup.{controller}", no_cgroup)
             if what == "memory" and host.hides_processes:
                 why = f"{why}; {hidden}"
-            found.append((what, f"{why}; {says[what]}"))
-    return found
+            yield what, f"{why}; {says[what]}"
+    for what, controller in ON_REQUEST.items():
+        if says[what] == NONE:
+            yield what, f"{notes.get(f'cgroup.{controller}', no_cgroup)}; none"
+    if policy.limits.memory is not None and (spare := _huge_pages(host)):
+        yield "huge pages", f"{spare} of this machine's are outside of limits.memory"
+
+
+def _huge_pages(host: Host) -> int:
+    """How many a run could take, which no limit of memory counts."""
+    held = host.cgroup is not None and "hugetlb" in host.cgroup.controllers
+    return 0 if held else sum(host.huge_pages.values())
 
 
 def check_required(policy: Policy, host: Host, found: Found) -> None:

@@ -19,6 +19,7 @@ DEFAULT = "default"
 """The origin of what no file says."""
 _EXAMPLE = Policy()
 NO_LIMIT = "not limited by sandboxd"
+AS_FOUND = "as the kernel has it"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +67,8 @@ def _section(policy: Policy, section: str) -> Iterator[Explained]:
 def _meaning(key: str, value: object) -> str:
     if value is None and key.startswith("limits."):
         return NO_LIMIT
+    if value is None and key.startswith("resources."):
+        return AS_FOUND
     meaning = MEANINGS[key]
     return meaning if isinstance(meaning, str) else meaning(value)
 
@@ -206,6 +209,20 @@ MEANINGS: Mapping[str, str | Callable[[Any], str]] = MappingProxyType(
         "limits.stack": "RLIMIT_STACK",
         "limits.address_space": "RLIMIT_AS",
         "limits.cpus": "cpu.max of the run's cgroup",
+        "resources.memory_high": "memory.high of the run's cgroup",
+        "resources.swap": "memory.swap.max of the run's cgroup, where limits.memory is given",
+        "resources.oom": _choice(
+            run="memory.oom.group: the kernel kills all of the run's processes",
+            process="the kernel kills one of the run's processes, and the others go on",
+        ),
+        "resources.cpu_weight": "cpu.weight of the run's cgroup",
+        "resources.cpuset": "cpuset.cpus of the directory that holds the run's cgroup",
+        "resources.cores": "a directory of its own for each set of so many cores; cpuset.cpus",
+        "resources.siblings": _choice(
+            true="every hyper-thread of its cores is in cpuset.cpus",
+            false="one hyper-thread of each core is in cpuset.cpus",
+        ),
+        "resources.io": "io.max of the run's cgroup",
         "root.source": _source,
         "root.writable": _choice(
             true="an overlay whose upper layer lies on the run's own tmpfs",

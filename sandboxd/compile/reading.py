@@ -1,8 +1,8 @@
 """One policy file -> plain values that fit the types of policy.py, and every error on the way.
 
 The types are the only description of a policy: what may be written is derived from them here, with
-three additions for people. Sizes and times may have units; "unlimited" is no limit and "own" the
-run's own uid or gid, since TOML has no null; a list may begin with "!reset".
+three additions for people. Sizes and times may have units; "unlimited" is no limit, "own" the run's
+own uid or gid and "default" the kernel's, since TOML has no null; a list may begin with "!reset".
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from sandboxd.errors import PolicyError
 from sandboxd.policy import Limits, Policy
 
 RESET = "!reset"
-NOTHING = {"limits": "unlimited", "identity": "own"}
+NOTHING = {"limits": "unlimited", "identity": "own", "resources": "default"}
 """Section -> the word that stands for None in it."""
 
 MOST = 4096

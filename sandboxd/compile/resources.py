@@ -1,11 +1,13 @@
-"""Limits of a policy -> the kernel's: resource limits of a process, files of a cgroup."""
+"""Limits of a policy -> the kernel's: resource limits of a process, files and CPUs of a cgroup."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 from sandboxd import plan
 from sandboxd.compile.decisions import decisions
+from sandboxd.errors import HostError
 from sandboxd.host import Host
 from sandboxd.policy import Policy
 
@@ -75,15 +77,83 @@ def quotas(policy: Policy, host: Host) -> tuple[tuple[str, int], ...]:
 
 def cgroup_files(policy: Policy, host: Host) -> dict[str, str]:
     """What is written into the leaf of a run, for the controllers this host gives us."""
-    limits = policy.limits
     controllers = host.cgroup.controllers if host.cgroup else frozenset()
     files: dict[str, str] = {}
-    if "memory" in controllers and limits.memory is not None:
-        files["memory.max"] = str(limits.memory)
-        files["memory.swap.max"] = "0"
-        files["memory.oom.group"] = "1"
-    if "pids" in controllers and limits.processes is not None:
-        files["pids.max"] = str(limits.processes + 1)
-    if "cpu" in controllers and limits.cpus is not None:
-        files["cpu.max"] = f"{max(1000, round(limits.cpus * PERIOD))} {PERIOD}"
+    if "memory" in controllers:
+        files |= _memory(policy)
+    if "pids" in controllers and policy.limits.processes is not None:
+        files["pids.max"] = str(policy.limits.processes + 1)
+    if "cpu" in controllers:
+        if policy.limits.cpus is not None:
+            files["cpu.max"] = f"{max(1000, round(policy.limits.cpus * PERIOD))} {PERIOD}"
+        if policy.resources.cpu_weight is not None:
+            files["cpu.weight"] = str(policy.resources.cpu_weight)
+    if "hugetlb" in controllers:  # what memory.max does not count
+        files |= {f"hugetlb.{size}.max": "0" for size in host.huge_pages}
+    if "io" in controllers:
+        for one in policy.resources.io:
+            words = {"rbps": one.read, "wbps": one.write, "riops": one.reads, "wiops": one.writes}
+            asked = [f"{word}={number}" for word, number in words.items() if number is not None]
+            lines = files.get("io.max", "")
+            files["io.max"] = f"{lines}{' '.join([one.device, *asked])}\n"
     return files
+
+
+def _memory(policy: Policy) -> dict[str, str]:
+    limits, resources = policy.limits, policy.resources
+    files: dict[str, str] = {}
+    if limits.memory is not None:
+        files["memory.max"] = str(limits.memory)
+        # Else a run would go on above its limit, as slowly as the disk is.
+        files["memory.swap.max"] = str(resources.swap)
+        if resources.oom == "run":
+            files["memory.oom.group"] = "1"
+    if resources.memory_high is not None:
+        files["memory.high"] = str(resources.memory_high)
+    return files
+
+
+def cpu_sets(policy: Policy, host: Host) -> tuple[str, ...]:
+    """Where a run may be: nothing for anywhere, one set for all runs, or one for each to itself."""
+    wanted = policy.resources
+    pins = wanted.cpuset is not None or wanted.cores is not None or not wanted.siblings
+    if not pins or not host.cgroup or "cpuset" not in host.cgroup.controllers:
+        return ()
+    allowed = None if wanted.cpuset is None else frozenset(parse_cpus(wanted.cpuset))
+    every = [cpu for core in host.cores for cpu in core]
+    cores = [tuple(cpu for cpu in core if allowed is None or cpu in allowed) for core in host.cores]
+    cores = [core if wanted.siblings else core[:1] for core in cores if core]
+    if not cores:
+        raise HostError("cpus", f"{policy.origin('resources.cpuset')}: none of these CPUs is ours",
+                        hint=f"ours are {listed(every)}")  # fmt: skip
+    if wanted.cores is None:
+        return (listed(cpu for core in cores for cpu in core),)
+    if wanted.cores > len(cores):
+        raise HostError("cpus", f"{policy.origin('resources.cores')}: {wanted.cores} cores for a "
+                        f"run, and {len(cores)} there are", hint="ask for fewer")  # fmt: skip
+    groups = range(0, len(cores) - wanted.cores + 1, wanted.cores)
+    return tuple(
+        listed(cpu for core in cores[at : at + wanted.cores] for cpu in core) for at in groups
+    )
+
+
+def cpus_at_once(policy: Policy, host: Host, sets: tuple[str, ...]) -> float:
+    """How many CPU seconds a run can use in a second, at most."""
+    most = float(min((len(parse_cpus(one)) for one in sets), default=host.cpus))
+    return most if policy.limits.cpus is None else min(most, policy.limits.cpus)
+
+
+def parse_cpus(text: str) -> list[int]:
+    """The CPUs of a list as the kernel writes it: "0-3,8"."""
+    found: set[int] = set()
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        found.update(range(int(first), min(int(last or first), HIGHEST_CPU) + 1))
+    return sorted(found)
+
+
+HIGHEST_CPU = 65536
+
+
+def listed(cpus: Iterable[int]) -> str:
+    return ",".join(map(str, sorted(cpus)))

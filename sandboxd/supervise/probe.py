@@ -13,6 +13,7 @@ import os
 import resource
 import stat
 from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -155,7 +156,9 @@ def _plain_facts() -> tuple[Host, dict[str, str]]:
         gid=os.getegid(),
         other_groups=bool(set(os.getgroups()) - {os.getegid()}),
         cpus=len(os.sched_getaffinity(0)),
+        cores=cores(os.sched_getaffinity(0)),
         page_size=os.sysconf("SC_PAGE_SIZE"),
+        huge_pages=huge_pages(),
         landlock=abi,
         hides_processes=bool(hidden),
         root_links=links,
@@ -190,6 +193,40 @@ def _lines(path: str) -> list[str]:
         return Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return []
+
+
+def cores(
+    cpus: AbstractSet[int], at: Path = Path("/sys/devices/system/cpu")
+) -> tuple[tuple[int, ...], ...]:
+    """These CPUs by core (Documentation/admin-guide/cputopology.rst); alone where nobody says."""
+    found: dict[str, list[int]] = {}
+    for cpu in sorted(cpus):
+        try:
+            core = (at / f"cpu{cpu}/topology/thread_siblings_list").read_text().strip()
+        except OSError:
+            core = str(cpu)
+        found.setdefault(core, []).append(cpu)
+    return tuple(map(tuple, found.values()))
+
+
+def huge_pages(at: Path = Path("/sys/kernel/mm/hugepages")) -> dict[str, int]:
+    """The machine's pools of huge pages (Documentation/admin-guide/mm/hugetlbpage.rst)."""
+    found = {}
+    for pool in sorted(at.glob("hugepages-*kB")):
+        kilobytes = int(pool.name.removeprefix("hugepages-").removesuffix("kB"))
+        unit, many = (
+            ("GB", 20)
+            if kilobytes >= 1 << 20
+            else ("MB", 10)
+            if kilobytes >= 1 << 10
+            else ("KB", 0)
+        )
+        with contextlib.suppress(OSError, ValueError):
+            pages = [
+                (pool / name).read_text() for name in ("nr_hugepages", "nr_overcommit_hugepages")
+            ]
+            found[f"{kilobytes >> many}{unit}"] = sum(map(int, pages))
+    return found
 
 
 def _top() -> tuple[dict[str, str], frozenset[str]]:

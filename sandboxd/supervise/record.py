@@ -20,13 +20,13 @@ from sandboxd.result import (
     Degraded,
     HostRef,
     PolicyRef,
-    Quality,
     Result,
     Status,
     Timing,
     Usage,
 )
-from sandboxd.supervise.status import Facts, classify, errno_name
+from sandboxd.supervise.quality import judge
+from sandboxd.supervise.status import Facts, classify, errno_name, violations
 from sandboxd.supervise.supervise import Observed
 
 
@@ -50,9 +50,6 @@ def new_id() -> str:
 def moment(seconds: float) -> str:
     """RFC 3339, in UTC."""
     return datetime.fromtimestamp(seconds, UTC).isoformat()
-
-
-UNKNOWN = Quality()
 
 
 @functools.cache
@@ -104,12 +101,12 @@ def make(job: Job, kept: Kind, seen: Observed, host: Host, waited: tuple[float, 
         usage=seen.facts.usage,
         streams={name: capture.output() for name, capture in seen.captures.items()},
         limits=words.limits,
-        violations=(),
+        violations=violations(seen.facts, kept.compiled.policy),
         artifacts=seen.artifacts,
         artifact_errors=seen.facts.artifact_errors,
         enforcement=kept.compiled.enforcement,
         degraded=degraded(kept.compiled.degraded),
-        quality=UNKNOWN,
+        quality=judge(seen.facts.usage, kept.compiled.cpus, crowded=seen.crowded),
         timing=Timing(
             queued=queued,
             setup=seen.started - asked - queued,

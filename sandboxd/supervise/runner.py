@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
@@ -24,21 +25,19 @@ from sandboxd.supervise.cgroups import Cgroups, open_cgroups, slots_within
 from sandboxd.supervise.descriptors import Descriptors
 from sandboxd.supervise.place import open_place
 from sandboxd.supervise.porter import Porter, open_porter
+from sandboxd.supervise.run import FASTEST, Run
 from sandboxd.supervise.sandboxes import Sandbox, make
 from sandboxd.supervise.supervise import (
     Conduct,
     Dispatch,
     Emit,
     Pipes,
-    Stops,
+    Reports,
     open_pipes,
-    resize_terminal,
     supervise,
 )
 from sandboxd.supervise.tenants import Prepared, Tenant, open_tenant
 
-EVENTS_BUFFER = 16
-"""Events a reader may lag behind before the job is stalled."""
 POLICIES_KEPT = 256
 UNDERTAKER = 0.02
 """Seconds in which init, having reported, is dead and what it held is given back."""
@@ -78,62 +77,6 @@ class Kept:
         self.refilling = False
 
 
-class Run:
-    """One run in progress. Reading `events` is what keeps it going; see Runner.start."""
-
-    def __init__(self, run_id: str, stdin: trio.abc.SendStream | None) -> None:
-        self.id = run_id
-        self.stdin = stdin
-        self._send, self.events = trio.open_memory_channel[Event](EVENTS_BUFFER)
-        self._seq = 0
-        self._stops: Stops | None = None
-        self._cancelled = False
-        self._terminal: int | None = None
-        self._done = trio.Event()
-        self._result: Result | None = None
-        self._error: Exception | None = None
-        self._error_told = False
-        self._queue = trio.CancelScope()
-
-    def kill(self) -> None:
-        """End it now; its status will be `cancelled`."""
-        self._cancelled = True
-        if self._stops is not None:
-            self._stops.stop("cancelled", "cancelled by the caller")
-        else:
-            self._queue.cancel()
-
-    def resize(self, rows: int, columns: int) -> None:
-        """Tell the job's terminal its new size."""
-        if self._terminal is not None:
-            resize_terminal(self._terminal, rows, columns)
-
-    async def wait(self) -> Result:
-        """The result. Someone must read `events` meanwhile: a full channel stalls the job."""
-        await self._done.wait()
-        if self._error is not None:
-            self._error_told = True
-            raise self._error
-        if self._result is None:
-            raise SandboxError("the run was left before it ended", hint="wait inside the block")
-        return self._result
-
-    def _started(self, stops: Stops) -> None:
-        self._stops = stops
-        if self._cancelled:
-            self.kill()
-
-    async def _forward(self, name: str, data: bytes) -> None:
-        try:
-            await self._emit(Event(seq=self._seq, type=name, data=data))  # type: ignore[arg-type]
-        except trio.BrokenResourceError:  # the reader has gone: so has the reason to run
-            self.kill()
-
-    async def _emit(self, event: Event) -> None:
-        self._seq += 1
-        await self._send.send(event)
-
-
 class Runner:
     """Runs jobs on this machine. Made by `open_runner`; may be used by many tasks at once."""
 
@@ -164,8 +107,13 @@ class Runner:
         return await self._run(job, None)
 
     @asynccontextmanager
-    async def start(self, job: Job) -> AsyncIterator[Run]:
-        """Carry a job out while its events are read; leaving the block kills what is left."""
+    async def start(self, job: Job, *, usage_every: float | None = None) -> AsyncIterator[Run]:
+        """Carry a job out while its events are read; leaving the block kills what is left.
+
+        `usage_every`: seconds between two events that say what it has used; None for no such.
+        """
+        if usage_every is not None and not FASTEST <= usage_every < math.inf:
+            raise JobError(f"usage_every={usage_every!r}", hint=f"{FASTEST:g} seconds or more")
         with Descriptors() as fds:
             pipes = open_pipes(job, Pipes(fds))
             stdin = None
@@ -174,6 +122,7 @@ class Runner:
                 if job.terminal is None:
                     fds.close(pipes.stdin)
             run = Run(job.id or record.new_id(), stdin)
+            run._reports = Reports(usage_every, run._tell) if usage_every else None
             run._terminal = pipes.stdin if job.terminal else None
             job = dataclasses.replace(job, id=run.id)
             try:
@@ -247,6 +196,7 @@ class Runner:
                     porter=lambda: self._porter(kept),
                     emit=_forwarding(run),
                     on_start=run._started if run else lambda _: None,
+                    reports=run._reports if run else None,
                 )
                 result = await self._in_sandbox(kept, conduct, (asked, queued))
             self._finished += 1
@@ -311,6 +261,8 @@ class Runner:
         while self._dying:
             await trio.sleep(UNDERTAKER)
             self._bury()
+            if self._cgroups is not None:
+                self._cgroups.tidy()
         self._burying = False
 
     async def _spare(self, kept: Kept) -> Sandbox | None:

@@ -20,8 +20,9 @@ from sandboxd.errors import LaunchError
 from sandboxd.messages import SIGNAL_STOP
 from sandboxd.plan import TENANT_UID
 from sandboxd.script.record import Image
-from sandboxd.supervise.cgroups import Cgroups, Leaf
+from sandboxd.supervise.cgroups import Cgroups
 from sandboxd.supervise.fuse import FuseRoot, open_fuse_root
+from sandboxd.supervise.leaf import Leaf
 from sandboxd.supervise.tenants import Clone, Prepared, Tenant, sandbox_script
 
 PATIENCE = 0.25
@@ -49,6 +50,7 @@ class Sandbox:
     reported: bool = False
     """Its init has told everything and is about to exit; nothing else is alive in there."""
     network_serves_again: bool = False
+    frozen: bool = False
 
     def signal(self, number: int) -> None:
         if self.ended:  # the number may be somebody else's by now
@@ -69,10 +71,29 @@ class Sandbox:
 
     def ask_to_stop(self) -> None:
         """init kills everything, reaps, and reports what it was."""
+        self.thaw()
         self.signal(SIGNAL_STOP)
+
+    def freeze(self) -> None:
+        """Stop all of it, init too, until it is thawed or killed; it needs a leaf."""
+        if self.leaf is not None and not self.ended:
+            self.frozen = True
+            self.leaf.freeze(frozen=True)
+
+    def is_crowded(self) -> bool:
+        """Whether it is pinned to CPUs that another run is on, too."""
+        if self.leaf is None or self.cgroups is None or not self.leaf.cpus:
+            return False
+        return self.cgroups.shares(self.leaf)
+
+    def thaw(self) -> None:
+        if self.frozen and self.leaf is not None:
+            self.frozen = False
+            self.leaf.freeze(frozen=False)
 
     def kill(self) -> None:
         """Everything at once, without a report: the kernel ends the PID namespace with init."""
+        self.thaw()
         self.signal(signal.SIGKILL)
         if self.leaf is not None:
             self.leaf.kill()
@@ -154,7 +175,7 @@ async def make(tenant: Tenant, prepared: Prepared, cgroups: Cgroups | None) -> S
     network = leaf = fuse = None
     try:
         network = await tenant.take_network()
-        leaf = cgroups.take(compiled.cgroup_files) if cgroups is not None else None
+        leaf = cgroups.take(compiled.cgroup_files, compiled.cpu_sets) if cgroups else None
         if "fuse" in setup.descriptors:
             fuse = await open_fuse_root(tenant, prepared)
         script = sandbox_script(prepared.image, TENANT_UID if uid is None else uid)

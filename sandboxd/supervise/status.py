@@ -3,13 +3,29 @@
 from __future__ import annotations
 
 import errno as errnos
+import math
 import os
 import signal as signals
 from dataclasses import dataclass, field
+from typing import Literal
 
 from sandboxd.messages import Ended
-from sandboxd.policy import Limits
-from sandboxd.result import ArtifactError, Fault, LimitReport, Signal, Status, Usage
+from sandboxd.policy import Limits, Policy, Rule
+from sandboxd.result import (
+    ArtifactError,
+    Fault,
+    LimitReport,
+    Signal,
+    Status,
+    Usage,
+    Violation,
+)
+from sandboxd.supervise.leaf import Memory
+
+Shortage = Literal["killed", "refused", "killed from above"]
+"""Killed, or an allocation refused, at the run's own limit; or killed because a cgroup around the
+run's, or the whole machine, had no memory: `oom` of memory.events counts in the cgroup whose limit
+was reached, `oom_kill` in that of the victim (cgroup-v2.rst)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,6 +40,19 @@ class Facts:
     """errno and what could not be started."""
     artifact_errors: tuple[ArtifactError, ...] = ()
     enforcement: dict[str, str] = field(default_factory=dict)
+    remains: Memory | None = None
+    """Of what memory consisted when the kernel's killer came."""
+    segments: int | None = None
+    """Bytes that the program's segments take, if it died as one does whose segments do not fit."""
+
+    @property
+    def short_of_memory(self) -> Shortage | None:
+        """Whether, and where, the kernel found no memory for the run (memory.events)."""
+        events, kills = self.usage.memory_events, self.usage.oom_kills
+        at_limit = events is None or bool(events.get("oom"))
+        if kills:
+            return "killed" if at_limit else "killed from above"
+        return "refused" if events is not None and at_limit else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,11 +89,13 @@ def classify(facts: Facts, limits: Limits) -> Classified:
     code = os.waitstatus_to_exitcode(status) if status is not None and started else None
     reports = report_limits(facts, limits, failed=code != 0)
     causes = find_causes(facts, reports, code)
+    if too_large(facts, limits):
+        causes = tuple(dict.fromkeys(("memory_limit", *causes)))
     primary = causes[0] if causes else "ok"
     return Classified(
         status=primary,
         causes=causes,
-        fault=find_fault(primary),
+        fault=find_fault(primary, facts),
         message=describe(primary, facts, reports, code),
         exit_code=code if code is not None and code >= 0 else None,
         signal=ending_signal(facts, code),
@@ -83,7 +114,7 @@ def find_causes(
     rows: list[tuple[bool, list[Status]]] = [
         (facts.start_error is not None, ["start_failed"]),
         (stopped == ["cancelled"], ["cancelled"]),
-        (bool(facts.usage.oom_kills), ["memory_limit"]),
+        (facts.short_of_memory == "killed", ["memory_limit"]),
         (bool(stopped), stopped),
         (True, exceeded),
         (code == -signals.SIGSYS, ["syscall_denied"]),
@@ -118,22 +149,56 @@ def report_limits(facts: Facts, limits: Limits, *, failed: bool) -> dict[str, Li
         "file_size": (limits.file_size, None, too_large),
         "processes": (limits.processes, usage.processes_peak, bool(usage.process_limit_hits)),
     }  # fmt: skip
+    if facts.enforcement.get("memory") == "cgroup2":
+        # Being at it is no fault: the kernel reclaims the page cache there.
+        rows["memory"] = (*rows["memory"][:2], facts.short_of_memory == "refused" and failed)
     stopped = facts.stopped_by[0] if facts.stopped_by else None
     reports: dict[str, LimitReport] = {}
     for name, (limit, used, over) in rows.items():
         if limit is None:
             continue
-        killed = stopped == LIMIT_STATUS[name] or (name == "memory" and bool(usage.oom_kills))
+        killed = stopped == LIMIT_STATUS[name]
+        killed |= name == "memory" and facts.short_of_memory == "killed"
         exceeded = over and (failed or name not in FATAL_ONLY)
         action = "killed" if killed else "exceeded" if exceeded else "refused" if over else "none"
-        if facts.enforcement.get(name) == "none" and not exceeded:
+        if not exceeded and not killed and not is_enforced(name, facts):
             action = "not enforced"
         known = used is not None or killed or over or name == "file_size"
         reports[name] = LimitReport(
             limit=limit, used=used, exceeded=(killed or exceeded) if known else None,
             action=action,  # type: ignore[arg-type]
         )  # fmt: skip
+    if limits.cpus is not None:
+        reports["cpus"] = report_cpus(facts, limits.cpus)
     return reports
+
+
+def is_enforced(name: str, facts: Facts) -> bool:
+    """Whether there was a means of this limit in this run."""
+    means = facts.enforcement.get(name, "")
+    # A /proc that hides other users' processes (hidepid) shows none to the sampler.
+    blind = not facts.usage.processes_peak and (facts.usage.wall_time or 0.0) > BLIND
+    return means != "none" and not (name == "memory" and means.startswith("sampled") and blind)
+
+
+BLIND = 0.1
+"""Seconds in which sampling must have seen a process."""
+
+
+def report_cpus(facts: Facts, limit: float) -> LimitReport:
+    """`used` is the average; nobody is ended for it."""
+    cpu, wall = facts.usage.cpu_time, facts.usage.wall_time
+    used = cpu / wall if cpu is not None and wall else None
+    throttled = "refused" if facts.usage.cpu_throttled else "none"
+    action = throttled if is_enforced("cpus", facts) else "not enforced"
+    exceeded = None if used is None else action == "not enforced" and used > limit
+    return LimitReport(limit=limit, used=used, exceeded=exceeded, action=action)  # type: ignore[arg-type]
+
+
+def too_large(facts: Facts, limits: Limits) -> bool:
+    """Whether the program's segments alone are more than it may have."""
+    least = min(limits.memory or math.inf, limits.address_space or math.inf)
+    return facts.segments is not None and facts.segments > least
 
 
 def _more(used: float | None, limit: float | None) -> bool:
@@ -147,6 +212,8 @@ def _signal_number(facts: Facts) -> int | None:
 
 def ending_signal(facts: Facts, code: int | None) -> Signal | None:
     number = -code if code is not None and code < 0 else None
+    if code is None and facts.start_error is None and facts.usage.oom_kills:
+        number = signals.SIGKILL  # for all of them at once (memory.oom.group), init too
     if number is None:
         return None
     sender = None
@@ -168,10 +235,12 @@ def signal_name(number: int) -> str:
         return f"SIGRTMIN+{number - signals.SIGRTMIN}"
 
 
-def find_fault(status: Status) -> Fault | None:
+def find_fault(status: Status, facts: Facts) -> Fault | None:
     """Who has to act."""
     if status == "ok":
         return None
+    if status == "signaled" and facts.short_of_memory == "killed from above":
+        return "host"
     return "caller" if status in ("cancelled", "start_failed") else "job"
 
 
@@ -179,6 +248,8 @@ def describe(
     status: Status, facts: Facts, reports: dict[str, LimitReport], code: int | None
 ) -> str:
     """One line for a person."""
+    if words := describe_memory(status, facts, reports):
+        return words
     if facts.start_error and status == "start_failed":
         number, what = facts.start_error
         return f"{what}: {os.strerror(number)}"
@@ -195,6 +266,48 @@ def describe(
     if code is None and status == "signaled":
         return "ended without a report: its init was killed"
     return f"exit code {code}" if code else ""
+
+
+def describe_memory(status: Status, facts: Facts, reports: dict[str, LimitReport]) -> str:
+    """The same for what has to do with memory; "" for all else."""
+    report = reports.get("memory")
+    most = f"limits.memory, {report.limit} bytes" if report else "its limit"
+    if status == "memory_limit" and facts.segments is not None:
+        return f"the program's segments alone take {facts.segments} bytes; {most}"
+    if status == "signaled" and facts.short_of_memory == "killed from above":
+        peak = _figure(facts.usage.memory_peak)
+        return f"killed by the kernel: no memory around the run, which had {peak} bytes at most"
+    if status != "memory_limit" or facts.short_of_memory not in ("killed", "refused"):
+        return ""
+    if facts.short_of_memory == "refused":
+        return f"memory: the kernel refused more at {most}"
+    held = facts.remains
+    files = f"; of it files in memory {held.shmem} bytes" if held and held.shmem else ""
+    return f"memory: killed by the kernel at {most}{files}"
+
+
+def violations(facts: Facts, policy: Policy) -> tuple[Violation, ...]:
+    """What the filter killed for. Which call it was, the kernel tells root alone (its audit log).
+
+    A parent learns of SIGSYS and no more: siginfo of wait(2) has no si_syscall, which only the
+    signal's own handler would get.
+    """
+    if _signal_number(facts) != signals.SIGSYS:
+        return ()
+    syscalls = policy.syscalls
+    rules = any(isinstance(rule, Rule) and rule.action == "kill" for rule in syscalls.rules)
+    keys = [
+        key
+        for key, kills in (
+            ("syscalls.kill", bool(syscalls.kill)),
+            ("syscalls.rules", rules),
+            ("syscalls.default", syscalls.default == "kill"),
+            ("syscalls.abi32", True),  # if only for x32, which is always killed
+        )
+        if kills
+    ]
+    rule = " or ".join(policy.origin(key) for key in keys)
+    return (Violation(kind="syscall", name=None, count=1, rule=rule),)
 
 
 def _figure(value: float | None) -> str:

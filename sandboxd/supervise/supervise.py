@@ -10,6 +10,7 @@ is dead the pipes are at their end, the counters final, and the files nobody's a
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import select
@@ -28,15 +29,17 @@ from sandboxd.job import Job, Terminal
 from sandboxd.linux import memfd
 from sandboxd.messages import ENDED, FILES, GO, Ended, Failure, StartHeader
 from sandboxd.plan import TENANT_UID
-from sandboxd.result import Artifact, ArtifactError, Status
+from sandboxd.result import Artifact, ArtifactError, Usage
 from sandboxd.script.init import exec_script
 from sandboxd.script.record import Image
-from sandboxd.supervise import account, stream
+from sandboxd.supervise import account, segments, stream
 from sandboxd.supervise.descriptors import Descriptors
 from sandboxd.supervise.porter import Caps, Porter
-from sandboxd.supervise.sandboxes import PATIENCE, Sandbox
+from sandboxd.supervise.sandboxes import Sandbox
 from sandboxd.supervise.status import Facts
+from sandboxd.supervise.stops import Control, Stops
 from sandboxd.supervise.tenants import MESSAGE, Prepared, Script, failure
+from sandboxd.supervise.watch import Watcher
 
 LARGE_STDIN = 64 << 20
 """Bytes; a file larger than this goes through a pipe instead of a copy in memory."""
@@ -49,29 +52,12 @@ GRACE = 0.002
 Emit = Callable[[str, bytes], Awaitable[None]]
 
 
-class Stops:
-    """Why a run was stopped: the first cause wins and is remembered."""
+@dataclass(frozen=True, slots=True)
+class Reports:
+    """A caller who wants to know, every so many seconds, what the run has used."""
 
-    def __init__(self, box: Sandbox) -> None:
-        self.cause: tuple[Status, str] | None = None
-        self.insist_at = math.inf
-        """When init gets killed that was asked to stop and has not."""
-        self.waiting: trio.CancelScope | None = None
-        self._dead = False
-        self._box = box
-
-    def stop(self, status: Status, why: str) -> None:
-        if self.cause is None and not self._dead:
-            self.cause = (status, why)
-            self._box.ask_to_stop()
-            self.insist_at = trio.current_time() + PATIENCE
-            if self.waiting is not None:
-                self.waiting.deadline = min(self.waiting.deadline, self.insist_at)
-
-    def over(self) -> None:
-        """The run is dead: nothing more to stop, and nobody to insist."""
-        self._dead = True
-        self.insist_at = math.inf
+    every: float
+    send: Callable[[Usage], None]
 
 
 @dataclass(slots=True)
@@ -95,6 +81,8 @@ class Observed:
     artifacts: tuple[Artifact, ...]
     started: float
     ended: float
+    crowded: bool = False
+    """Another run was on the CPUs that it was pinned to."""
 
 
 class Dispatch:
@@ -175,7 +163,8 @@ class Conduct:
     dispatch: Dispatch
     porter: Callable[[], Awaitable[Porter]]
     emit: Emit | None
-    on_start: Callable[[Stops], None]
+    on_start: Callable[[Control], None]
+    reports: Reports | None = None
 
 
 async def supervise(run: Conduct, box: Sandbox) -> Observed:
@@ -190,13 +179,14 @@ async def supervise(run: Conduct, box: Sandbox) -> Observed:
                     lambda: stops.stop("output_limit", f"output {limits.output} bytes"))
         for name, fd in pipes.reads.items()
     ]  # fmt: skip
-    watcher = account.Watcher(box, limits, run.host, stops.stop)
+    watcher = Watcher(box, run.compiled, run.host, stops.stop)
+    control = Control(box, stops, watcher)
     with Descriptors() as fds:
         await run.dispatch.finish(box.socket)
         directory = await share_files(run, box, image, fds)
         started = trio.current_time()
         watcher.start(started)
-        run.on_start(stops)
+        run.on_start(control)
         if run.emit is None and pipes.source is None:
             report = await attend(box, stops, watcher, pumps)
         else:
@@ -206,7 +196,11 @@ async def supervise(run: Conduct, box: Sandbox) -> Observed:
                     streams.start_soon(stream.feed, pipes.source, pipes.stdin, pipes.fds.close)
                 for pump in pumps:
                     streams.start_soon(stream.forward, pump, run.emit or stream.nowhere)
+                living = trio.CancelScope()
+                if run.reports is not None:
+                    streams.start_soon(tell, run.reports, control, living)
                 report = await attend(box, stops, watcher, [])
+                living.cancel()
         ended, failed = parse_report(report)
         box.reported = ended is not None
         if not box.reported:
@@ -216,7 +210,7 @@ async def supervise(run: Conduct, box: Sandbox) -> Observed:
             pump.drain()
         ended_at = trio.current_time()
         error = start_error(run, box, image, failed)
-        usage = account.usage(box, ended, watcher.seen, ended_at - started)
+        usage = account.usage(box, ended, watcher.seen, watcher.end(ended_at))
         if ended is None and error is None and stops.cause is None and not usage.oom_kills:
             raise LaunchError("sandbox", 0, 0, "its init was killed from outside",
                               hint="by the machine's out-of-memory killer or a person")  # fmt: skip
@@ -227,13 +221,24 @@ async def supervise(run: Conduct, box: Sandbox) -> Observed:
     facts = Facts(
         ended=ended, usage=usage, output=budget.used, stopped_by=stops.cause, start_error=error,
         artifact_errors=problems, enforcement=run.compiled.enforcement,
+        remains=account.remains(box, watcher.seen, usage),
     )  # fmt: skip
-    return Observed(facts, captures, artifacts, started, ended_at)
+    if segments.are_in_question(facts, limits):
+        facts = dataclasses.replace(facts, segments=segments.of_program(run.job, run.compiled))
+    return Observed(facts, captures, artifacts, started, ended_at, box.is_crowded())
 
 
-async def attend(
-    box: Sandbox, stops: Stops, watcher: account.Watcher, pumps: list[stream.Pump]
-) -> bytes:
+async def tell(reports: Reports, control: Control, living: trio.CancelScope) -> None:
+    """What the run uses, at the rate its caller wants, until it is over."""
+    with living:
+        due = trio.current_time()
+        while True:
+            due = max(due + reports.every, trio.current_time())
+            await trio.sleep_until(due)
+            reports.send(control.usage())
+
+
+async def attend(box: Sandbox, stops: Stops, watcher: Watcher, pumps: list[stream.Pump]) -> bytes:
     """Wait for init's report, reading the pipes and looking at the limits meanwhile.
 
     One task for all of that, and for a short run one wait: the pipes are listened to only after

@@ -14,7 +14,7 @@ import pytest
 from sandboxd.compile.explain import written
 from sandboxd.compile.load import load
 from sandboxd.compile.reading import unit
-from sandboxd.policy import Argument, Mount, Policy, Rule
+from sandboxd.policy import Argument, Io, Mount, Policy, Rule
 from sandboxd.supervise import policies
 
 DOCS = Path(__file__).resolve().parent.parent.parent / "docs"
@@ -25,6 +25,7 @@ PARTS = {
 }
 STRUCTS = {
     "[[mounts]]": Mount,
+    "[[resources.io]]": Io,
     "[[syscalls.rules]]": Rule,
     "[[syscalls.rules.args]]": Argument,
     **{

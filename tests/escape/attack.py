@@ -37,7 +37,8 @@ from sandboxd.policy import Argument, Environment, Identity, Limits, Mount, Poli
 from sandboxd.result import Result
 from sandboxd.supervise import policies
 from sandboxd.supervise.probe import probe
-from sandboxd.supervise.runner import Run, Runner, open_runner
+from sandboxd.supervise.run import Run
+from sandboxd.supervise.runner import Runner, open_runner
 
 __all__ = [
     "Argument", "Attributes", "Compiled", "Environment", "File", "Host", "Identity", "Job",

@@ -1,0 +1,99 @@
+"""One run in progress, as its caller sees it: events, stdin, and the hands on it."""
+
+from __future__ import annotations
+
+import trio
+
+from sandboxd.errors import SandboxError
+from sandboxd.result import Event, Result, Usage
+from sandboxd.supervise.stops import Control
+from sandboxd.supervise.supervise import Reports, resize_terminal
+
+EVENTS_BUFFER = 16
+"""Events a reader may lag behind before the job is stalled."""
+FASTEST = 0.01
+"""Seconds between two looks at what a run uses, at least."""
+
+
+class Run:
+    """One run in progress. Reading `events` is what keeps it going; see Runner.start."""
+
+    def __init__(self, run_id: str, stdin: trio.abc.SendStream | None) -> None:
+        self.id = run_id
+        self.stdin = stdin
+        self._send, self.events = trio.open_memory_channel[Event](EVENTS_BUFFER)
+        self._seq = 0
+        self._control: Control | None = None
+        self._reports: Reports | None = None
+        self._cancelled = False
+        self._terminal: int | None = None
+        self._done = trio.Event()
+        self._result: Result | None = None
+        self._error: Exception | None = None
+        self._error_told = False
+        self._queue = trio.CancelScope()
+
+    def kill(self) -> None:
+        """End it now; its status will be `cancelled`."""
+        self._cancelled = True
+        if self._control is not None:
+            self._control.stops.stop("cancelled", "cancelled by the caller")
+        else:
+            self._queue.cancel()
+
+    def usage(self) -> Usage:
+        """What it has used up to now; SandboxError before the program starts and after its end."""
+        return self._running().usage()
+
+    async def pause(self) -> None:
+        """Freeze the whole run (cgroup.freeze); HostError without a cgroup. Its clocks stop."""
+        await self._running().pause()
+
+    def resume(self) -> None:
+        """Let it go on."""
+        self._running().resume()
+
+    def _running(self) -> Control:
+        if self._control is None:
+            raise SandboxError("the program has not started yet", hint="wait for its first output")
+        return self._control
+
+    def resize(self, rows: int, columns: int) -> None:
+        """Tell the job's terminal its new size."""
+        if self._terminal is not None:
+            resize_terminal(self._terminal, rows, columns)
+
+    async def wait(self) -> Result:
+        """The result. Someone must read `events` meanwhile: a full channel stalls the job."""
+        await self._done.wait()
+        if self._error is not None:
+            self._error_told = True
+            raise self._error
+        if self._result is None:
+            raise SandboxError("the run was left before it ended", hint="wait inside the block")
+        return self._result
+
+    def _started(self, control: Control) -> None:
+        self._control = control
+        if self._cancelled:
+            self.kill()
+
+    async def _forward(self, name: str, data: bytes) -> None:
+        try:
+            await self._emit(Event(seq=self._seq, type=name, data=data))  # type: ignore[arg-type]
+        except trio.BrokenResourceError:  # the reader has gone: so has the reason to run
+            self.kill()
+
+    def _tell(self, usage: Usage) -> None:
+        """Nobody waits for a reader who is behind: there will be a newer one."""
+        try:
+            self._send.send_nowait(Event(seq=self._seq, type="usage", usage=usage))
+            self._seq += 1
+        except trio.WouldBlock:
+            return
+        except trio.BrokenResourceError:
+            self.kill()
+
+    async def _emit(self, event: Event) -> None:
+        self._seq += 1
+        await self._send.send(event)
