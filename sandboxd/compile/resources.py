@@ -30,8 +30,7 @@ def rlimits(policy: Policy, host: Host) -> tuple[plan.Step, ...]:
         ("NOFILE", limits.open_files, "limits.open_files"),
         ("STACK", limits.stack, "limits.stack"),
         ("AS", limits.address_space, "limits.address_space"),
-        # init counts too
-        ("NPROC", None if limits.processes is None else limits.processes + 1, "limits.processes"),
+        ("NPROC", _processes(limits.processes, host), "limits.processes"),
     ]
     steps = [
         plan.SetLimit(resource=name, soft=value, hard=value, why=policy.origin(key))
@@ -48,6 +47,13 @@ def rlimits(policy: Policy, host: Host) -> tuple[plan.Step, ...]:
         for name, value in own.items()
     ]  # fmt: skip
     return tuple(steps)
+
+
+def _processes(most: int | None, host: Host) -> int | None:
+    """init counts too. Where there is pids.max it must refuse first: it counts how often."""
+    if most is None:
+        return None
+    return most + 1 + (host.cgroup is not None and "pids" in host.cgroup.controllers)
 
 
 def _ceil(seconds: float | None) -> int | None:

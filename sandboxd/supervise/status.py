@@ -108,7 +108,11 @@ def find_causes(
     facts: Facts, reports: dict[str, LimitReport], code: int | None
 ) -> tuple[Status, ...]:
     """Every cause that holds, the one that counts first."""
-    exceeded = [LIMIT_STATUS[name] for name, report in reports.items() if report.exceeded]
+    exceeded = [
+        LIMIT_STATUS[name]
+        for name, report in reports.items()
+        if report.exceeded and name in LIMIT_STATUS
+    ]
     stopped = [facts.stopped_by[0]] if facts.stopped_by else []
     killed_by_us = bool(stopped) and code in (None, -signals.SIGKILL)
     rows: list[tuple[bool, list[Status]]] = [
@@ -256,7 +260,7 @@ def describe(
     if facts.stopped_by and facts.stopped_by[0] == status:
         return f"stopped: {facts.stopped_by[1]}"
     for name, report in reports.items():
-        if report.exceeded and LIMIT_STATUS[name] == status:
+        if report.exceeded and LIMIT_STATUS.get(name) == status:
             return f"{name}: {_figure(report.used)} of {_figure(report.limit)} ({report.action})"
     if status == "artifact_error":
         first = facts.artifact_errors[0]

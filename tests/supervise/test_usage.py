@@ -1,0 +1,86 @@
+"""What a run uses, told while it lives; and nothing of that for who did not ask."""
+
+from __future__ import annotations
+
+import pytest
+import trio
+
+from sandboxd.errors import JobError
+from sandboxd.job import Job
+from sandboxd.policy import Limits
+from sandboxd.result import Event, Usage
+from sandboxd.supervise.runner import open_runner
+from tests.supervise.variants import hosts, policy, without
+
+BURNER = "import time\nwhile time.process_time() < 0.3: pass"
+
+
+async def events_of(host: str, every: float | None, body: str = BURNER) -> list[Event]:
+    seen = []
+    async with open_runner(host=without(host)) as runner:
+        job = Job(argv=["/usr/bin/python3", "-c", body], policy=policy(Limits(wall_time=30.0)))
+        async with runner.start(job, usage_every=every) as run:
+            seen = [event async for event in run.events]
+    return seen
+
+
+@hosts("nothing", "cgroup")
+async def test_usage_events(host: str) -> None:
+    events = await events_of(host, 0.03)
+    assert [event.seq for event in events] == list(range(len(events)))
+    usages = [event.usage for event in events if event.usage is not None]
+    assert len(usages) >= 3
+    assert [event.type for event in events][-1] == "exit"
+    result = events[-1].result
+    assert result is not None
+    for name in ("cpu_time", "wall_time", "processes_peak", "memory_peak"):
+        values = [getattr(usage, name) for usage in usages]
+        known = [value for value in values if value is not None]
+        assert known == sorted(known), name
+    last = usages[-1]
+    assert 0 < (last.cpu_time or 0) <= (result.usage.cpu_time or 0)
+    assert (last.memory_current or 0) > 0
+    assert last.processes_current == 1
+    assert result.usage.memory_current is None
+    expected = "sampled /proc" if host == "cgroup" else "cgroup2 cpu.stat"
+    assert last.cpu_time_source == expected
+
+
+async def test_nobody_asked() -> None:
+    assert {event.type for event in await events_of("nothing", None)} == {"start", "exit"}
+
+
+async def test_a_slow_reader_misses_some_and_the_order_stays() -> None:
+    async with open_runner() as runner:
+        job = Job(argv=["sh", "-c", "sleep 0.6; echo done"], policy=policy())
+        async with runner.start(job, usage_every=0.01) as run:
+            # Nobody reads until there are more than the channel holds.
+            while run.events.statistics().current_buffer_used < 16:  # noqa: ASYNC110
+                await trio.sleep(0.005)
+            events = [event async for event in run.events]
+    assert [event.seq for event in events] == list(range(len(events)))
+    assert events[-1].result is not None
+    assert events[-1].result.stdout == b"done\n"
+
+
+@pytest.mark.parametrize("every", [0.0, -1.0, 0.001, float("nan"), float("inf")])
+async def test_rates_that_make_no_sense(every: float) -> None:
+    async with open_runner() as runner:
+        with pytest.raises(JobError, match="usage_every"):
+            async with runner.start(Job(argv=["true"], policy=policy()), usage_every=every):
+                pass
+
+
+@hosts("nothing", "cgroup")
+async def test_usage_on_demand(host: str) -> None:
+    async with open_runner(host=without(host)) as runner:
+        job = Job(argv=["sh", "-c", "sleep 100 & echo on; wait"], policy=policy())
+        async with runner.start(job) as run:
+            async for event in run.events:
+                if event.type == "stdout":
+                    break
+            found = run.usage()
+    assert isinstance(found, Usage)
+    assert (found.wall_time or 0) > 0
+    assert found.processes_current == 2
+    assert found.cpu_time_source is not None

@@ -1,0 +1,197 @@
+"""Limits and shares that only a controller keeps: in force, and written before anybody asks."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from pathlib import Path
+
+import pytest
+import trio
+
+from sandboxd.errors import HostError
+from sandboxd.job import Job
+from sandboxd.policy import Io, Limits, Policy, Resources
+from sandboxd.supervise.probe import probe
+from sandboxd.supervise.runner import open_runner
+from tests.vm.programs import MIB, SLOW, policy, python, run
+
+
+def leaves(top: Path, name: str) -> set[str]:
+    """What this file says in each leaf of the only runner."""
+    (runner,) = top.glob("sandboxd-*")
+    return {path.read_text().strip() for path in runner.glob(f"*/[0-9]*/{name}")}
+
+
+async def seen(top: Path, own: Policy, *names: str) -> dict[str, set[str]]:
+    """The files of the leaf while a job is in it."""
+    async with open_runner() as runner:
+        job = Job(argv=python("print('ready', flush=True)\nsys.stdin.read()"), policy=own,
+                  stdin=None)  # fmt: skip
+        async with runner.start(job) as one:
+            async for event in one.events:
+                if event.type == "stdout":
+                    break
+            return {name: leaves(top, name) for name in names}
+
+
+@pytest.mark.needs("memory", "pids", "cpu")
+async def test_what_is_written(cgroup_top: Path) -> None:
+    limits = Limits(memory=64 * MIB, processes=9, cpus=0.5)
+    resources = Resources(memory_high=48 * MIB, cpu_weight=50)
+    expected = {
+        "memory.max": str(64 * MIB),
+        "memory.swap.max": "0",
+        "memory.oom.group": "1",
+        "memory.high": str(48 * MIB),
+        "pids.max": "10",
+        "cpu.max": "50000 100000",
+        "cpu.weight": "50",
+    }
+    found = await seen(cgroup_top, policy(limits, resources), *expected)
+    assert found == {name: {value} for name, value in expected.items()}
+
+
+@pytest.mark.needs("memory")
+async def test_swap_and_oom_as_asked(cgroup_top: Path) -> None:
+    own = policy(Limits(memory=64 * MIB), Resources(swap=MIB, oom="process"))
+    found = await seen(cgroup_top, own, "memory.swap.max", "memory.oom.group")
+    assert found == {"memory.swap.max": {str(MIB)}, "memory.oom.group": {"0"}}
+
+
+@pytest.mark.needs("memory", "pids")
+async def test_leaves_are_ready_before_they_are_asked_for(cgroup_top: Path) -> None:
+    """After the first runs of a policy no run waits for a leaf to be made."""
+    own = policy(Limits(memory=64 * MIB))
+    async with open_runner(slots=1) as runner:
+        await runner.run(Job(argv=["true"], policy=own))
+        cgroups = runner._cgroups
+        assert cgroups is not None
+        while not cgroups._free:  # noqa: ASYNC110  the used one is being replaced
+            await trio.sleep(0.001)
+        (ready,) = cgroups._free
+        assert ready.path.joinpath("memory.max").read_text().strip() == str(64 * MIB)
+        made = cgroups._made
+        async with runner.start(Job(argv=["sleep", "1000"], policy=own)) as one:
+            await one.events.receive()
+            while runner.statistics().running == 0 or cgroups._free:  # noqa: ASYNC110
+                await trio.sleep(0.001)
+            assert cgroups._made == made
+
+
+@pytest.mark.needs("cpu")
+async def test_bandwidth() -> None:
+    wall = 1.0 + 0.05 * SLOW
+    body = f"until = time.monotonic() + {wall}\nwhile time.monotonic() < until: pass"
+    result = await run(python(body), Limits(cpus=0.2))
+    assert result.usage.cpu_time is not None
+    assert result.usage.wall_time is not None
+    assert result.usage.cpu_time < 0.4 * result.usage.wall_time  # a burst at its start
+    assert (result.usage.cpu_throttled or 0) > 0.3 * wall
+    assert (result.usage.cpu_throttlings or 0) > 0
+    assert result.limits["cpus"].action == "refused"
+    assert result.quality.grade == "noisy"
+    assert any("throttled" in reason for reason in result.quality.reasons)
+
+
+@pytest.mark.needs("cpuset")
+async def test_pinning_one_core_a_run(cgroup_top: Path) -> None:
+    """Runs at a time are on cores of their own, and cpuset.cpus is not written for each."""
+    host = probe()
+    if len(host.cores) < 2:
+        pytest.skip("needs two cores")
+    own = policy(resources=Resources(cores=1, siblings=False))
+    body = "print(*os.sched_getaffinity(0), flush=True)\nsys.stdin.read()"
+    first_only = {str(core[0]) for core in host.cores}
+    cpus: set[str] = set()
+    async with open_runner(slots=2) as runner:
+        for _ in range(3):
+            job = Job(argv=python(body), policy=own, stdin=None)
+            async with runner.start(job) as one, runner.start(job) as other:
+                cpus.clear()
+                for run_ in (one, other):
+                    async for event in run_.events:
+                        if event.type == "stdout":
+                            cpus.add(event.data.decode().strip())
+                            break
+                assert len(cpus) == 2
+                assert cpus <= first_only
+        (top,) = cgroup_top.glob("sandboxd-*")
+        assert {path.name for path in top.glob("cpus-*")} == {f"cpus-{cpu}" for cpu in cpus}
+        assert not list(top.glob("cpus-*/[0-9]*/cpuset.cpus"))
+
+
+@pytest.mark.needs("cpuset")
+async def test_a_crowd_on_pinned_cpus_is_told() -> None:
+    own = policy(Limits(wall_time=20.0), Resources(cpuset=str(probe().cores[0][0])))
+    body = f"until = time.monotonic() + {0.3 + 0.02 * SLOW}\nwhile time.monotonic() < until: pass"
+    grades: list[str] = []
+    async with open_runner(slots=2) as runner:
+        async with trio.open_nursery() as nursery:
+
+            async def one() -> None:
+                result = await runner.run(Job(argv=python(body), policy=own))
+                assert result.enforcement["pinning"] == "cgroup2"
+                grades.extend(result.quality.reasons)
+
+            nursery.start_soon(one)
+            nursery.start_soon(one)
+    assert any("same CPUs" in reason for reason in grades)
+    assert any("waited" in reason for reason in grades)
+
+
+@pytest.mark.needs("cpuset")
+async def test_cpus_that_there_are_not() -> None:
+    with pytest.raises(HostError, match="none of these CPUs is ours"):
+        await run(["true"], resources=Resources(cpuset="60000"))
+    with pytest.raises(HostError, match="cores"):
+        await run(["true"], resources=Resources(cores=60000))
+
+
+def disk_of(path: str) -> str:
+    """MAJOR:MINOR of the whole disk it lies on."""
+    number = os.stat(path).st_dev
+    part = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}").resolve()
+    if (part / "partition").exists():
+        part = part.parent
+    if not (part / "dev").exists():
+        pytest.skip(f"needs a disk below {path}")
+    return (part / "dev").read_text().strip()
+
+
+@pytest.mark.needs("io")
+async def test_bandwidth_of_a_disk(cgroup_top: Path) -> None:
+    device = disk_of("/var/tmp")
+    io = (Io(device=device, read=4 * MIB, writes=100),)
+    own = policy(resources=Resources(io=io))
+    (line,) = (await seen(cgroup_top, own, "io.max"))["io.max"]
+    assert re.search(rf"^{device} rbps={4 * MIB} wbps=max riops=max wiops=100$", line)
+
+
+@pytest.mark.needs("memory")
+async def test_memory_high_slows_and_does_not_kill() -> None:
+    limits = Limits(memory=128 * MIB, wall_time=1.5 + 0.1 * SLOW)
+    result = await run(python("heap(64 << 20)"), limits, Resources(memory_high=16 * MIB))
+    assert result.status == "wall_time_limit"
+    assert (result.usage.memory_events or {})["high"] > 0
+    assert result.usage.oom_kills == 0
+    assert (result.usage.pressure or {})["memory"] > 0.3
+    assert result.quality.grade == "noisy"
+
+
+@pytest.mark.needs("cgroup")
+async def test_what_is_asked_for_and_not_there_is_said() -> None:
+    host = probe()
+    assert host.cgroup is not None
+    bare = dataclasses.replace(
+        host, cgroup=dataclasses.replace(host.cgroup, controllers=frozenset())
+    )
+    own = policy(Limits(cpus=1.0), Resources(cpu_weight=10, cores=1, io=(Io(device="8:0", read=1),),
+                                             memory_high=MIB))  # fmt: skip
+    async with open_runner(host=bare) as runner:
+        result = await runner.run(Job(argv=["true"], policy=own))
+    asked = ("cpu_weight", "pinning", "io", "memory_high", "cpus")
+    assert {result.enforcement[name] for name in asked} == {"none"}
+    assert set(asked) <= {one.what for one in result.degraded}
+    assert result.limits["cpus"].action == "not enforced"
