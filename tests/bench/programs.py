@@ -13,7 +13,7 @@ from pathlib import Path
 
 SOURCE = """
 #if defined(__x86_64__)
-enum { READ = 0, WRITE = 1, EXIT = 60 };
+enum { READ = 0, WRITE = 1, CLONE = 56, EXIT = 60 };
 static long call(long number, long a, long b, long c) {
     long value;
     __asm__ volatile("syscall" : "=a"(value) : "0"(number), "D"(a), "S"(b), "d"(c)
@@ -21,7 +21,7 @@ static long call(long number, long a, long b, long c) {
     return value;
 }
 #elif defined(__aarch64__)
-enum { READ = 63, WRITE = 64, EXIT = 93 };
+enum { READ = 63, WRITE = 64, EXIT = 93, CLONE = 220 };
 static long call(long number, long a, long b, long c) {
     register long x8 __asm__("x8") = number, x0 __asm__("x0") = a;
     register long x1 __asm__("x1") = b, x2 __asm__("x2") = c;
@@ -31,6 +31,12 @@ static long call(long number, long a, long b, long c) {
 #endif
 void _start(void) {
     char byte = 'x';
+#ifdef BURN
+    call(CLONE, 17, 0, 0);
+    call(CLONE, 17, 0, 0);
+    for (;;)
+        __asm__ volatile("");
+#endif
     call(WRITE, 1, (long)&byte, 1);
 #ifdef HOLD
     call(READ, 0, (long)&byte, 1);
@@ -46,16 +52,18 @@ STATIC = "static"
 """Writes one byte and exits."""
 HOLD = "hold"
 """Writes one byte and waits for one on stdin, or its end."""
+BURN = "burn"
+"""Becomes four processes (SIGCHLD, 17, tells their parent) that never rest."""
 DYNAMIC = "/bin/true"
 
 
 def compile_all(folder: Path) -> str:
-    """Puts STATIC and HOLD there; why not, or ""."""
+    """Puts STATIC, HOLD and BURN there; why not, or ""."""
     folder.chmod(0o755)  # jobs have uids of their own
     compiler = shutil.which("gcc")
     if compiler is None:
         return "no gcc: only /bin/true is measured"
-    for name, options in ((STATIC, []), (HOLD, ["-DHOLD"])):
+    for name, options in ((STATIC, []), (HOLD, ["-DHOLD"]), (BURN, ["-DBURN"])):
         words = [compiler, "-O2", "-static", "-nostdlib", *options, "-x", "c", "-", "-o", name]
         done = subprocess.run(
             words, cwd=folder, input=SOURCE, text=True, capture_output=True, check=False

@@ -24,6 +24,7 @@ MEMORY = [
     f"memory per live job, {what} ({LIVE} live)" for what in ("its processes", "MemAvailable")
 ]
 START = "new runner: tenant, first result, end"
+OVERSHOOT = "CPU time beyond a limit of 1 s, four busy processes"
 
 
 @pytest.mark.needs("gcc")
@@ -40,12 +41,13 @@ def test_every_row_is_there() -> None:
         assert row["min"] <= row["p50"] <= row["p95"] <= row["max"]
         assert row["unit"] in ("ms", "us", "jobs/s", "KB")
         who.setdefault(row["measure"], set()).add(row["who"])
-    assert set(who) == {*TIMES, *CPU, *RATES, *MEMORY, START}
+    assert set(who) == {*TIMES, *CPU, *RATES, *MEMORY, START, OVERSHOOT}
     for measure in (*TIMES, *CPU, *RATES):
         assert who[measure] >= everybody(found), measure
     for measure in MEMORY:
         assert who[measure] >= {name for name in everybody(found) if "spare" not in name}, measure
     assert who[START] == {"sandboxd"}
+    assert who[OVERSHOOT] == {"sandboxd", "sandboxd, no cgroup"}
     assert report.text(found).count("\n") > len(found["rows"])
 
 

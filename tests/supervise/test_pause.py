@@ -39,18 +39,19 @@ async def drain(run: Run) -> int:
     return total
 
 
+def frozen(top: Path) -> int:
+    """How many cgroups of runs stand still."""
+    events = (path.read_text() for path in top.glob("sandboxd-*/*/*/cgroup.events"))
+    return sum("frozen 1" in text for text in events)
+
+
 @pytest.mark.needs("cgroup")
 async def test_paused_and_resumed(cgroup_top: Path) -> None:
     limits = Limits(wall_time=30.0)
     async with open_runner() as runner, runner.start(ticking(limits)) as run:
         await first_words(run)
         await run.pause()
-        (frozen,) = [
-            path.parent
-            for path in cgroup_top.glob("sandboxd-*/*/*/cgroup.events")
-            if "frozen 1" in path.read_text()
-        ]
-        assert (frozen / "cgroup.freeze").read_text() == "1\n"
+        assert frozen(cgroup_top) == 1
         await drain(run)
         cpu = run.usage().cpu_time
         assert await drain(run) == 0
@@ -84,7 +85,7 @@ async def test_its_clocks_stop() -> None:
     assert result.status == "wall_time_limit"
     wall = result.usage.wall_time
     assert wall is not None
-    assert 0.55 < wall
+    assert wall > 0.55
     assert trio.current_time() - began > paused
     assert (result.usage.idle_longest or 0) < 0.5
 

@@ -1,4 +1,4 @@
-"""The table of docs/reference/result.md: one status for whatever holds at once, first match wins."""
+"""The table of docs/reference/result.md: whatever holds at once, the first match wins."""
 
 from __future__ import annotations
 

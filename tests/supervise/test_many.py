@@ -1,0 +1,94 @@
+"""Many runs, in a row and at once: nothing is left of them (conftest.py looks, too)."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import trio
+
+from sandboxd.job import Job
+from sandboxd.policy import Limits, Policy
+from sandboxd.supervise.runner import Runner, open_runner
+from tests import leftovers
+from tests.supervise.variants import hosts, policy, without
+
+SLOW = float(os.environ.get("SANDBOXD_TEST_SLOW", "1"))
+SHARE = 10 if SLOW > 1 else 1
+"""On an emulated machine a tenth of it."""
+IN_A_ROW, AT_ONCE = 1000 // SHARE, 200 // SHARE
+KINDS = (
+    ["true"],
+    ["sh", "-c", "sleep 1000 & sleep 1000 & exit 3"],
+    ["sh", "-c", "kill -9 $$"],
+    ["/no/such/program"],
+)
+"""Programs that end well, leave others behind, are killed, and never start."""
+
+
+def limited() -> Policy:
+    return policy(Limits(wall_time=60.0, memory=256 << 20, processes=32, cpu_time=20.0))
+
+
+def left_in(top: str | None) -> int:
+    """Cgroups of runs that nobody is in and nobody keeps."""
+    return len(list(Path(top).glob("sandboxd-*/*/*"))) if top else 0
+
+
+async def settled(runner: Runner) -> None:
+    while runner._dying:  # noqa: ASYNC110  the undertaker looks now and then
+        await trio.sleep(0.005)
+
+
+@pytest.mark.time_limit(100.0)
+@hosts("nothing", "cgroup")
+async def test_in_a_row(host: str) -> None:
+    """After the first ones the number of descriptors and cgroups does not grow."""
+    own = limited()
+    async with open_runner(host=without(host), slots=2) as runner:
+        for number in range(20):
+            await runner.run(Job(argv=KINDS[number % len(KINDS)], policy=own))
+        await settled(runner)
+        before = len(set(leftovers.descriptors()))
+        cgroups = left_in(os.environ.get("SANDBOXD_CGROUP"))
+        for number in range(IN_A_ROW):
+            await runner.run(Job(argv=KINDS[number % len(KINDS)], policy=own))
+        await settled(runner)
+        assert runner.statistics().finished == 20 + IN_A_ROW
+        grown = len(set(leftovers.descriptors())) - before
+        assert grown <= 3 * runner.slots
+        assert left_in(os.environ.get("SANDBOXD_CGROUP")) <= cgroups + 2 * runner.slots
+
+
+@pytest.mark.time_limit(100.0)
+@hosts("nothing", "cgroup")
+async def test_at_once(host: str) -> None:
+    """All of them live at the same time; then they go together."""
+    own = limited()
+    async with open_runner(host=without(host), slots=AT_ONCE) as runner:
+        ended: list[str] = []
+
+        async def one() -> None:
+            job = Job(argv=["sh", "-c", "echo on; read x"], policy=own, stdin=None)
+            async with runner.start(job) as run:
+                async for event in run.events:
+                    if event.type == "stdout":
+                        everybody.add(run.id)
+                        if len(everybody) == AT_ONCE:
+                            all_here.set()
+                        break
+                await all_here.wait()
+                if run.stdin is not None:
+                    await run.stdin.aclose()
+                async for _ in run.events:
+                    pass
+                ended.append((await run.wait()).status)
+
+        everybody: set[str] = set()
+        all_here = trio.Event()
+        async with trio.open_nursery() as nursery:
+            for _ in range(AT_ONCE):
+                nursery.start_soon(one)
+        assert len(everybody) == AT_ONCE
+        assert set(ended) == {"nonzero_exit"}  # read(1) of sh at the end of its input
