@@ -12,6 +12,8 @@ EXAMPLE='judge examples/different examples/different/submissions/accepted/differ
 # program:Debian package; the second list is what test, bench and fuzz want on top
 RUN_NEEDS='newuidmap:uidmap fuse-overlayfs:fuse-overlayfs gcc:gcc g++:g++'
 TEST_NEEDS='bwrap:bubblewrap crun:crun slirp4netns:slirp4netns objdump:binutils'
+VM_NEEDS='newuidmap:uidmap mmdebstrap:mmdebstrap qemu-system-x86_64:qemu-system-x86
+    qemu-img:qemu-utils mke2fs:e2fsprogs'
 
 TEST_USER=sandboxd-test
 
@@ -25,7 +27,7 @@ usage() {
 ./do fmt                     formats and sorts imports
 ./do bench [ARGS]            the benchmarks, as the same user as the tests
 ./do fuzz [NAME [ARGS]]      fuzz/NAME.py, or every file in fuzz/
-./do vm                      the tests in a virtual machine with cgroup v2 controllers
+./do vm [ARGS]               the tests in a virtual machine with cgroup v2 controllers (--help)
 ./do python ARGS...          Python that can import all of it: UPDATE=1 ./do python -m pytest tests
 ./do lock                    writes requirements.lock anew from pyproject.toml
 PYTHON=/path/to/python3 chooses the interpreter. Paths given to test are relative to the checkout.
@@ -343,6 +345,12 @@ tests() {
     in_place "$py" -P -m pytest -p no:cacheprovider "$@"
 }
 
+vm() {
+    PATH=$PATH:/usr/sbin:/sbin # mke2fs
+    ready "$VM_NEEDS"
+    exec "$py" -P -m tests.vm --cache "$cache" "$@"
+}
+
 fuzz() {
     ready "$RUN_NEEDS $TEST_NEEDS"
     if [ $# != 0 ]; then
@@ -426,10 +434,7 @@ bench)
     in_place "$py" -P -m tests.bench "$@"
     ;;
 fuzz) fuzz "$@" ;;
-vm)
-    say 'vm: not there yet'
-    exit 2
-    ;;
+vm) vm "$@" ;;
 python)
     ready ''
     exec "$py" -P "$@"

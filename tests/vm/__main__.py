@@ -1,0 +1,141 @@
+"""`./do vm`: the tests, or any command, in a virtual machine with every cgroup v2 controller.
+
+Debian's kernel under QEMU with systemd; the command runs as an ordinary user on the checkout as it is
+now. Its output comes as it is written, and its exit status is ours (124: out of time, 125: no machine).
+What is not one of the options below is for pytest. CONTRIBUTING.md says how to use it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import shlex
+import signal
+import sys
+import tarfile
+import tempfile
+import time
+from pathlib import Path
+from types import FrameType
+
+from tests.vm import image, machine
+
+PLACES = {
+    "subtree": "a delegated scope, named by SANDBOXD_CGROUP (default)",
+    "scope": "a scope of the user's systemd, delegated",
+    "service": "a service of the user's systemd, delegated",
+    "session": "a plain login: nothing is delegated",
+    "chown": "a subtree that root gave away, named by SANDBOXD_CGROUP; no session",
+    "bare": "a cgroup of root's; no session",
+}
+SLOW = {"tcg": 20.0, "kvm": 2.0}  # what time limits in tests are multiplied by
+LEFT_OUT = {".git", "__pycache__", ".venv", "venv", "node_modules", "build", "dist"}
+OUT_OF_TIME = 124
+NO_MACHINE = 125
+
+PYTEST = "exec python3 -P -m pytest -p no:cacheprovider"
+SELECTION = "-p tests.vm.selection"
+
+
+def arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(
+        prog="./do vm",
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="places:\n" + "\n".join(f"  {name:8} {what}" for name, what in PLACES.items()),
+    )
+    parser.add_argument("--cache", type=Path, required=True, help=argparse.SUPPRESS)
+    parser.add_argument("--suite", choices=image.PYTHONS, default="trixie",
+                        help="trixie: Linux 6.12 (default); bookworm: 6.1")  # fmt: skip
+    parser.add_argument("--place", choices=PLACES, default="subtree", help="see below")
+    parser.add_argument("--stock", action="store_true",
+                        help="delegate what Debian does: cpu, memory, pids")  # fmt: skip
+    parser.add_argument("--command", metavar="SHELL", help="run this instead of the tests")
+    parser.add_argument("--timeout", type=float, default=1200.0, metavar="SECONDS",
+                        help="kill the machine after that (default: 1200)")  # fmt: skip
+    parser.add_argument("--cold", action="store_true", help="boot; do not resume a snapshot")
+    parser.add_argument("--accel", choices=("tcg", "kvm", "auto"), default="tcg",
+                        help="tcg: emulation (default); auto: kvm if it works")  # fmt: skip
+    return parser.parse_known_args(argv)
+
+
+def command(wanted: str | None, rest: list[str]) -> str:
+    if wanted is not None:
+        return wanted
+    chosen = shlex.join(rest) if rest else SELECTION
+    return f"{PYTEST} {chosen}"
+
+
+def readable(entry: tarfile.TarInfo) -> tarfile.TarInfo | None:
+    """As ./do test has it: everybody may read the checkout, nobody write."""
+    if LEFT_OUT & set(Path(entry.name).parts):
+        return None
+    entry.mode = (entry.mode | 0o444 | (entry.mode & 0o100 and 0o111)) & ~0o022
+    entry.uid = entry.gid = 0
+    entry.uname = entry.gname = ""
+    return entry
+
+
+def write_disk(path: Path, job: dict[str, object]) -> None:
+    """The second disk: guest.py, what it is to do, and the checkout."""
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as disk:
+        text = json.dumps(job).encode()
+        entry = tarfile.TarInfo("job.json")
+        entry.size = len(text)
+        disk.addfile(entry, io.BytesIO(text))
+        disk.add(image.HERE / "guest.py", "guest.py", filter=readable)
+        disk.add(image.ROOT, "src", filter=readable)
+    if path.stat().st_size > machine.DISK:
+        raise machine.MachineError(f"the checkout is too large: over {machine.DISK} bytes")
+
+
+def accelerator(wanted: str, of: Path) -> str:
+    if wanted != "auto":
+        return wanted
+    return "kvm" if machine.kvm_works(machine.Machine(of)) else "tcg"
+
+
+def run(options: argparse.Namespace, rest: list[str], folder: Path) -> int:
+    with image.ready(options.suite, options.cache) as found:
+        accel = accelerator(options.accel, found)
+        job = {
+            "command": command(options.command, rest),
+            "place": options.place,
+            "stock": options.stock,
+            "slow": SLOW[accel],
+            "seed": os.urandom(512).hex(),
+        }
+        # A snapshot may be made first, so the clock is set from the time when QEMU starts.
+        ours = machine.Machine(found, accel)
+        if not options.cold:
+            machine.warm(ours, folder)
+        write_disk(folder / "second", {**job, "now": time.time() + 1.0})
+        return machine.start(
+            ours, folder / "second", options.timeout, cold=options.cold, folder=folder
+        )
+
+
+def stop(number: int, frame: FrameType | None) -> None:
+    del frame
+    sys.exit(128 + number)
+
+
+def main() -> int:
+    options, rest = arguments(sys.argv[1:])
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, stop)
+    try:
+        with tempfile.TemporaryDirectory(prefix="sandboxd-vm.", dir="/var/tmp") as folder:
+            return run(options, rest, Path(folder))
+    except machine.TimeUp:
+        print(f"./do vm: not done after {options.timeout:.0f} s", file=sys.stderr)
+        return OUT_OF_TIME
+    except (machine.MachineError, image.ImageError) as error:
+        print(f"./do vm: {error}", file=sys.stderr)
+        return NO_MACHINE
+
+
+sys.exit(main())
