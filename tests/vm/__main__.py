@@ -36,7 +36,7 @@ OUT_OF_TIME = 124
 NO_MACHINE = 125
 
 PYTEST = "exec python3 -P -m pytest -p no:cacheprovider"
-SELECTION = "-p tests.vm.selection"
+SELECTION = ("-p", "tests.vm.selection")  # where no file or directory is named
 
 
 def arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -65,8 +65,9 @@ def arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 def command(wanted: str | None, rest: list[str]) -> str:
     if wanted is not None:
         return wanted
-    chosen = shlex.join(rest) if rest else SELECTION
-    return f"{PYTEST} {chosen}"
+    paths = any((image.ROOT / word.partition("::")[0]).exists() for word in rest)
+    chosen = rest if paths else [*SELECTION, *rest]
+    return f"{PYTEST} {shlex.join(chosen)}"
 
 
 def readable(entry: tarfile.TarInfo) -> tarfile.TarInfo | None:
