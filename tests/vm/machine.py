@@ -254,7 +254,15 @@ def kvm_works(machine: Machine) -> bool:
     """Does the kernel say a word under KVM in time? /dev/kvm may be there and hang."""
     if not os.access("/dev/kvm", os.W_OK):
         return False
-    argv = ["timeout", "--kill-after=1", str(PROBE), "qemu-system-x86_64", "-M", "q35", "-no-reboot"]
+    argv = [
+        "timeout",
+        "--kill-after=1",
+        str(PROBE),
+        "qemu-system-x86_64",
+        "-M",
+        "q35",
+        "-no-reboot",
+    ]
     argv += ["-accel", "kvm", "-cpu", "host", "-m", "512", "-nodefaults", "-display", "none"]
     argv += ["-kernel", f"{machine.image}/vmlinuz", "-append", "console=ttyS0 panic=-1"]
     argv += ["-serial", "stdio"]
