@@ -294,7 +294,7 @@ async def test_a_runner_keeps_within_its_room(cgroup_top: Path) -> None:
                 async with trio.open_nursery() as nursery:
                     for _ in range(6):
                         nursery.start_soon(runner.run, Job(argv=["true"], policy=wanted))
-        with pytest.raises(HostError, match="3 slots and 0 spares need 8 cgroups"):
+        with pytest.raises(HostError, match="3 slots and 0 spares need 9 cgroups"):
             async with open_runner(cgroup=str(tight), slots=3):
                 pytest.fail("it opened")
 
