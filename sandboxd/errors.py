@@ -26,9 +26,16 @@ class PolicyError(SandboxError):
 
 
 class PolicyErrors(PolicyError):
-    """Every error of one policy file, in the file's order."""
+    """The errors of one policy file, in the file's order: no more than MOST, and how many more."""
+
+    MOST = 100
 
     def __init__(self, errors: tuple[PolicyError, ...]) -> None:
+        if more := max(0, len(errors) - self.MOST):
+            errors = (
+                *errors[: self.MOST],
+                PolicyError("", f"and {more} more error{'s' * (more > 1)}"),
+            )
         super().__init__("", "\n".join(str(error) for error in errors))
         self.where = errors[0].where if errors else ""
         self.errors = errors

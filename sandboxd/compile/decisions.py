@@ -26,6 +26,9 @@ LISTS: Mapping[str, Action] = MappingProxyType(
 )
 """The lists of [syscalls] and what they answer; a call in two of them gets the first one's."""
 
+MOST = PolicyErrors.MOST
+"""Errors that will be shown; of the rest nobody sees what name was near."""
+
 INTS = {
     "socket": {0, 1, 2}, "socketpair": {0, 1, 2}, "ioctl": {0, 1}, "fcntl": {0, 1},
     "fcntl64": {0, 1}, "personality": {0}, "prlimit64": {0, 1}, "setrlimit": {0},
@@ -69,7 +72,7 @@ def _read(syscalls: Syscalls) -> _Reading:
         lists[key] = {}
         for at, name in enumerate(getattr(syscalls, key)):
             try:
-                for call in calls(name, f"syscalls.{key}[{at}]"):
+                for call in calls(name, f"syscalls.{key}[{at}]", near=len(errors) < MOST):
                     lists[key].setdefault(call, name)
             except PolicyError as error:
                 errors.append(error)
@@ -77,8 +80,11 @@ def _read(syscalls: Syscalls) -> _Reading:
     for at, entry in enumerate(syscalls.rules):
         where = f"syscalls.rules[{at}]"
         try:
-            for rule in rules(entry, where):
-                named = frozenset(call for name in rule.calls for call in calls(name, where))
+            near = len(errors) < MOST
+            for rule in rules(entry, where, near=near):
+                named = frozenset(
+                    call for name in rule.calls for call in calls(name, where, near=near)
+                )
                 _lint(rule, named, where)
                 resolved.append((rule, named, entry if isinstance(entry, str) else f"[{at}]"))
         except PolicyError as error:

@@ -187,23 +187,25 @@ class _Merged:
 
 def _of_whole(policy: Policy, merged: _Merged) -> list[PolicyError]:
     """What only shows when all files are put together."""
-    found = []
+    found: list[PolicyError] = []
     seen: dict[str, int] = {}
     for at, mount in enumerate(policy.mounts):
         first = seen.setdefault(mount.target, at)
         if first != at:
-            where = merged.where(f"mounts[{first}]")
-            found.append(
-                PolicyError(
-                    merged.where(f"mounts[{at}].target"),
-                    f"something is mounted on {mount.target} already ({where})",
-                    hint='to replace what is inherited, write mounts = ["!reset", {...}]',
-                )
-            )
+            key = f"mounts[{at}].target"
+            if len(found) < PolicyErrors.MOST:  # the rest is only counted
+                key, other = merged.where(key), merged.where(f"mounts[{first}]")
+                message = f"something is mounted on {mount.target} already ({other})"
+            else:
+                message = "something is mounted there already"
+            hint = 'to replace what is inherited, write mounts = ["!reset", {...}]'
+            found.append(PolicyError(key, message, hint=hint))
     for error in problems(policy.syscalls):
-        message = str(error.args[0]).removeprefix(f"{error.where}: ")
-        value = _entry(policy, error.where)
-        found.append(PolicyError(merged.where(error.where, value), message, hint=error.hint))
+        if len(found) < PolicyErrors.MOST:
+            message = str(error.args[0]).removeprefix(f"{error.where}: ")
+            where = merged.where(error.where, _entry(policy, error.where))
+            error = PolicyError(where, message, hint=error.hint)
+        found.append(error)
     return found
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import math
+import sys
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ import msgspec
 
 from sandboxd import units
 from sandboxd.compile.places import key_lines
-from sandboxd.errors import PolicyError
+from sandboxd.errors import PolicyError, PolicyErrors
 from sandboxd.policy import Limits, Policy
 
 RESET = "!reset"
@@ -103,7 +104,15 @@ class Reading:
         table = {key: value for key, value in self.file.table.items() if key != "extends"}
         return self._table(known, table, "")
 
+    @property
+    def _full(self) -> bool:
+        """Whether what is wrong from here on will only be counted."""
+        return len(self.found) >= PolicyErrors.MOST
+
     def refuse(self, key: str, message: str, *, hint: str = "", value: object = None) -> None:
+        if self._full:
+            self.found.append((sys.maxsize, PolicyError(key, message)))
+            return
         error = PolicyError(self.file.where(key, value), message, hint=hint)
         self.found.append((self.file.line(key, value), error))
 
@@ -124,8 +133,8 @@ class Reading:
         if here in ("name", "origins"):
             self.refuse(here, "cannot be set", hint="a policy is named after its file")
             return
-        hint = did_you_mean(name, known)
-        if not hint and (sections := _sections_with(name)):
+        hint = "" if self._full else did_you_mean(name, known)
+        if not (hint or self._full) and (sections := _sections_with(name)):
             hint = f"it belongs into [{sections[0]}]"
         what = f"[{key}] has no such key" if key else "no such section or key"
         self.refuse(here, what, hint=hint or f"there are: {', '.join(known)}")

@@ -434,8 +434,11 @@ def members(name: str) -> tuple[str, ...]:
     return tuple(found)
 
 
-def calls(name: str, where: str) -> tuple[str, ...]:
-    """The calls that a name in a policy means: one, or those of a group."""
+def calls(name: str, where: str, *, near: bool = True) -> tuple[str, ...]:
+    """The calls that a name in a policy means: one, or those of a group.
+
+    An error names what is near, unless nobody wants to know: looking takes a millisecond.
+    """
     if name in GROUPS:
         return members(name)
     if name in names():
@@ -443,10 +446,11 @@ def calls(name: str, where: str) -> tuple[str, ...]:
     if name in RULES:
         hint = "write it into syscalls.rules"
         raise PolicyError(where, f"{name} is a group of rules, not of system calls", hint=hint)
-    raise unknown(name, GROUPS if name.startswith("@") else names(), where)
+    known = GROUPS if name.startswith("@") else names()
+    raise unknown(name, known if near else (), where)
 
 
-def rules(entry: Rule | str, where: str) -> tuple[Rule, ...]:
+def rules(entry: Rule | str, where: str, *, near: bool = True) -> tuple[Rule, ...]:
     """The rules that an entry of syscalls.rules means: itself, or those of a group."""
     if isinstance(entry, Rule):
         return (entry,)
@@ -457,4 +461,4 @@ def rules(entry: Rule | str, where: str) -> tuple[Rule, ...]:
         what = "a group of system calls" if entry in GROUPS else "a system call"
         hint = "write it into syscalls.allow or another list of calls"
         raise PolicyError(where, f"{entry} is {what}, not a group of rules", hint=hint)
-    raise unknown(entry, RULES, where)
+    raise unknown(entry, RULES if near else (), where)

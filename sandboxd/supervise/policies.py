@@ -17,7 +17,7 @@ from sandboxd.errors import PolicyError
 from sandboxd.policy import Policy
 
 SYSTEM = Path("/etc/sandboxd/policies.d")
-LONGEST = 1 << 18
+LONGEST = 1 << 16
 """Bytes of a policy file; one that is longer was named by mistake."""
 
 

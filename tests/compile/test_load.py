@@ -329,6 +329,16 @@ def test_a_number_of_many_digits() -> None:
     assert error.startswith("p.toml: not TOML: ")
 
 
+@pytest.mark.parametrize(
+    ("start", "line", "end"),
+    [("", "a{} = 1\n", ""), ("syscalls.allow = [\n", '"opena{}",\n', "]")],
+)
+def test_no_more_errors_are_told_than_one_reads(start: str, line: str, end: str) -> None:
+    found = errors(start + "".join(map(line.format, range(137))) + end)
+    assert (len(found), found[-1]) == (101, "and 37 more errors")
+    assert "p.toml:" in found[99]
+
+
 def test_all_errors_of_all_files_are_told_in_order() -> None:
     text = """\
 extends = "base"
