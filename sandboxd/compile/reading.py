@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import difflib
 import math
-import sys
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -27,6 +26,8 @@ RESET = "!reset"
 NOTHING = {"limits": "unlimited", "identity": "own", "resources": "default"}
 """Section -> the word that stands for None in it."""
 
+_LAST = 1 << 62
+"""The line of what is only counted: behind all others."""
 MOST = 4096
 """Entries of one list: far more than any policy needs, far fewer than would hurt."""
 
@@ -111,7 +112,7 @@ class Reading:
 
     def refuse(self, key: str, message: str, *, hint: str = "", value: object = None) -> None:
         if self._full:
-            self.found.append((sys.maxsize, PolicyError(key, message)))
+            self.found.append((_LAST, PolicyError(key, message)))
             return
         error = PolicyError(self.file.where(key, value), message, hint=hint)
         self.found.append((self.file.line(key, value), error))

@@ -25,6 +25,7 @@ from sandboxd.supervise.cgroups import Cgroups, open_cgroups, slots_within
 from sandboxd.supervise.descriptors import Descriptors
 from sandboxd.supervise.place import open_place
 from sandboxd.supervise.porter import Porter, open_porter
+from sandboxd.supervise.probe import kinds
 from sandboxd.supervise.run import FASTEST, Run
 from sandboxd.supervise.sandboxes import Sandbox, make
 from sandboxd.supervise.supervise import (
@@ -381,7 +382,11 @@ def _forwarding(run: Run | None) -> Emit | None:
 
 
 def host_for(policy: Policy, host: Host) -> Host:
-    """The host with what a policy's bind sources are."""
+    """The host with what a policy's bind sources are, and what lies deeper in /etc."""
+    inner = {name for name in policy.root.etc if "/" in name} - host.etc_entries.keys()
+    for name in sorted(inner):
+        if kind := kinds(Path("/etc", name).parent).get(name.rpartition("/")[2]):
+            host = dataclasses.replace(host, etc_entries=host.etc_entries | {name: kind})
     sources = {mount.source for mount in policy.mounts if mount.type == "bind" and mount.source}
     files = frozenset(source for source in sources if Path(source).is_file())
     return dataclasses.replace(host, files=files) if files else host

@@ -105,6 +105,29 @@ found["up"] = os.path.samefile("/data/..", "/")
         assert found["up"]
 
 
+@pytest.mark.skipif(not os.path.isdir("/etc/ssl/certs"), reason="needs certificates in /etc/ssl")
+@pytest.mark.parametrize("policy", ["ci", "shell", "agent"])
+async def test_certificates_without_the_keys_beside_them(policy: str) -> None:
+    """Programs that speak TLS need /etc/ssl/certs, and nobody /etc/ssl/private: update-ca-certs(8).
+
+    Countermeasure: of /etc/ssl only what the policy names is there, not the directory as a whole.
+    """
+    found = await attack(
+        policy,
+        """
+found["ssl"] = sorted(os.listdir("/etc/ssl"))
+found["empty"] = [name for name in os.listdir("/etc/ssl/certs")
+                  if name.endswith(".pem") and not reads("/etc/ssl/certs/" + name)]
+found["certificates"] = len(os.listdir("/etc/ssl/certs"))
+found["write"] = writes("/etc/ssl/certs/new", b"", os.O_WRONLY | os.O_CREAT)
+""",
+    )
+    assert set(found["ssl"]) <= {"certs", "openssl.cnf"}
+    assert found["certificates"] == len(os.listdir("/etc/ssl/certs"))
+    assert found["empty"] == []
+    assert found["write"] in ("EROFS", "EACCES")
+
+
 BY_HANDLE = """
 handle = ctypes.create_string_buffer(struct.pack("Ii", 128, 0), 136)
 mount = ctypes.c_int()

@@ -213,6 +213,7 @@ def test_only_what_others_may_see_is_shown_of_etc() -> None:
     secret = {"ssl", "shadow", "gshadow", "sudoers", "ssh", "passwd", "group", "machine-id"}
     for name in NAMES:
         assert not secret & set(find(name).root.etc)
+        assert ("ssl/certs" in find(name).root.etc) == (name in ("agent", "ci", "shell"))
 
 
 def test_the_base_calls_are_in_every_policy() -> None:
