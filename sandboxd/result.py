@@ -230,6 +230,33 @@ def text(key: str, data: bytes) -> dict[str, str]:
         return {f"{key}_b64": base64.b64encode(data).decode("ascii")}
 
 
+def carried(value: Any) -> Any:
+    """JSON types whose text is all UTF-8.
+
+    Names may be any bytes. Text that stands for some that are no UTF-8 (PEP 383) has them as
+    `\\xff`, and beside it lie the bytes themselves, as `path_b64` beside `path`.
+    """
+    if isinstance(value, list | tuple):
+        return [carried(one) for one in value]
+    if isinstance(value, str):
+        return _bytes_of(value).decode("utf-8", "backslashreplace")
+    if not isinstance(value, dict):
+        return value
+    record: dict[str, Any] = {}
+    for key, one in value.items():
+        record[key] = carried(one)
+        if isinstance(one, str) and one != record[key]:
+            record[f"{key}_b64"] = base64.b64encode(_bytes_of(one)).decode("ascii")
+    return record
+
+
+def _bytes_of(text: str) -> bytes:
+    try:
+        return text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:  # half a pair of UTF-16, which stands for no bytes
+        return text.encode("utf-8", "surrogatepass")
+
+
 def to_json(value: Result) -> dict[str, Any]:
     """The record as JSON types, in the order of docs/reference/result.md."""
     record: dict[str, Any] = {"schema": SCHEMA}
@@ -244,7 +271,8 @@ def to_json(value: Result) -> dict[str, Any]:
         }
         for item in value.artifacts
     ]
-    return record
+    found: dict[str, Any] = carried(record)
+    return found
 
 
 def _stream_json(stream: Output) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from sandboxd.errors import (
     PolicyError,
     SandboxError,
 )
-from sandboxd.result import SCHEMA, event_json, to_json
+from sandboxd.result import SCHEMA, carried, event_json, to_json
 
 if TYPE_CHECKING:
     from sandboxd.result import Event, Result
@@ -228,7 +228,7 @@ def failure_json(error: SandboxError) -> dict[str, Any]:
         if (value := getattr(error, name, None)) is not None
     }
     what = {"kind": kind, "message": str(error.args[0]), **details, "hint": error.hint}
-    return {"schema": SCHEMA, "status": "error", "error": what}
+    return {"schema": SCHEMA, "status": "error", "error": carried(what)}
 
 
 # -- the accounting --------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import os
 import signal
 import time
@@ -14,7 +16,7 @@ import trio
 from sandboxd.errors import HostError, JobError
 from sandboxd.job import File, Job
 from sandboxd.policy import Clock, Identity, Limits, Policy, Require
-from sandboxd.result import Result
+from sandboxd.result import Result, to_json
 from sandboxd.supervise.runner import open_runner
 from tests.supervise.variants import EVERY, hosts, policy, without
 
@@ -189,6 +191,20 @@ async def test_files_in_and_artifacts_out(host: str, tmp_path: Path) -> None:
     assert result.artifacts[0].data == b"tool\nfrom a path\n"
     assert [error.path for error in result.artifact_errors] == ["missing"]
     assert result.status == "artifact_error"
+
+
+async def test_names_that_are_not_utf8_in_json() -> None:
+    script = b"echo x > '\xff'; ln -s / '\xfe'; exec '\xfd'"
+    result = await run("nothing", "sh", "-c", script, collect=("*",))
+    record = json.loads(msgspec.json.encode(to_json(result)))
+    (artifact,) = record["artifacts"]
+    assert artifact["path"] == r"\xff"
+    assert base64.b64decode(artifact["path_b64"]) == b"\xff"
+    assert record["artifact_errors"][0]["path_b64"] == base64.b64encode(b"\xfe").decode()
+    missing = to_json(await run("nothing", b"no-\xfd"))
+    assert missing["message"].startswith(r"no-\xfd: ")
+    assert base64.b64decode(missing["message_b64"]).startswith(b"no-\xfd: ")
+    assert "job_b64" not in missing
 
 
 async def test_text_is_bytes_end_to_end() -> None:
