@@ -2,7 +2,7 @@
 
     supervisor                      zygote (PID 1 of the tenant)            init (PID 1 of the job)
         |  <- Failure | MAPS ------------|   while the tenant is built
-        |  - GO ------------------------>|   the id maps are written
+        |  - GO ------------------------>|   id maps are written, it is in its cgroup
         |  <- Failure | READY -----------|
         |  - CloneRequest, fds --------->|   for each sandbox
         |                                |-- clone3 ------------------------->|

@@ -362,9 +362,10 @@ def _user_namespace(w: Writer, step: plan.UserNamespace) -> None:
         for name, rows in (("uid_map", step.ids.uids), ("gid_map", step.ids.gids)):
             text = "".join(f"{inside} {outside} {count}\n" for inside, outside, count in rows)
             w.write_file(f"/proc/self/{name}", text.encode())
-    else:
-        w.call("sendto", SOCKET, w.asm.data(MAPS), len(MAPS), MSG_NOSIGNAL, 0, 0)
-        w.call("recvfrom", SOCKET, w.asm.data(bytes(8)), 8, 0, 0, 0)
+    # Before there is a second process: the supervisor moves this one into a cgroup, perhaps.
+    w.call("sendto", SOCKET, w.asm.data(MAPS), len(MAPS), MSG_NOSIGNAL, 0, 0)
+    w.call("recvfrom", SOCKET, w.asm.data(bytes(8)), 8, 0, 0, 0)
+    if step.ids.writer != "self":
         w.call("setgroups", 0, 0)
     w.call("setresgid", 0, 0, 0)
     w.call("setresuid", 0, 0, 0)

@@ -354,6 +354,8 @@ async def _boot(tenant: Tenant, image: Image, cgroups: Cgroups | None) -> None:
 
 async def write_maps(ids: IdMap, pid: int) -> None:
     """Give a process that waits in its new user namespace its ranges of ids."""
+    if ids.writer == "self":  # it has written its single id
+        return
     for name, rows in (("uid", ids.uids), ("gid", ids.gids)):
         if ids.writer == "direct":
             text = "".join(f"{inside} {outside} {count}\n" for inside, outside, count in rows)

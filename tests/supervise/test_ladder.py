@@ -332,3 +332,20 @@ def test_two_supervisors_and_a_dead_one(cgroup_top: Path) -> None:
         other.wait()
         assert theirs.is_dir()
         assert not trio.run(is_there_meanwhile, theirs)
+
+
+@pytest.mark.needs("cgroup")
+def test_a_threaded_subtree(cgroup_top: Path) -> None:
+    """Its children can hold threads only, no process may start in one (cgroup-v2.rst, Threads)."""
+    root = cgroup_top / "threads"
+    threads = root / "some"
+    threads.mkdir(parents=True)
+    try:
+        (threads / "cgroup.type").write_text("threaded")
+        assert (root / "cgroup.type").read_text() == "domain threaded\n"
+        for path in (root, threads):
+            climb = climb_in(str(path), {})
+            assert "its leaves are domain invalid (cgroup.type)" in climb.found.why_not
+    finally:
+        threads.rmdir()
+        root.rmdir()

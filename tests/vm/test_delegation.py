@@ -195,6 +195,34 @@ def test_a_subtree_of_an_administrator() -> None:
     it_holds(run("limited", environment=NO_SESSION))
 
 
+CONTAINER = (
+    *("unshare", "--user", "--map-root-user", "--cgroup", "--mount", "sh", "-c"),
+    "mount -t tmpfs none /sys/fs && mkdir /sys/fs/cgroup && "
+    'mount -t cgroup2 none /sys/fs/cgroup && exec "$@"',
+    "sh",
+)
+"""As in a container with writable cgroups: its own cgroup is the root of what it sees."""
+
+
+@pytest.mark.needs("systemd-user", "systemd-memory", "userns")
+def test_in_a_container() -> None:
+    found = run("climb", *SCOPE, *DELEGATE, *CONTAINER)
+    assert found["rung"] == "own", found
+    assert found["before"] == found["path"] == "/sys/fs/cgroup"
+    assert found["after"] == "/sys/fs/cgroup/sandboxd.supervisor"
+    assert {"cpu", "memory", "pids"} <= set(found["controllers"])
+
+
+@pytest.mark.needs("systemd-user", "systemd-memory", "userns")
+def test_in_a_container_whose_init_is_a_shell() -> None:
+    """Its systemd is out of reach, so nothing is left but a subtree without controllers."""
+    found = run("climb", *SCOPE, *DELEGATE, *CONTAINER, *SHELL)
+    assert found["rung"] == "own", found
+    assert "other processes sit in it: " in found["notes"]["cgroup.memory"]
+    assert found["controllers"] == []
+    assert "systemd" in found["passed"]
+
+
 # -- a scope of systemd's --------------------------------------------------------------------------
 
 
