@@ -106,10 +106,9 @@ def slice_of(here: Path | None, uid: int) -> str:
     """
     parts = list(here.parts) if here is not None else []
     user = f"user@{uid}.service"
-    if user in parts:
-        parts = parts[parts.index(user) + 1 :]
-    elif uid != 0:
-        parts = []
+    at = parts.index(user) if user in parts else len(parts)
+    # Root asks the system's, to which all below root's user manager is one service.
+    parts = parts[:at] if uid == 0 else parts[at + 1 :]
     return next((part for part in reversed(parts) if part.endswith(".slice")), "")
 
 

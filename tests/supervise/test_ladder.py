@@ -71,6 +71,8 @@ def test_where_owning_files_means_nothing(own_path: str, uid: int, expected: str
         (f"{MANAGER}/init.scope", 1000, ""),
         (f"{USER}/session-1.scope", 1000, ""),
         (f"{TOP}/user.slice/user-0.slice/session-1.scope", 0, "user-0.slice"),
+        (f"{TOP}/user.slice/user-0.slice/user@0.service/app.slice/x.scope", 0, "user-0.slice"),
+        (f"{TOP}", 0, ""),
         (f"{TOP}/bare", 1000, ""),
         (None, 1000, ""),
     ],
