@@ -13,7 +13,10 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-PATIENCE = 10.0  # the kernel takes namespaces apart after the last process is gone
+SLOW = float(os.environ.get("SANDBOXD_TEST_SLOW", "1"))
+"""Every time limit of a test is multiplied by it: emulation is slow (./do vm sets it)."""
+
+PATIENCE = 10.0 * SLOW  # the kernel takes namespaces apart after the last process is gone
 PAUSE = 0.005
 
 KEPT = frozenset({"sandboxd", "crun"})  # made once, and stays; what is inside of it is looked at

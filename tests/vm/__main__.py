@@ -1,8 +1,8 @@
 """`./do vm`: the tests, or any command, in a virtual machine with every cgroup v2 controller.
 
-Debian's kernel under QEMU with systemd; the command runs as an ordinary user on the checkout as it is
-now. Its output comes as it is written, and its exit status is ours (124: out of time, 125: no machine).
-What is not one of the options below is for pytest. CONTRIBUTING.md says how to use it.
+Debian's kernel under QEMU with systemd; the command runs as an ordinary user on the checkout as it
+is now. Its output comes as it is written, and its exit status is ours (124: out of time, 125: no
+machine). What is not one of the options below is for pytest. CONTRIBUTING.md says how to use it.
 """
 
 from __future__ import annotations
@@ -30,12 +30,13 @@ PLACES = {
     "chown": "a subtree that root gave away, named by SANDBOXD_CGROUP; no session",
     "bare": "a cgroup of root's; no session",
 }
-SLOW = {"tcg": 20.0, "kvm": 2.0}  # what time limits in tests are multiplied by
+SLOW = {"tcg": 5.0, "kvm": 1.0}  # what time limits in tests are multiplied by
 LEFT_OUT = {".git", "__pycache__", ".venv", "venv", "node_modules", "build", "dist"}
 OUT_OF_TIME = 124
 NO_MACHINE = 125
 
-PYTEST = "exec python3 -P -m pytest -p no:cacheprovider"
+WATCHDOG = 120.0  # seconds: faulthandler_timeout of pyproject.toml
+PYTEST = "exec python3 -P -m pytest -p no:cacheprovider -o faulthandler_timeout="
 SELECTION = ("-p", "tests.vm.selection")  # where no file or directory is named
 
 
@@ -62,12 +63,12 @@ def arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     return parser.parse_known_args(argv)
 
 
-def command(wanted: str | None, rest: list[str]) -> str:
+def command(wanted: str | None, rest: list[str], slow: float) -> str:
     if wanted is not None:
         return wanted
     paths = any((image.ROOT / word.partition("::")[0]).exists() for word in rest)
     chosen = rest if paths else [*SELECTION, *rest]
-    return f"{PYTEST} {shlex.join(chosen)}"
+    return f"{PYTEST}{WATCHDOG * slow:.0f} {shlex.join(chosen)}"
 
 
 def readable(entry: tarfile.TarInfo) -> tarfile.TarInfo | None:
@@ -103,7 +104,7 @@ def run(options: argparse.Namespace, rest: list[str], folder: Path) -> int:
     with image.ready(options.suite, options.cache) as found:
         accel = accelerator(options.accel, found)
         job = {
-            "command": command(options.command, rest),
+            "command": command(options.command, rest, SLOW[accel]),
             "place": options.place,
             "stock": options.stock,
             "slow": SLOW[accel],

@@ -1,7 +1,7 @@
 """Inside of the guest, as root: runs the command as the user tester, placed as asked for.
 
-Comes on the second disk with the checkout (src/) and what is to be done (job.json). What the command
-writes goes out through two ports as it is written; how it ended goes through a third.
+Comes on the second disk with the checkout (src/) and what is to be done (job.json). What the
+command writes goes out through two ports as it is written; how it ended goes through a third.
 """
 
 from __future__ import annotations
@@ -81,7 +81,6 @@ def script(job: dict[str, object], path: Path) -> Path:
     top = Path("/var/tmp/tester")
     exports = {
         "PYTHONPATH": f"{path.parent}/src:{SITE}",
-        "PYTHONDONTWRITEBYTECODE": "1",
         "SANDBOXD_TEST_SLOW": str(job["slow"]),
         "SANDBOXD_TEST_DIR": str(top),
         "TMPDIR": str(top / "tmp"),
@@ -102,6 +101,14 @@ def script(job: dict[str, object], path: Path) -> Path:
     lines += [f"cd {path.parent}/src", str(job["command"]), ""]
     path.write_text("\n".join(lines))
     return path
+
+
+def make_room_for_bytecode(src: Path) -> None:
+    """The checkout is read-only, but for what a second Python need not compile again."""
+    for folder in {path.parent for path in src.rglob("*.py")}:
+        cache = folder / "__pycache__"
+        cache.mkdir(mode=0o755)
+        os.chown(cache, UID, UID)
 
 
 def start(place: str, path: Path, out: int, err: int) -> subprocess.Popen[bytes]:
@@ -147,6 +154,7 @@ def main(folder: Path, out: BinaryIO, err: BinaryIO) -> int:
     settle(job["now"], bytes.fromhex(job["seed"]))
     if job["stock"]:
         stock()
+    make_room_for_bytecode(folder / "src")
     path = script(job, folder / "command")
     pumps = []
     ends = []

@@ -27,16 +27,27 @@ ROOT = HERE.parent.parent
 PYTHONS = {"bookworm": "3.11", "trixie": "3.13"}
 """Suite -> its Python. The older one has Linux 6.1, the oldest kernel that is supported."""
 
-PACKAGES = """
-    linux-image-cloud-amd64 systemd-sysv dbus dbus-user-session libpam-systemd udev kmod
-    util-linux mount passwd login procps iproute2
-    python3 libseccomp2 gcc g++ libc6-dev binutils
-    uidmap fuse-overlayfs fuse3 slirp4netns passt bubblewrap crun strace
-""".split()
+PACKAGES = (
+    "linux-image-cloud-amd64,systemd-sysv,dbus,dbus-user-session,libpam-systemd,udev,kmod",
+    "util-linux,mount,passwd,login,procps,iproute2",
+    "python3,libseccomp2,gcc,g++,libc6-dev,binutils",
+    "uidmap,fuse-overlayfs,fuse3,slirp4netns,passt,bubblewrap,crun,strace",
+)
 
 FILES = ("setup.sh", "loader.py")  # of this directory, used inside of the image
 DISK = "4G"  # sparse
 UNUSED = 14 * 86400.0  # seconds after which an image that nobody used goes
+
+OPTIONS = (
+    "--variant=minbase",
+    "--aptopt=APT::Install-Recommends false",
+    '--aptopt=Acquire::Languages "none"',
+    *(f"--dpkgopt=path-exclude=/usr/share/{place}/*" for place in ("doc", "man", "locale")),
+    # A small initrd, made when the kernel is configured.
+    "--essential-hook=mkdir -p $1/etc/initramfs-tools/conf.d",
+    "--essential-hook=echo MODULES=list >$1/etc/initramfs-tools/conf.d/vm",
+    "--essential-hook=printf '%s\\n' virtio_pci virtio_blk ext4 >$1/etc/initramfs-tools/modules",
+)
 
 # Runs as root of the new system, outside of it. A bind mount that is not recursive shows the tree
 # without /proc, /sys and /dev that mmdebstrap has mounted in it.
@@ -82,8 +93,8 @@ def requirements() -> str:
 
 def key(suite: str) -> str:
     """What tells one image from another; where the packages come from does not."""
-    parts = [suite, requirements(), *((HERE / name).read_text() for name in FILES)]
-    parts.append(Path(__file__).read_text())
+    parts = [suite, PYTHONS[suite], *PACKAGES, *OPTIONS, MAKE_DISK, DISK, requirements()]
+    parts += [(HERE / name).read_text() for name in FILES]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
@@ -103,15 +114,17 @@ def archive(targets: str) -> str:
     return ""
 
 
-def run(step: str, argv: list[str], **more: str) -> str:
+def run(step: str, argv: list[str]) -> str:
     """Run a command of the build; its stdout, or ImageError with the end of its stderr."""
+    # Python in the new system shall not write where ours does.
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     done = subprocess.run(
         argv,
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
         errors="replace",
-        env={**os.environ, **more},
+        env={**env, "LC_ALL": "C.UTF-8"},
         check=False,
     )
     if done.returncode == 0:
@@ -144,17 +157,10 @@ def bootstrap(suite: str, work: Path, out: Path) -> None:
     for name in FILES:
         shutil.copy(HERE / name, files)
     site(suite, files / "site")
-    argv = ["mmdebstrap", "--quiet", "--variant=minbase", "--skip=cleanup/reproducible"]
-    for option in apt_options(run("apt", ["apt-config", "dump"])):
-        argv.append(f"--aptopt={option}")
-    argv += ["--aptopt=APT::Install-Recommends false", '--aptopt=Acquire::Languages "none"']
-    for place in ("doc", "man", "locale"):
-        argv.append(f"--dpkgopt=path-exclude=/usr/share/{place}/*")
-    # A small initrd, made once, when the kernel is configured.
+    argv = ["mmdebstrap", "--quiet", "--skip=cleanup/reproducible", *OPTIONS]
+    options = apt_options(run("apt", ["apt-config", "dump"]))
+    argv += [f"--aptopt={option}" for option in options]
     argv += [
-        "--essential-hook=mkdir -p $1/etc/initramfs-tools/conf.d",
-        "--essential-hook=echo MODULES=list >$1/etc/initramfs-tools/conf.d/vm",
-        "--essential-hook=printf '%s\\n' virtio_pci virtio_blk ext4 >$1/etc/initramfs-tools/modules",
         f"--include={','.join(PACKAGES)}",
         "--customize-hook=mkdir $1/vm",
         f"--customize-hook=copy-in {files}/setup.sh {files}/loader.py {files}/site /vm",
@@ -167,7 +173,7 @@ def bootstrap(suite: str, work: Path, out: Path) -> None:
     targets = ["apt-get", "indextargets", "--format", "$(LABEL)|$(REPO_URI)"]
     if mirror := archive(run("apt", [*targets, "Created-By: Packages"])):
         argv.append(mirror)
-    run("mmdebstrap", argv, LC_ALL="C.UTF-8")
+    run("mmdebstrap", argv)
 
 
 def build(suite: str, to: Path) -> None:

@@ -1,9 +1,10 @@
 """QEMU: one throw-away machine, from a snapshot of the booted guest where there is one.
 
-Theory of operation. The guest has three ports, which are pipes of ours: out, err, control. It gets its
-command on a second disk, a tar written raw. What it writes to its root disk goes to a temporary file
-without a name. It says "exit N" on the control port, and QEMU is killed. Whatever else happens ends
-QEMU as well: our deadline, our death in any way (PDEATHSIG), `timeout` around it, a kernel panic.
+Theory of operation. The guest has three ports, which are pipes of ours: out, err, control. It gets
+its command on a second disk, a tar written raw. What it writes to its root disk goes to a temporary
+file without a name. It says "exit N" on the control port, and QEMU is ended. Whatever else happens
+ends QEMU as well: our deadline, our death in any way (PDEATHSIG), `timeout` around it, a panic of
+the guest's kernel.
 
 The first start from an image boots with a second disk of zeros. When the guest says "ready", its
 memory is saved beside its root disk; later starts go on from there, with another second disk.
@@ -31,6 +32,7 @@ from tests.vm.image import ImageError, held, run
 DISK = 512 << 20  # bytes of the second disk: the same for every start, or no snapshot would fit
 BOOT = 180.0  # seconds until a booting guest must be ready
 LINGER = 0.1  # seconds for the last bytes: they are in the pipes by then
+ENDING = 3.0  # seconds for QEMU to end when it is told to
 PROBE = 10  # seconds in which KVM must have said something
 
 KERNEL = (
@@ -38,7 +40,7 @@ KERNEL = (
     "no_timer_check tsc=reliable systemd.show_status=0 fsck.mode=skip"
 )
 # Without these a guest clears pages by words and not by bytes: page faults are 4 times as fast.
-# QEMU 7.2 now and then breaks the flags after cmpxchg16b, which the kernel's allocator uses: a panic.
+# QEMU 7.2 now and then breaks the flags after cmpxchg16b, which the kernel's allocator uses: panic.
 CPU = {"tcg": "max,-erms,-fsrm,-la57,-smap,-smep,-cx16", "kvm": "host"}
 ACCEL = {"tcg": "tcg,thread=multi,tb-size=256", "kvm": "kvm"}
 PORTS = ("out", "err", "control")
@@ -158,8 +160,12 @@ def running(argv: list[str], seconds: float, folder: Path) -> Iterator[Running]:
             os.close(writing)
         yield Running(process, {name: reading for name, (reading, _) in pipes.items()})
     finally:
-        process.kill()  # `timeout`; QEMU dies with it
-        process.communicate()
+        process.terminate()  # `timeout`, which hands it on and waits
+        try:
+            process.communicate(timeout=ENDING)
+        except subprocess.TimeoutExpired:
+            process.kill()  # QEMU dies with it
+            process.communicate()
         for reading, _ in pipes.values():
             os.close(reading)
 
@@ -254,16 +260,9 @@ def kvm_works(machine: Machine) -> bool:
     """Does the kernel say a word under KVM in time? /dev/kvm may be there and hang."""
     if not os.access("/dev/kvm", os.W_OK):
         return False
-    argv = [
-        "timeout",
-        "--kill-after=1",
-        str(PROBE),
-        "qemu-system-x86_64",
-        "-M",
-        "q35",
-        "-no-reboot",
-    ]
-    argv += ["-accel", "kvm", "-cpu", "host", "-m", "512", "-nodefaults", "-display", "none"]
+    argv = ["timeout", "--kill-after=1", str(PROBE), "qemu-system-x86_64", "-M", "q35"]
+    argv += ["-no-reboot", "-nodefaults", "-display", "none", "-m", "512"]
+    argv += ["-accel", "kvm", "-cpu", "host"]
     argv += ["-kernel", f"{machine.image}/vmlinuz", "-append", "console=ttyS0 panic=-1"]
     argv += ["-serial", "stdio"]
     with tempfile.TemporaryFile() as said:
