@@ -19,7 +19,6 @@ hypothesis.settings.register_profile("sandboxd", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("sandboxd")
 
 TIME_LIMIT = 60.0
-SLOW = leftovers.SLOW
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -41,7 +40,7 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     marker = pyfuncitem.get_closest_marker("time_limit")
     # On the virtual clock whoever hangs gets to the limit at once, however far away it is.
     seconds = marker.args[0] if marker else 86400.0 if virtual else TIME_LIMIT
-    seconds *= SLOW
+    seconds *= leftovers.STRETCH
 
     async def limited() -> None:
         with trio.fail_after(seconds):
