@@ -12,6 +12,7 @@ import io
 import json
 import os
 import shlex
+import shutil
 import signal
 import sys
 import tarfile
@@ -32,6 +33,8 @@ PLACES = {
 }
 SLOW = {"tcg": 20.0, "kvm": 2.0}  # SANDBOXD_TEST_SLOW: how many times longer things take
 LEFT_OUT = {".git", "__pycache__", ".venv", "venv", "node_modules", "build", "dist"}
+TEMPORARY = Path("/var/tmp")  # a disk: what the guest writes is kept there
+PREFIX = "sandboxd-vm."
 OUT_OF_TIME = 124
 NO_MACHINE = 125
 
@@ -120,6 +123,14 @@ def run(options: argparse.Namespace, rest: list[str], folder: Path) -> int:
         )
 
 
+def sweep() -> None:
+    """What one of us left that was killed with SIGKILL; its QEMU died with it."""
+    for old in TEMPORARY.glob(f"{PREFIX}*"):
+        pid = old.name.removeprefix(PREFIX).partition(".")[0]
+        if old.stat().st_uid == os.getuid() and not Path("/proc", pid).exists():
+            shutil.rmtree(old, ignore_errors=True)
+
+
 def stop(number: int, frame: FrameType | None) -> None:
     del frame
     sys.exit(128 + number)
@@ -130,7 +141,9 @@ def main() -> int:
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
         signal.signal(number, stop)
     try:
-        with tempfile.TemporaryDirectory(prefix="sandboxd-vm.", dir="/var/tmp") as folder:
+        sweep()
+        prefix = f"{PREFIX}{os.getpid()}."
+        with tempfile.TemporaryDirectory(prefix=prefix, dir=TEMPORARY) as folder:
             return run(options, rest, Path(folder))
     except machine.TimeUp:
         print(f"./do vm: not done after {options.timeout:.0f} s", file=sys.stderr)
@@ -140,4 +153,5 @@ def main() -> int:
         return NO_MACHINE
 
 
-sys.exit(main())
+if __name__ == "__main__":
+    sys.exit(main())

@@ -105,7 +105,8 @@ def script(job: dict[str, object], path: Path) -> Path:
 
 def make_room_for_bytecode(src: Path) -> None:
     """The checkout is read-only, but for what a second Python need not compile again."""
-    for folder in {path.parent for path in src.rglob("*.py")}:
+    ours = (path for room in ("sandboxd", "tests", "fuzz") for path in (src / room).rglob("*.py"))
+    for folder in {path.parent for path in ours}:
         cache = folder / "__pycache__"
         cache.mkdir(mode=0o755)
         os.chown(cache, UID, UID)
