@@ -149,7 +149,11 @@ class _CompileFailed(Exception):
     """The compilation ended, but not with a program."""
 
     def __init__(self, result: Result) -> None:
-        facts = Facts(status=result.status, produced=bool(result.artifacts))
+        facts = Facts(
+            status=result.status,
+            host_fault=result.fault == "host",
+            produced=bool(result.artifacts),
+        )
         row = decide(COMPILE, facts)
         super().__init__(row.name)
         self.verdict = row.verdict
@@ -338,6 +342,7 @@ async def _judge_case(case: Case, result: Result, language: Language) -> CaseJud
         RUN,
         Facts(
             status=result.status,
+            host_fault=result.fault == "host",
             start_error=result.error,
             own_program=language.run[0].startswith("./"),
             exit_code=result.exit_code,

@@ -55,6 +55,8 @@ class Facts:
     status: Status
     start_error: str | None = None
     """For start_failed the errno's name."""
+    host_fault: bool = False
+    """Whether it ended because of the machine: that had no memory left."""
     own_program: bool = False
     """Whether the submission itself was to be started, not an interpreter of ours."""
     exit_code: int | None = None
@@ -85,6 +87,7 @@ def _own_start(facts: Facts) -> bool:
 
 RUN: tuple[Row, ...] = (
     Row("ended by the caller", "JE", _status("cancelled")),
+    Row("the machine had no memory", "JE", lambda f: f.host_fault),
     Row("collecting failed", "JE", _status("artifact_error")),
     Row("too large to start", "MLE", lambda f: _own_start(f) and f.start_error == "ENOMEM"),
     Row("broken program", "RTE", lambda f: _own_start(f)),
@@ -115,6 +118,7 @@ RUN: tuple[Row, ...] = (
 
 COMPILE: tuple[Row, ...] = (
     Row("ended by the caller", "JE", _status("cancelled")),
+    Row("the machine had no memory", "JE", lambda f: f.host_fault),
     Row("compiler did not start", "JE", _status("start_failed")),
     Row("compiler ended badly", "CE", lambda f: f.status not in ("ok", "artifact_error")),
     Row("unusable program", "CE", _status("artifact_error")),

@@ -236,6 +236,18 @@ def test_keep() -> None:
     assert (streams["stdout"]["data"], streams["stdout"]["tail"]) == ("01234", "fghij")
 
 
+def test_json_stream_with_usage() -> None:
+    done = run("--json=stream", "--usage-every", "20ms", *shell("sleep 0.3"))
+    events = [json.loads(line) for line in done.stdout.splitlines()]
+    usages = [event["usage"] for event in events if event["type"] == "usage"]
+    assert len(usages) >= 2
+    assert all(usage["wall_time"] < 30 for usage in usages)
+    assert [event["seq"] for event in events] == list(range(len(events)))
+    wrong = run("--json", "--usage-every", "1s", "--", "true")
+    assert wrong.returncode == 125
+    assert b"--json=stream" in wrong.stderr
+
+
 def test_json_stream() -> None:
     done = run("--json=stream", *shell("echo out; echo err >&2; exit 4"))
     assert (done.returncode, done.stderr) == (4, b"")

@@ -131,7 +131,7 @@ async def test_memory_bombs(bomb: str) -> None:
     Countermeasures: memory.max and swap.max for the whole run. Where there is no memory
     controller the memory of processes is sampled, shared pages included, and the result says so.
     """
-    policy = limited("base", memory=96 * MIB, wall_time=50.0, open_files=512)
+    policy = limited("base", memory=64 * MIB, wall_time=50.0, open_files=512)
     async with open_runner() as runner:
         stay = 0.5 if bomb in UNSEEN else 40  # the busier the machine, the later it is looked at
         body = MEMORY[bomb] + f"\nprint('there', flush=True)\ntime.sleep({stay})"

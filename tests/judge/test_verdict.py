@@ -11,6 +11,7 @@ from sandboxd.result import Status
 
 RUNS: list[tuple[str, Verdict, Facts]] = [
     ("ended by the caller", "JE", Facts(status="cancelled")),
+    ("the machine had no memory", "JE", Facts(status="signaled", host_fault=True)),
     ("collecting failed", "JE", Facts(status="artifact_error")),
     (
         "too large to start",
@@ -42,6 +43,7 @@ RUNS: list[tuple[str, Verdict, Facts]] = [
 
 COMPILATIONS: list[tuple[str, Verdict, Facts]] = [
     ("ended by the caller", "JE", Facts(status="cancelled")),
+    ("the machine had no memory", "JE", Facts(status="signaled", host_fault=True)),
     ("compiler did not start", "JE", Facts(status="start_failed")),
     ("compiler ended badly", "CE", Facts(status="nonzero_exit", exit_code=1)),
     ("compiler ended badly", "CE", Facts(status="memory_limit")),
