@@ -37,6 +37,8 @@ ANY = "any"
 GONE_TIMEOUT = 3.0
 MOST_READY = 64
 """Leaves that are kept ready."""
+MOST_USED = 32
+"""Leaves that wait to be removed."""
 ONCE = frozenset({"memory", "pids"})
 """Controllers that count what cannot be set back."""
 FIXED = 3
@@ -85,6 +87,8 @@ class Cgroups:
             self._free.append(leaf)
         else:
             self._used.append(leaf)
+            if len(self._used) > MOST_USED:
+                self.tidy()
 
     def tidy(self) -> None:
         """Remove leaves that served, and make as many new ones of their kind."""

@@ -228,12 +228,13 @@ class Runner:
         except BaseException:
             await box.end()
             raise
-        if not box.reported or box.fuse is not None:
+        leaves_by_itself = box.reported and box.fuse is None
+        if not leaves_by_itself:
             await box.end()
-            return record.make(conduct.job, kept.kind, seen, self.host, waited)
         result = record.make(conduct.job, kept.kind, seen, self.host, waited)
-        box.socket.close()  # which init waits for: its end is the kernel's work, and not ours
-        self._dying.append(box)
+        if leaves_by_itself:
+            box.socket.close()  # which init waits for: its end is the kernel's work, and not ours
+            self._dying.append(box)
         if not self._burying:
             self._burying = True
             self._nursery.start_soon(self._undertaker)
@@ -259,12 +260,13 @@ class Runner:
 
     async def _undertaker(self) -> None:
         """Once in a while for all of them: a task for each would cost more than its run."""
-        while self._dying:
+        self._burying = True
+        while self._burying:
             await trio.sleep(UNDERTAKER)
             self._bury()
             if self._cgroups is not None:
                 self._cgroups.tidy()
-        self._burying = False
+            self._burying = bool(self._dying)
 
     async def _spare(self, kept: Kept) -> Sandbox | None:
         while kept.spares:

@@ -21,8 +21,8 @@ from sandboxd.job import File, Job
 from sandboxd.policy import Limits
 from sandboxd.supervise.status import Facts
 
-AT_ONCE = 0.05
-"""CPU seconds; who used more did not die of its segments."""
+AT_ONCE = 0.1
+"""CPU seconds of the program alone; one that used more did not die of its segments."""
 HEAD = 1 << 16
 """Bytes of a file that are looked at: the headers come first in what any linker makes."""
 PT_LOAD = 1
@@ -40,11 +40,12 @@ def are_in_question(facts: Facts, limits: Limits) -> bool:
         return False
     if facts.start_error is not None:
         return facts.start_error[0] == errno.ENOMEM
-    status = facts.ended.wait_status if facts.ended else None
-    killed = status is not None and os.WIFSIGNALED(status)
-    if not killed or os.WTERMSIG(status or 0) not in (signal.SIGKILL, signal.SIGSEGV):
+    ended = facts.ended
+    if ended is None or ended.wait_status is None or not os.WIFSIGNALED(ended.wait_status):
         return False
-    return (facts.usage.cpu_time or 0.0) < AT_ONCE
+    if os.WTERMSIG(ended.wait_status) not in (signal.SIGKILL, signal.SIGSEGV):
+        return False
+    return ended.cpu_user + ended.cpu_system < AT_ONCE
 
 
 def loaded(head: bytes) -> int | None:

@@ -74,7 +74,7 @@ DIED: list[tuple[Ended | None, dict[str, object], bool]] = [
     (ended(6), {}, False),
     (ended(0), {}, False),
     (None, {}, False),
-    (ended(9), {"usage": Usage(cpu_time=1.0)}, False),
+    (ended(9, cpu_user=1), {}, False),
     (ended(9), {"output": 1}, False),
     (ended(9), {"stopped_by": ("wall_time_limit", "x")}, False),
     (ended(127), {"start_error": (errno.ENOMEM, "x")}, True),

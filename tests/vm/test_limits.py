@@ -80,6 +80,23 @@ async def test_leaves_are_ready_before_they_are_asked_for(cgroup_top: Path) -> N
             assert cgroups._made == made
 
 
+@pytest.mark.needs("memory")
+async def test_leaves_of_killed_runs_go_too(cgroup_top: Path) -> None:
+    """Their init could not report, so nobody waits for it as for others."""
+    own = policy(Limits(memory=32 * MIB))
+    async with open_runner(slots=2) as runner:
+        for _ in range(8):
+            assert (await runner.run(Job(argv=python("heap(1 << 26)"), policy=own))).signal
+        while runner._burying:  # noqa: ASYNC110
+            await trio.sleep(0.005)
+        assert len(leaves(cgroup_top, "memory.max")) == 1
+        assert len(leaf_directories(cgroup_top)) <= 8
+
+
+def leaf_directories(top: Path) -> list[Path]:
+    return list(top.glob("sandboxd-*/*/[0-9]*"))
+
+
 @pytest.mark.needs("cpu")
 async def test_bandwidth() -> None:
     wall = 1.0 + 0.05 * SLOW
