@@ -19,11 +19,12 @@ from sandboxd.supervise.watch import Watch
 CGROUP = "cgroup2 cpu.stat"
 RUSAGE = "rusage of the reaped"
 SAMPLED = "sampled /proc"
+NOTHING = Counters()
 
 
 def usage(box: Sandbox, ended: Ended | None, watch: Watch, wall_time: float) -> Usage:
     """Sum up. `wall_time` is the supervisor's, for a run whose init could not report."""
-    used = box.leaf.used() if box.leaf is not None else Counters()
+    used = box.leaf.used() if box.leaf is not None else NOTHING
     user = ended.cpu_user if ended else None
     system = ended.cpu_system if ended else None
     if used.cpu_time is not None:
@@ -50,7 +51,7 @@ def usage(box: Sandbox, ended: Ended | None, watch: Watch, wall_time: float) -> 
         memory_peak=peak,
         memory_peak_source=peak_source if peak is not None else None,
         processes_peak=processes,
-        processes_peak_source=_processes_source(used, processes),
+        processes_peak_source=_processes_source(used) if processes else None,
         disk_used=blocks * ended.disk_block if ended and blocks is not None else None,
         inodes_used=ended.inodes - ended.inodes_free if ended else None,
         context_switches_voluntary=ended.context_switches_voluntary if ended else None,
@@ -60,9 +61,7 @@ def usage(box: Sandbox, ended: Ended | None, watch: Watch, wall_time: float) -> 
     )
 
 
-def _processes_source(used: Counters, found: int | None) -> str | None:
-    if found is None:
-        return None
+def _processes_source(used: Counters) -> str:
     return SAMPLED if used.processes_peak is None else "cgroup2 pids.peak"
 
 
@@ -125,7 +124,7 @@ def live(box: Sandbox, watch: Watch, wall_time: float) -> Usage:
         memory_peak_source=_live_source(used, peak),
         processes_current=threads - 1 if threads else len(tree.pids) if tree else None,
         processes_peak=processes,
-        processes_peak_source=_processes_source(used, processes),
+        processes_peak_source=_processes_source(used) if processes else None,
         **(counted(used, watch) if leaf.controllers else {}),
         pressure=watch.pressure_since(leaf),
     )

@@ -101,7 +101,9 @@ def make(job: Job, kept: Kind, seen: Observed, host: Host, waited: tuple[float, 
         usage=seen.facts.usage,
         streams={name: capture.output() for name, capture in seen.captures.items()},
         limits=words.limits,
-        violations=violations(seen.facts, kept.compiled.policy),
+        violations=(
+            violations(seen.facts, kept.compiled.policy) if "syscall_denied" in words.causes else ()
+        ),
         artifacts=seen.artifacts,
         artifact_errors=seen.facts.artifact_errors,
         enforcement=kept.compiled.enforcement,

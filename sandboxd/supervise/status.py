@@ -165,7 +165,8 @@ def report_limits(facts: Facts, limits: Limits, *, failed: bool) -> dict[str, Li
         killed |= name == "memory" and facts.short_of_memory == "killed"
         exceeded = over and (failed or name not in FATAL_ONLY)
         action = "killed" if killed else "exceeded" if exceeded else "refused" if over else "none"
-        if not exceeded and not killed and not is_enforced(name, facts):
+        absent = facts.enforcement.get(name) == "none" or (name == "memory" and is_blind(facts))
+        if absent and not exceeded and not killed:
             action = "not enforced"
         known = used is not None or killed or over or name == "file_size"
         reports[name] = LimitReport(
@@ -177,12 +178,11 @@ def report_limits(facts: Facts, limits: Limits, *, failed: bool) -> dict[str, Li
     return reports
 
 
-def is_enforced(name: str, facts: Facts) -> bool:
-    """Whether there was a means of this limit in this run."""
-    means = facts.enforcement.get(name, "")
-    # A /proc that hides other users' processes (hidepid) shows none to the sampler.
-    blind = not facts.usage.processes_peak and (facts.usage.wall_time or 0.0) > BLIND
-    return means != "none" and not (name == "memory" and means.startswith("sampled") and blind)
+def is_blind(facts: Facts) -> bool:
+    """Whether memory was sampled in vain: a /proc that hides other users' processes (hidepid)."""
+    if facts.usage.processes_peak or (facts.usage.wall_time or 0.0) <= BLIND:
+        return False
+    return facts.enforcement.get("memory", "").startswith("sampled")
 
 
 BLIND = 0.1
@@ -194,7 +194,7 @@ def report_cpus(facts: Facts, limit: float) -> LimitReport:
     cpu, wall = facts.usage.cpu_time, facts.usage.wall_time
     used = cpu / wall if cpu is not None and wall else None
     throttled = "refused" if facts.usage.cpu_throttled else "none"
-    action = throttled if is_enforced("cpus", facts) else "not enforced"
+    action = "not enforced" if facts.enforcement.get("cpus") == "none" else throttled
     exceeded = None if used is None else action == "not enforced" and used > limit
     return LimitReport(limit=limit, used=used, exceeded=exceeded, action=action)  # type: ignore[arg-type]
 
