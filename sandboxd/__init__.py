@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from sandboxd.errors import (
         Busy,
         HostError,
+        ImageError,
         InternalError,
         JobError,
         LaunchError,
@@ -32,8 +33,8 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "errors": (
-        "Busy", "HostError", "InternalError", "JobError", "LaunchError", "PolicyError",
-        "PolicyErrors", "SandboxError", "WorkloadFailed",
+        "Busy", "HostError", "ImageError", "InternalError", "JobError", "LaunchError",
+        "PolicyError", "PolicyErrors", "SandboxError", "WorkloadFailed",
     ),
     "job": ("File", "Job", "Terminal"),
     "policy": ("Limits", "Policy"),
@@ -45,10 +46,10 @@ _HOMES = {
 _WHERE = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
-    "Artifact", "Busy", "Event", "File", "HostError", "InternalError", "Job", "JobError",
-    "LaunchError", "Limits", "Output", "Policy", "PolicyError", "PolicyErrors", "Result", "Run",
-    "Runner", "RunnerStatistics", "SandboxError", "Terminal", "Usage", "WorkloadFailed",
-    "__version__", "find_policy", "open_runner", "run", "run_sync", "to_json",
+    "Artifact", "Busy", "Event", "File", "HostError", "ImageError", "InternalError", "Job",
+    "JobError", "LaunchError", "Limits", "Output", "Policy", "PolicyError", "PolicyErrors",
+    "Result", "Run", "Runner", "RunnerStatistics", "SandboxError", "Terminal", "Usage",
+    "WorkloadFailed", "__version__", "find_policy", "open_runner", "run", "run_sync", "to_json",
 ]  # fmt: skip
 
 

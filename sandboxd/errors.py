@@ -45,6 +45,10 @@ class JobError(SandboxError):
     """A job that cannot be carried out as asked: a NUL in argv, a file that is not there."""
 
 
+class ImageError(SandboxError):
+    """An image that is not there, or that cannot be taken: damaged, too large, or meant to harm."""
+
+
 class HostError(SandboxError):
     """This machine lacks something that is needed. `missing` names it, `hint` is the fix."""
 

@@ -19,7 +19,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "sandboxd"
 
-VALUES = frozenset({"errors", "units", "policy", "job", "host", "plan", "messages", "result"})
+VALUES = frozenset(
+    {"errors", "units", "policy", "job", "host", "image", "plan", "messages", "result"}
+)
 
 # Room or value -> what of ours it may import, apart from itself.
 INSIDE: dict[str, frozenset[str]] = {
@@ -29,16 +31,18 @@ INSIDE: dict[str, frozenset[str]] = {
     "messages": frozenset({"errors", "plan"}),
     "policy": frozenset({"errors"}),
     "job": frozenset({"errors", "policy"}),
-    "host": frozenset({"errors", "policy"}),
+    "image": frozenset(),
+    "host": frozenset({"errors", "image", "policy"}),
     "result": frozenset({"errors", "policy"}),
     "linux": frozenset(),
     "compile": VALUES,
     "script": frozenset({"errors", "plan", "messages"}),
-    "launch": frozenset({"script.record", "linux"}),
-    "supervise": VALUES | {"compile", "script", "linux"},
+    "launch": frozenset({"script.record", "images.tar", "linux"}),
+    "images": VALUES | {"script.command", "linux"},
+    "supervise": VALUES | {"compile", "script", "images", "linux"},
     "judge": VALUES | {"supervise"},
     "serve": VALUES | {"supervise"},
-    "cli": VALUES | {"compile", "supervise", "judge", "serve"},
+    "cli": VALUES | {"compile", "images", "supervise", "judge", "serve"},
     "__main__": frozenset({"cli"}),
     "__init__": VALUES | {"compile", "supervise", "judge", "serve"},
 }
@@ -50,6 +54,7 @@ OUTSIDE: dict[str, frozenset[str]] = {
     "plan": frozenset(),
     "messages": frozenset(),
     "compile": frozenset({"msgspec", "pyroute2", "pyseccomp", "seccomp"}),
+    "images": frozenset({"msgspec"}),  # and zstd where it is installed, by name
     "supervise": frozenset({"jeepney", "msgspec", "trio"}),
     "judge": frozenset({"msgspec", "trio", "yaml"}),
     "serve": frozenset({"h11", "msgspec", "trio"}),
@@ -58,7 +63,7 @@ OUTSIDE: dict[str, frozenset[str]] = {
 
 # Only inside of a function or for the type checker: starting up must not cost what is not used.
 LATE: dict[str, frozenset[str]] = {
-    "cli": frozenset({"supervise", "judge", "serve", "trio"}),
+    "cli": frozenset({"images", "supervise", "judge", "serve", "trio"}),
     "__init__": VALUES | {"compile", "supervise", "judge", "serve"},
 }
 
@@ -303,6 +308,7 @@ def test_the_command_line_starts_without_what_it_may_not_need() -> None:
         "h11",
         "pyroute2",
         "trio",
+        "sandboxd.images",
         "sandboxd.judge",
         "sandboxd.supervise",
         "sandboxd.serve",

@@ -19,7 +19,7 @@ from types import MappingProxyType
 from typing import NoReturn, TypeAlias
 
 from sandboxd.cli import exitcodes
-from sandboxd.errors import JobError, PolicyError, PolicyErrors, SandboxError
+from sandboxd.errors import ImageError, JobError, PolicyError, PolicyErrors, SandboxError
 
 COMMANDS: Mapping[str, str] = MappingProxyType(
     {
@@ -191,7 +191,7 @@ def _failed(name: str | None, error: BaseException) -> int:
         say("this is a bug in sandboxd: please report it with the lines above")
         return exitcodes.SANDBOXD_FAILED
     complain(found)
-    own_fault = isinstance(found, PolicyError | JobError)
+    own_fault = isinstance(found, PolicyError | JobError | ImageError)
     return exitcodes.FAILED if own_fault and name != "run" else exitcodes.SANDBOXD_FAILED
 
 

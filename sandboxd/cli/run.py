@@ -18,6 +18,7 @@ from sandboxd.cli.main import complain, first_error, say
 from sandboxd.cli.quantities import size, time
 from sandboxd.errors import (
     HostError,
+    ImageError,
     JobError,
     LaunchError,
     PolicyError,
@@ -220,7 +221,10 @@ def _deliver(args: argparse.Namespace, value: dict[str, Any]) -> None:
 
 def failure_json(error: SandboxError) -> dict[str, Any]:
     """The record where sandboxd itself failed; docs/reference/result.md has its words."""
-    kinds = {LaunchError: "launch", HostError: "host", PolicyError: "policy", JobError: "job"}
+    kinds: dict[type[SandboxError], str] = {
+        LaunchError: "launch", HostError: "host", PolicyError: "policy", JobError: "job",
+        ImageError: "image",
+    }  # fmt: skip
     kind = next((word for one, word in kinds.items() if isinstance(error, one)), "internal")
     details = {
         name: value

@@ -43,3 +43,19 @@ def fuse_command(root: str, fd: int, namespace: int, words: list[str]) -> list[s
         *(sys.executable, "-I", "-S", "-B", "-c", _FUSE),
         *(root, str(fd), str(namespace), *words),
     ]
+
+
+_UNPACKER = """\
+import sys
+sys.path.insert(0, sys.argv[1])
+from sandboxd.launch.unpacker import main
+main(int(sys.argv[2]), int(sys.argv[3]))
+"""
+
+
+def unpacker_command(root: str, fd: int, ids: int) -> list[str]:
+    """The argv of launch/unpacker.py, which serves the socket `fd`.
+
+    `ids` is how many ids its user namespace will have; with 1 it writes the map itself.
+    """
+    return [sys.executable, "-I", "-S", "-B", "-c", _UNPACKER, root, str(fd), str(ids)]

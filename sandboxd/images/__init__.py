@@ -1,0 +1,1 @@
+"""Images: layers of strangers, unpacked once, checked before anything is visible, shared by all."""

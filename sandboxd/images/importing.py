@@ -1,0 +1,232 @@
+"""From a source to the store: layers unpacked, digests checked, and only then a name for it."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import stat
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import msgspec
+
+from sandboxd.errors import ImageError
+from sandboxd.image import Config
+from sandboxd.images import archive, manifests
+from sandboxd.images.archive import Files, Layer, Read
+from sandboxd.images.manifests import Found
+from sandboxd.images.records import ImageRecord, LayerRecord
+from sandboxd.images.store import Store, check_name, ids_tag
+from sandboxd.images.streams import PIECE, plain
+from sandboxd.images.unpacking import Limits, Unpacker, open_unpacker
+from sandboxd.linux.paths import open_beneath
+from sandboxd.plan import IdMap
+
+MOST_PASSWD = 1 << 20
+_HIGHEST_ID = 65535
+
+
+@dataclass(frozen=True, slots=True)
+class Imported:
+    """An image that is there now, and how its layers came to be."""
+
+    record: ImageRecord
+    layers: tuple[LayerRecord, ...]
+    new: int
+    """How many of them were not there before."""
+
+
+def import_image(
+    store: Store, source: str | BinaryIO, name: str | None, ids: IdMap, limits: Limits
+) -> list[Imported]:
+    """Every image of a source: a directory, a file or a stream. ImageError if it cannot be taken.
+
+    Without a name each gets the one it brings; a plain archive that of its file.
+    """
+    if name is not None:
+        check_name(name)
+    said = source if isinstance(source, str) else "-"
+    with (
+        open_unpacker(ids) as unpacker,
+        store.importing(unpacker),
+        archive.opened(source, store.place, limits) as found,
+    ):
+        taking = Taking(store, unpacker, ids, limits)
+        if isinstance(found, Layer):
+            return [taking.layer(found, check_name(name or _stem(said)), said)]
+        images = manifests.find(found)
+        named = [(image, _names(image, name, len(images))) for image in images]
+        return [taking.image(image, names, said, _readers(found, image)) for image, names in named]
+
+
+def _stem(source: str) -> str:
+    if source == "-":
+        raise ImageError("a name is needed for what comes from stdin", hint="--name NAME")
+    return os.path.basename(source.rstrip("/")).partition(".tar")[0].partition(".t")[0]
+
+
+def _names(image: Found, name: str | None, images: int) -> tuple[str, ...]:
+    if name is not None:
+        if images > 1:
+            raise ImageError(f"there are {images} images in it, and one name",
+                             hint="leave --name out: each brings its own")  # fmt: skip
+        return (name,)
+    if not image.names:
+        raise ImageError("the image brings no name", hint="--name NAME")
+    return tuple(check_name(one) for one in image.names)
+
+
+Readers = Iterator[Callable[[], AbstractContextManager[Read]]]
+
+
+def _readers(files: Files, image: Found) -> Readers:
+    for one in image.layers:
+        yield lambda where=one.where: files.reader(where)  # type: ignore[misc]
+
+
+class Taking:
+    """An import in progress."""
+
+    def __init__(self, store: Store, unpacker: Unpacker, ids: IdMap, limits: Limits) -> None:
+        self._store = store
+        self._unpacker = unpacker
+        self._ids = ids
+        self._tag = ids_tag(ids)
+        self._limits = limits
+        self._new = 0
+
+    def image(
+        self, image: Found, names: tuple[str, ...], source: str, readers: Readers
+    ) -> Imported:
+        """Those layers that are not there yet, then the record; `readers` give layers in order."""
+        self._new = 0
+        layers = []
+        for blob, reader in zip(image.layers, readers, strict=True):
+            layer = self._there(blob.diff_id)
+            if layer is None:
+                with reader() as read:
+                    layer = self._unpack(read, blob.digest, blob.diff_id)
+            layers.append(layer)
+        how = self._with_ids(manifests.how_to_run(image.config), layers)
+        record = ImageRecord(
+            name=names[0], id=image.id, layers=tuple(one.diff_id for one in layers), config=how,
+            architecture=image.config.architecture, created=image.config.created or "",
+            source=source, imported=time.time(),
+        )  # fmt: skip
+        for name in names:
+            self._store.keep_image(msgspec.structs.replace(record, name=name))
+        return Imported(record, tuple(layers), self._new)
+
+    def layer(self, found: Layer, name: str, source: str) -> Imported:
+        """A plain archive: an image of one layer, with nothing to say about how to run it."""
+        self._new = 0
+        layer = self._unpack(found.read, None, None)
+        record = ImageRecord(
+            name=name, id=layer.diff_id, layers=(layer.diff_id,), source=source,
+            imported=time.time(),
+        )  # fmt: skip
+        self._store.keep_image(record)
+        return Imported(record, (layer,), self._new)
+
+    def _there(self, diff_id: str) -> LayerRecord | None:
+        found = self._store.layer(diff_id, self._tag)
+        return found[1] if found is not None and found[1].ids == self._tag else None
+
+    def _unpack(self, read: Read, digest: str | None, diff_id: str | None) -> LayerRecord:
+        """A layer into a place of its own, where it is held against what it should be."""
+        outer, inner = hashlib.sha256(), hashlib.sha256()
+
+        def compressed(count: int) -> bytes:
+            data = read(count)
+            outer.update(data)
+            return data
+
+        def pieces() -> Iterator[bytes]:
+            for piece in plain(compressed):
+                inner.update(piece)
+                yield piece
+            while compressed(PIECE):  # what may stand behind is in the digest
+                pass
+
+        uids, gids = self._ids.uids, self._ids.gids
+        owner = (uids[0][1], gids[0][1]) if self._ids.writer == "direct" else None
+        with self._store.new_layer(self._unpacker, owner) as folder:
+            root = os.open(folder / "root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                report = self._unpacker.unpack(pieces(), root, self._limits)
+            finally:
+                os.close(root)
+            found = f"sha256:{inner.hexdigest()}"
+            _compare("layer", f"sha256:{outer.hexdigest()}", digest)
+            _compare("layer, when decompressed,", found, diff_id)
+            if diff_id is None and not report["ended"]:
+                raise ImageError("truncated: the archive has no end")
+            counts = {key: report[key] for key in LayerRecord.__struct_fields__ if key in report}
+            record = LayerRecord(diff_id=found, tree=report["digest"], ids=self._tag, **counts)
+            self._store.keep_layer(folder, record)
+        self._new += 1
+        return record
+
+    # -- who the program is to be
+
+    def _with_ids(self, config: Config, layers: list[LayerRecord]) -> Config:
+        """The ids of its user, by the image's own files where it is a name."""
+        if not config.user:
+            return config
+        user, _, group = config.user.partition(":")
+        row = self._row("etc/passwd", user, layers)
+        uid = _number([user], 0) if user.isdecimal() else _number(row, 2)
+        gid = _number(row, 3) if not group else None
+        if group:
+            found = self._row("etc/group", group, layers)
+            gid = _number([group], 0) if group.isdecimal() else _number(found, 2)
+        elif gid is None and uid is not None:
+            gid = 0  # as docker has it for a number that is in no passwd
+        if uid is None or gid is None or max(uid, gid) > _HIGHEST_ID:
+            return config
+        return dataclasses.replace(config, uid=uid, gid=gid)
+
+    def _row(self, path: str, key: str, layers: list[LayerRecord]) -> list[str]:
+        """The line of passwd(5) or group(5) with this name, or this number for a user."""
+        for layer in reversed(layers):
+            place = self._store.layer(layer.diff_id, self._tag)
+            text = _small_file(place[0] / "root", path) if place else None
+            if text is None:
+                continue
+            rows = [line.split(":") for line in text.splitlines()]
+            return next((row for row in rows if key in (row[0], *row[2:3])), [])
+        return []
+
+
+def _compare(what: str, found: str, wanted: str | None) -> None:
+    if wanted is not None and found != wanted:
+        raise ImageError(f"a {what} has the digest {found}, and should have {wanted}",
+                         hint="damaged, or not what it says: fetch it again")  # fmt: skip
+
+
+def _number(row: list[str], place: int) -> int | None:
+    text = row[place] if len(row) > place else ""
+    return int(text) if text.isdecimal() and len(text) < 10 else None
+
+
+def _small_file(root: Path, path: str) -> str | None:
+    """A file of a layer, through no link; None if it is not there or not for us to read."""
+    try:
+        folder = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        opened = open_beneath(folder, path.encode(), os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+    except OSError:
+        return None
+    finally:
+        os.close(folder)
+    with os.fdopen(opened, "rb") as file:
+        if not stat.S_ISREG(os.fstat(opened).st_mode):
+            return None
+        return file.read(MOST_PASSWD).decode(errors="replace")
