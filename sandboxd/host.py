@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from sandboxd.image import Image
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IdRange:
@@ -78,6 +80,8 @@ class Host:
     """Entries of /etc: name -> "file" | "dir" (links followed)."""
     files: frozenset[str] = frozenset()
     """Those bind sources of a policy that are not directories."""
+    image: Image | None = None
+    """The image a policy's root is."""
     proc_entries: frozenset[str] = frozenset()
     """Names below /proc that are not processes."""
     hard_limits: dict[str, int] = field(default_factory=dict)

@@ -209,15 +209,16 @@ class Bind(Step):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Overlay(Step):
-    """Kernel overlayfs with userxattr: lower directories below a private upper."""
+    """Kernel overlayfs with userxattr: lower directories below a private upper, if there is one."""
 
     target: str
     lowers: tuple[str, ...]
-    upper: str
-    work: str
+    upper: str = ""
+    work: str = ""
 
     def describe(self) -> str:
-        return f"{':'.join(self.lowers)} below {self.upper} -> {self.target}"
+        below = self.upper and f" below {self.upper}"
+        return f"{':'.join(self.lowers)}{below} -> {self.target}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

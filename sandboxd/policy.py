@@ -99,6 +99,10 @@ class Root(Section, frozen=True):
 
     source: str = "host"
     """"host" (the machine's /usr and a minimal /etc) or the path of a directory."""
+    image: str = ""
+    """An image of `sandboxd image ls`, instead of `source`; "" is none."""
+    config: tuple[Literal["env", "workdir", "user"], ...] = ("env", "workdir", "user")
+    """What counts of how the image says it is to be run."""
     writable: bool = False
     """Whether the job sees a private writable copy of its root (overlay)."""
     driver: Literal["auto", "kernel", "fuse", "tmpfs"] = "auto"

@@ -12,6 +12,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -20,7 +21,7 @@ from sandboxd.cli import inputs, mounts, subtree
 from sandboxd.cli.quantities import count, cpus, or_unlimited, size, time
 from sandboxd.errors import JobError
 from sandboxd.job import Job, Terminal
-from sandboxd.policy import Identity, Limits, Mount, Policy, Section
+from sandboxd.policy import Identity, Limits, Mount, Policy, Root, Section
 
 Table = TypeVar("Table", bound=Section)
 
@@ -133,8 +134,12 @@ def _add_files(group: argparse._ArgumentGroup) -> None:
         "--writable-root", action="store_true", help="a private writable copy of the whole root"
     )
     root.add_argument("--read-only", action="store_true", help="the root cannot be written to")
-    group.add_argument(
+    what = group.add_mutually_exclusive_group()
+    what.add_argument(
         "--root", metavar="host|DIR", help="the machine's /usr, or the directory that becomes /"
+    )
+    what.add_argument(
+        "--image", metavar="NAME", help="an image (`sandboxd image ls`); CMD may be left out then"
     )
 
 
@@ -206,10 +211,17 @@ def policy(args: argparse.Namespace, base: Policy) -> Policy:
         origins["root.writable"] = "--writable-root" if args.writable_root else "--read-only"
     if args.root is not None:
         root["source"] = _root(args.root)
+        root["image"] = ""
         origins["root.source"] = "--root"
+    if args.image is not None:
+        root["image"] = args.image
+        origins["root.image"] = "--image"
+    if args.user is not None and args.user not in ("caller", "isolated"):
+        root["config"] = tuple(one for one in base.root.config if one != "user")
+        origins["root.config"] = "--user"
     if root:
         changes["root"] = _changed(base.root, **root)
-    if identity := _identity(args, base, changes.get("root", base.root).source):
+    if identity := _identity(args, base, changes.get("root", base.root)):
         changes["identity"] = _changed(base.identity, **identity)
         origins |= {f"identity.{key}": _identity_flag(args, key) for key in identity}
     if not changes:
@@ -260,7 +272,7 @@ def _root(text: str) -> str:
     return path
 
 
-def _identity(args: argparse.Namespace, base: Policy, root: str) -> dict[str, Any]:
+def _identity(args: argparse.Namespace, base: Policy, root: Root) -> dict[str, Any]:
     """Who the job is; the fields of [identity] that change."""
     found: dict[str, Any] = {}
     if args.hostname is not None:
@@ -280,7 +292,7 @@ def _identity_flag(args: argparse.Namespace, key: str) -> str:
     return "--user" if args.user is not None and key != "user" else "--user, or a writable volume"
 
 
-def _ids(text: str, identity: Identity, root: str) -> tuple[int | None, int | None]:
+def _ids(text: str, identity: Identity, root: Root) -> tuple[int | None, int | None]:
     """UID[:GID], or a name that the sandbox's /etc/passwd will know."""
     user, colon, group = text.partition(":")
     if user.isdecimal() and (group.isdecimal() if colon else True):
@@ -289,8 +301,11 @@ def _ids(text: str, identity: Identity, root: str) -> tuple[int | None, int | No
             raise JobError(f"--user {text}: ids inside are below 65536")
         return uid, gid
     names = {"root": _ROOT_IDS, "nobody": _NOBODY_IDS, identity.name: (identity.uid, identity.gid)}
-    if root != "host":
-        names |= _passwd(root)
+    if root.image:
+        names |= _passwd(_file_of_image(root.image, "etc/passwd"))
+    elif root.source != "host":
+        with suppress(OSError):
+            names |= _passwd(Path(root.source, "etc/passwd").read_text(errors="replace"))
     if colon or user not in names:
         raise JobError(
             f"--user {text}: no such user in the sandbox",
@@ -299,13 +314,16 @@ def _ids(text: str, identity: Identity, root: str) -> tuple[int | None, int | No
     return names[user]
 
 
-def _passwd(root: str) -> dict[str, tuple[int | None, int | None]]:
-    """The users of a root directory (passwd(5)) that have ids we can give."""
-    try:
-        lines = Path(root, "etc/passwd").read_text(errors="replace").splitlines()
-    except OSError:
-        return {}
-    rows = (line.split(":") for line in lines)
+def _file_of_image(name: str, path: str) -> str:
+    from sandboxd.images.store import look_up
+
+    store, record = look_up(name)
+    return store.read(record, path) or ""
+
+
+def _passwd(text: str) -> dict[str, tuple[int | None, int | None]]:
+    """The users of a passwd(5) that have ids we can give."""
+    rows = (line.split(":") for line in text.splitlines())
     return {
         row[0]: (int(row[2]), int(row[3]))
         for row in rows
@@ -317,11 +335,19 @@ def _passwd(root: str) -> dict[str, tuple[int | None, int | None]]:
 # -- the job ---------------------------------------------------------------------------------
 
 
-def argv(args: argparse.Namespace) -> list[bytes]:
-    """The program and its arguments, byte for byte as they were typed."""
+def argv(args: argparse.Namespace, root: Root) -> list[bytes]:
+    """The program and its arguments, byte for byte as they were typed; what lacks is an image's.
+
+    As docker has it: what is typed takes the place of the image's Cmd, --entrypoint that of both.
+    """
     words = args.command[1:] if args.command[:1] == ["--"] else args.command
     if args.entrypoint is not None:
-        words = [args.entrypoint, *words]
+        words = [*filter(None, [args.entrypoint]), *words]
+    elif root.image:
+        from sandboxd.images.store import look_up
+
+        meant = look_up(root.image)[1].config
+        words = [*meant.entrypoint, *(words or meant.cmd)]
     if not words:
         raise JobError("no program to run", hint="name one: sandboxd run -- python3 -c 'print(1)'")
     return [os.fsencode(word) for word in words]
@@ -339,7 +365,7 @@ def job(
         terminal = Terminal(**window())
         env.setdefault(b"TERM", os.environb.get(b"TERM", b"xterm"))
     return Job(
-        argv=argv(args),
+        argv=argv(args, wanted.root),
         policy=wanted,
         env=env,
         cwd=None if args.workdir is None else os.fsencode(os.path.join(WORK, args.workdir)),

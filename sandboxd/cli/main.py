@@ -26,6 +26,7 @@ COMMANDS: Mapping[str, str] = MappingProxyType(
         "run": "run one program in a sandbox",
         "judge": "judge submissions against a problem package",
         "plan": "show what would be done to run a program",
+        "image": "import, list, check and remove images",
         "policy": "list, show, check and explain policies",
         "doctor": "what works on this machine, and how to fix what does not",
         "setup": "what an administrator does once, shown or done",

@@ -49,7 +49,6 @@ def show(args: argparse.Namespace) -> int:
     from sandboxd.supervise.planning import planned
     from sandboxd.supervise.policies import find
 
-    flags.argv(args)  # nothing else matters if there is no program
     policy = flags.policy(args, find(args.policy))
     found = planned(flags.job(args, policy), policy, args.cgroup)
     if args.json:

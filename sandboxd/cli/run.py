@@ -135,7 +135,6 @@ def run(args: argparse.Namespace) -> int:
 def _run(args: argparse.Namespace) -> int:
     from sandboxd.supervise.policies import find
 
-    flags.argv(args)  # nothing else matters if there is no program
     if args.collect and args.collect_to is None:
         raise JobError("--collect without --collect-to", hint="say where to: --collect-to DIR")
     if args.usage_every is not None and args.json != "stream":

@@ -10,10 +10,13 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import msgspec
+
 from sandboxd import plan
 from sandboxd.compile import enforce, idmap, landlock, network, resources, rootfs, seccomp
 from sandboxd.errors import HostError
 from sandboxd.host import Host
+from sandboxd.image import Config, Image
 from sandboxd.job import Job
 from sandboxd.plan import ExecPlan, Plan, SetupPlan, Step, TenantPlan
 from sandboxd.policy import Policy
@@ -42,6 +45,9 @@ class Compiled:
     enforcement: dict[str, str]
     degraded: tuple[tuple[str, str], ...]
     root_driver: str
+    image: Image | None
+    first_job_uid: int
+    """The lowest uid of the tenant's for runs to have as their own."""
 
 
 def compile_policy(policy: Policy, host: Host) -> Compiled:
@@ -54,12 +60,14 @@ def compile_policy(policy: Policy, host: Host) -> Compiled:
         raise HostError("user_namespaces", f"no user namespace can be made here: {reason}",
                         hint="run `sandboxd doctor`")  # fmt: skip
     ids = idmap.tenant_ids(host)
+    image = host.image if policy.root.image else None
+    asked, policy = policy, with_user(policy, image)
     setup = setup_plan(policy, host)
     found = enforce.judge(policy, host, ids, setup)
     enforce.check_required(policy, host, found)
     cpu_sets = resources.cpu_sets(policy, host)
     return Compiled(
-        policy=policy,
+        policy=asked,
         tenant=tenant_plan(policy, host),
         setup=setup,
         network=network.network_plan(),
@@ -70,6 +78,8 @@ def compile_policy(policy: Policy, host: Host) -> Compiled:
         enforcement=found.enforcement,
         degraded=found.degraded,
         root_driver=rootfs.driver(policy, host),
+        image=image,
+        first_job_uid=idmap.first_job_uid(host, ids),
     )
 
 
@@ -102,6 +112,15 @@ def tenant_plan(policy: Policy, host: Host) -> TenantPlan:
         base, _ = seccomp.layers(policy.syscalls, host.arch)
         steps += [plan.Filter(program=one, why=policy.origin("syscalls")) for one in base]
     return TenantPlan(ids=ids, steps=tuple(steps))
+
+
+def with_user(policy: Policy, image: Image | None) -> Policy:
+    """The policy with the ids that an image means its program to be seen with."""
+    config = image.config if image is not None else Config()
+    if config.uid is None or "user" not in policy.root.config:
+        return policy
+    identity = msgspec.structs.replace(policy.identity, uid=config.uid, gid=config.gid)
+    return msgspec.structs.replace(policy, identity=identity)
 
 
 def setup_plan(policy: Policy, host: Host) -> SetupPlan:
@@ -156,12 +175,15 @@ def setup_plan(policy: Policy, host: Host) -> SetupPlan:
 def exec_plan(job: Job, compiled: Compiled, environ: Mapping[bytes, bytes]) -> ExecPlan:
     """What is done for one job in a sandbox that is ready."""
     policy = compiled.policy
-    env = environment(job, policy, environ)
+    meant = compiled.image.config if compiled.image else Config()
+    wanted = policy.root.config
+    env = environment(job, policy, environ, meant.env if "env" in wanted else ())
     argv = tuple(os.fsencode(word) for word in job.argv)
     steps: list[Step] = []
     if job.files or job.collect:
         steps.append(plan.ShareFiles(directory="/box", wait=bool(job.files), why="files"))
-    cwd = b"/box" if job.cwd is None else os.fsencode(job.cwd)
+    home = meant.cwd if "workdir" in wanted and meant.cwd is not None else "/box"
+    cwd = os.fsencode(home if job.cwd is None else job.cwd)
     steps.append(plan.ChangeDir(path=cwd, why="cwd"))
     steps.append(
         plan.Exec(
@@ -177,13 +199,18 @@ def exec_plan(job: Job, compiled: Compiled, environ: Mapping[bytes, bytes]) -> E
     return ExecPlan(steps=tuple(steps))
 
 
-def environment(job: Job, policy: Policy, environ: Mapping[bytes, bytes]) -> dict[bytes, bytes]:
-    """The job's environment: what the policy inherits, then what it sets, then the job's own."""
+def environment(
+    job: Job,
+    policy: Policy,
+    environ: Mapping[bytes, bytes],
+    meant: tuple[tuple[str, str], ...] = (),
+) -> dict[bytes, bytes]:
+    """What the policy inherits, what it sets, what the image means (`meant`), the job's own."""
     env: dict[bytes, bytes] = {}
     for inherited in map(os.fsencode, policy.environment.inherit):
         if inherited in environ:
             env[inherited] = environ[inherited]
-    for key, text in (*policy.environment.set.items(), *job.env.items()):
+    for key, text in (*policy.environment.set.items(), *meant, *job.env.items()):
         env[encoded(key)] = encoded(text)
     return env
 

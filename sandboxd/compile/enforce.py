@@ -81,6 +81,8 @@ def _asks(policy: Policy, what: str) -> bool:
 
 def _root(policy: Policy, host: Host) -> str:
     how = rootfs.driver(policy, host)
+    if how == "shared" and policy.root.image:
+        how = "kernel"
     return {"shared": "host:read-only", "kernel": "overlay:kernel", "fuse": "overlay:fuse",
             "tmpfs": "tmpfs and binds"}[how]  # fmt: skip
 
@@ -103,8 +105,10 @@ def _degraded(policy: Policy, host: Host, says: dict[str, str]) -> list[tuple[st
         found.append(("landlock", why))
     if says["root"] == "overlay:fuse" and policy.limits.disk is not None:
         found.append(("disk", "a root by fuse-overlayfs has the limit once more, not counted"))
-    if not rootfs.is_shared(policy) and says["root"] == "tmpfs and binds":
+    if not rootfs.is_shared(policy, host) and says["root"] == "tmpfs and binds":
         found.append(("root", notes.get("overlay", "no overlay works here: lower files read-only")))
+    if policy.root.image and host.image is not None:
+        found += [("image", note) for note in host.image.notes]
     return found
 
 

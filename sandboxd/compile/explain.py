@@ -224,6 +224,9 @@ MEANINGS: Mapping[str, str | Callable[[Any], str]] = MappingProxyType(
         ),
         "resources.io": "io.max of the run's cgroup",
         "root.source": _source,
+        "root.image": "its layers are overlaid: in the template, once, if no run writes to them",
+        "root.config": "env: its variables over the policy's; workdir: where a program starts;"
+        " user: the ids seen inside",
         "root.writable": _choice(
             true="an overlay whose upper layer lies on the run's own tmpfs",
             false="every mount is MOUNT_ATTR_RDONLY; /box, /tmp and /dev/shm are writable",

@@ -10,6 +10,8 @@ from sandboxd.policy import Identity
 DEFAULT_UID = 1000
 """What a job is seen as where it cannot have a uid of its own."""
 MAP_SIZE = 65536
+_ROOM = 2 * plan.FIRST_JOB_UID
+"""As many ids are left for runs, at least."""
 
 
 def tenant_ids(host: Host) -> IdMap:
@@ -32,6 +34,17 @@ def tenant_ids(host: Host) -> IdMap:
             gids=((0, host.gid, 1), (1, host.subgid.start, count)),
         )
     return IdMap(writer="self", uids=((0, host.uid, 1),), gids=((0, host.gid, 1),))
+
+
+def first_job_uid(host: Host, ids: IdMap) -> int:
+    """The lowest uid of the tenant's that runs have for their own.
+
+    Above all owners of an image, if there is room, so that no run owns by chance what another
+    would not.
+    """
+    highest = host.image.highest_id if host.image is not None else 0
+    first = max(plan.FIRST_JOB_UID, highest + 1)
+    return first if plan.FIRST_JOB_UID + ids.job_uids - first >= _ROOM else plan.FIRST_JOB_UID
 
 
 def own_uid(identity: Identity, ids: IdMap) -> bool:

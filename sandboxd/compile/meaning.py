@@ -55,6 +55,8 @@ def _root(root: Mapping[str, Any]) -> Iterator[Found]:
     if source != "host" and not source.startswith("/"):
         hint = '"host", or the absolute path of a directory'
         yield "root.source", f"{source!r} is not absolute", hint
+    if root.get("image") and source != "host":
+        yield "root.image", "there is a source, too", "a root is one of the two"
     for at, name in _entries(root, "etc"):
         if not _is_below(name):
             yield f"root.etc[{at}]", f"{name!r} is no name below /etc", "e.g. localtime, ssl/certs"

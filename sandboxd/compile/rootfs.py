@@ -28,6 +28,8 @@ PRIVATE = (WORK, "/tmp", "/dev/shm")
 """Places of a sandbox's own, which hide what the template has there."""
 SHELF = "/.mounts"
 """Where binds below a private place wait in the template, by number, for each sandbox."""
+NOTHING = f"{SHELF}/nothing"
+"""An empty directory, where the template has an image's own EMPTY."""
 MERGED = ("bin", "sbin", "lib", "lib64", "lib32", "libx32")
 DIRS = ("usr", "etc", "dev", "dev/shm", "proc", "tmp", "box", "run", "var", "home", "root", "mnt")
 LINKS = (
@@ -57,15 +59,40 @@ class _Piece:
     """Shown through the overlay, where there is one."""
 
 
-def is_shared(policy: Policy) -> bool:
-    """Whether the template itself serves as every job's root."""
-    return policy.root.source == "host" and not policy.root.writable
+def of_host(policy: Policy) -> bool:
+    """Whether the root is made of the host's own directories."""
+    return policy.root.source == "host" and not policy.root.image
+
+
+def is_shared(policy: Policy, host: Host) -> bool:
+    """Whether the template itself serves as every job's root.
+
+    The layers of an image can be put together in the template as well, by one overlay for all. But
+    then nothing can be made in it to mount on, so mounts outside of the private places want a root
+    for each sandbox.
+    """
+    if policy.root.writable:
+        return False
+    if of_host(policy):
+        return True
+    on_top = any(not _is_private(mount.target) for mount in policy.mounts)
+    wanted = policy.root.driver in ("auto", "kernel")
+    return bool(policy.root.image) and not on_top and wanted and host.overlay
 
 
 def driver(policy: Policy, host: Host) -> str:
     """How the root is layered: "shared", "kernel", "fuse" or "tmpfs"; HostError if impossible."""
-    if is_shared(policy):
+    if is_shared(policy, host):
         return "shared"
+    how = _layered_by(policy, host)
+    if how == "tmpfs" and len(lowers(policy, host)) > 1:
+        raise HostError("overlay", f"{policy.origin('root.image')}: its layers need an overlay: "
+                        + host.fault_notes.get("overlay", "the policy wants none"),
+                        hint="install fuse-overlayfs, or flatten the image")  # fmt: skip
+    return how
+
+
+def _layered_by(policy: Policy, host: Host) -> str:
     wanted = policy.root.driver
     where = policy.origin("root.driver")
     if wanted == "kernel" and not host.overlay:
@@ -81,9 +108,21 @@ def driver(policy: Policy, host: Host) -> str:
     return "kernel" if host.overlay else "fuse" if host.fuse_overlayfs else "tmpfs"
 
 
-def lowers(policy: Policy) -> tuple[tuple[str, str], ...]:
-    """What a layered root overlays: (host directory, place in the root)."""
-    return (("/usr", "/usr"),) if policy.root.source == "host" else ((policy.root.source, "/"),)
+def lowers(policy: Policy, host: Host) -> tuple[str, ...]:
+    """The directories of the host that a layered root overlays, the topmost first."""
+    if policy.root.image:
+        if host.image is None:
+            raise HostError("image", f"{policy.origin('root.image')}: image {policy.root.image!r} "
+                            "was not looked up")  # fmt: skip
+        return host.image.layers
+    return ("/usr",) if policy.root.source == "host" else (policy.root.source,)
+
+
+def _lower_places(policy: Policy, host: Host) -> tuple[str, ...]:
+    """Where they are in the template."""
+    if policy.root.image:
+        return tuple(f"{LOWER}/{number}" for number in range(len(lowers(policy, host))))
+    return ("/usr",) if policy.root.source == "host" else (LOWER,)
 
 
 # -- the template ----------------------------------------------------------------------------
@@ -91,6 +130,8 @@ def lowers(policy: Policy) -> tuple[tuple[str, str], ...]:
 
 def template(policy: Policy, host: Host) -> tuple[Step, ...]:
     """The steps that build the root all sandboxes of a tenant start from."""
+    if policy.root.image and is_shared(policy, host):
+        return _image_template(policy, host)
     pieces = _pieces(policy, host)
     why = policy.origin("root.source")
     steps: list[Step] = [
@@ -102,21 +143,16 @@ def template(policy: Policy, host: Host) -> tuple[Step, ...]:
     ]  # fmt: skip
     steps.append(plan.Tmpfs(target=NEW, size=4 << 20, why=why))
     steps += [plan.MakeDir(path=f"{NEW}/{name}", why=why) for name in DIRS]
-    if policy.root.source != "host":
-        steps.append(plan.MakeDir(path=NEW + LOWER, why=why))
-    if policy.root.source == "host":
+    if of_host(policy):
         steps += _host_links(NEW, host, why)
+    else:
+        steps.append(plan.MakeDir(path=NEW + LOWER, why=why))
     steps += _etc_files(NEW, policy)
     steps += [plan.Symlink(path=f"{NEW}/dev/{name}", to=to, why=why) for name, to in LINKS]
     for slot, piece in enumerate(pieces):
         target = NEW + _template_place(piece, slot)
         steps += _mount_point(target, piece.directory, piece.why)
-        steps.append(
-            plan.Attach(
-                slot=slot, source=piece.source, target=target, why=piece.why,
-                attributes=piece.attributes, optional=piece.optional, recursive=piece.recursive,
-            )
-        )  # fmt: skip
+        steps.append(_attach(slot, piece, target))
     for mount in _tmpfs_mounts(policy):
         if not _is_private(mount.target):
             steps += _mount_point(NEW + mount.target, True, policy.origin("mounts"))
@@ -126,6 +162,54 @@ def template(policy: Policy, host: Host) -> tuple[Step, ...]:
         plan.Restrict(path="/", why="a writable template would join the jobs"),
     ]
     return tuple(steps)
+
+
+def _image_template(policy: Policy, host: Host) -> tuple[Step, ...]:
+    """The same with the root put together of an image's layers, once for all sandboxes.
+
+    One overlay, and all of it read-only: on top what must be ours, whatever the image has there;
+    at the bottom the places that a root is expected to have. No link of the image's is followed:
+    what is mounted on are directories of the top.
+    """
+    pieces = _pieces(policy, host)
+    why = policy.origin("root.image")
+    top, bottom, root = f"{NEW}/top", f"{NEW}/bottom", f"{NEW}/root"
+    steps: list[Step] = [
+        plan.OpenTree(source=piece.source, slot=slot, optional=piece.optional,
+                      recursive=piece.recursive, why=piece.why)
+        for slot, piece in enumerate(pieces)
+    ]  # fmt: skip
+    steps.append(plan.Tmpfs(target=NEW, size=4 << 20, why=why))
+    steps += [plan.MakeDir(path=path, why=why) for path in (top, bottom, root, NEW + LOWER)]
+    ours = ("etc", "dev", "dev/shm", "proc", "tmp", "box", SHELF[1:], NOTHING[1:])
+    steps += [plan.MakeDir(path=f"{top}/{name}", why=why) for name in ours]
+    steps += [plan.MakeDir(path=f"{bottom}/{name}", why=why) for name in DIRS if name not in ours]
+    steps += _etc_files(top, policy)
+    steps += [plan.Symlink(path=f"{top}/dev/{name}", to=to, why=why) for name, to in LINKS]
+    above = [(slot, piece) for slot, piece in enumerate(pieces) if not piece.layered]
+    for slot, piece in enumerate(pieces):
+        if piece.layered:
+            steps.append(plan.MakeDir(path=NEW + piece.target, why=why))
+            steps.append(_attach(slot, piece, NEW + piece.target))
+    for slot, piece in above:
+        steps += _mount_point(top + _template_place(piece, slot), piece.directory, piece.why)
+    layers = tuple(NEW + place for place in _lower_places(policy, host))
+    steps.append(plan.Overlay(target=root, lowers=(top, *layers, bottom), why=why))
+    for slot, piece in above:
+        steps.append(_attach(slot, piece, root + _template_place(piece, slot)))
+    steps += [
+        plan.Proc(target=f"{root}/proc", why="needed to mount /proc in sandboxes"),
+        plan.Pivot(root=root, why=why),
+        plan.Restrict(path="/", why="a writable template would join the jobs"),
+    ]
+    return tuple(steps)
+
+
+def _attach(slot: int, piece: _Piece, target: str) -> Step:
+    return plan.Attach(
+        slot=slot, source=piece.source, target=target, why=piece.why,
+        attributes=piece.attributes, optional=piece.optional, recursive=piece.recursive,
+    )  # fmt: skip
 
 
 def _is_private(target: str) -> bool:
@@ -139,7 +223,7 @@ def _template_place(piece: _Piece, slot: int) -> str:
 def _pieces(policy: Policy, host: Host) -> list[_Piece]:
     why = policy.origin("root.source")
     pieces: list[_Piece] = []
-    if policy.root.source == "host":
+    if of_host(policy):
         roots = ["usr", *(name for name in MERGED if name in host.root_dirs)]
         pieces += [
             _Piece(f"/{name}", f"/{name}", READ_ONLY, True, why, layered=name == "usr")
@@ -152,7 +236,11 @@ def _pieces(policy: Policy, host: Host) -> list[_Piece]:
             if name in host.etc_entries
         ]  # fmt: skip
     else:
-        pieces.append(_Piece(policy.root.source, LOWER, READ_ONLY, True, why, layered=True))
+        whole = not policy.root.image  # a layer is one directory, a root may be several mounts
+        pieces += [
+            _Piece(source, place, READ_ONLY, True, why, recursive=whole, layered=True)
+            for source, place in zip(lowers(policy, host), _lower_places(policy, host), strict=True)
+        ]
     # Read-only: a device can be written through all the same, but its times are the host's.
     device = Attributes.RDONLY | Attributes.NOSUID | Attributes.NOEXEC
     pieces += [
@@ -197,7 +285,7 @@ def _etc_files(root: str, policy: Policy) -> list[Step]:
         "hostname": f"{identity.hostname}\n",
         "resolv.conf": "",
     }
-    if policy.root.source == "host":
+    if of_host(policy):
         files["passwd"] = f"{others}{user}nobody:x:65534:65534::/:/bin/false\n"
         root_group = "" if gid == 0 else "root:x:0:\n"
         files["group"] = f"{root_group}{identity.name}:x:{gid}:\nnogroup:x:65534:\n"
@@ -215,7 +303,7 @@ def _etc_files(root: str, policy: Policy) -> list[Step]:
 
 def sandbox(policy: Policy, host: Host, fuse_descriptors: int | None) -> tuple[Step, ...]:
     """The steps each sandbox adds: its own writable places, its /proc, its layered root."""
-    layered = not is_shared(policy)
+    layered = not is_shared(policy, host)
     root = f"{NEW}/root" if layered else ""
     steps = _private_area(policy, layered)
     if layered:
@@ -286,17 +374,18 @@ def _layers(policy: Policy, host: Host, root: str, fuse_first: int | None) -> li
     why = policy.origin("root")
     how = driver(policy, host)
     steps: list[Step] = []
-    if policy.root.source == "host":
+    lower = _lower_places(policy, host)
+    if of_host(policy):
         steps.append(plan.Bind(source=root, target=root, attributes=SAFE, why=why))
         for name in DIRS:
             own = policy.root.writable and name not in ("usr", "dev", "dev/shm", "proc")
             steps.append(plan.MakeDir(path=f"{root}/{name}", for_job=own, why=why))
         # First: the sidecar's descriptor is closed with the strays of the next file written.
-        steps += _layer(how, "/usr", f"{root}/usr", "usr", fuse_first, why)
+        steps += _layer(how, lower, f"{root}/usr", "usr", fuse_first, why)
         steps += _host_links(root, host, why)
         steps += _etc_files(root, policy)
     else:
-        steps += _layer(how, LOWER, root, "", fuse_first, why)
+        steps += _layer(how, lower, root, "", fuse_first, why)
         if how != "tmpfs":
             steps += [plan.MakeDir(path=f"{root}/{name}", why=why) for name in DIRS]
             steps += _etc_files(root, policy)
@@ -314,17 +403,18 @@ def _layers(policy: Policy, host: Host, root: str, fuse_first: int | None) -> li
 
 
 def _layer(
-    how: str, lower: str, target: str, name: str, fuse_first: int | None, why: str
+    how: str, lower: tuple[str, ...], target: str, name: str, fuse_first: int | None, why: str
 ) -> list[Step]:
     suffix = f"/{name}" if name else ""
     if how == "kernel":
         return [
-            plan.Overlay(target=target, lowers=(lower,), upper=f"{NEW}/upper{suffix}",
+            plan.Overlay(target=target, lowers=lower, upper=f"{NEW}/upper{suffix}",
                          work=f"{NEW}/work{suffix}", why=why)
         ]  # fmt: skip
     if how == "fuse" and fuse_first is not None:
-        return [plan.AttachReceived(descriptor=fuse_first, target=target, source=lower, why=why)]
-    return [plan.Bind(source=lower, target=target, recursive=True, why=why)]
+        return [plan.AttachReceived(descriptor=fuse_first, target=target, source=":".join(lower),
+                                    why=why)]  # fmt: skip
+    return [plan.Bind(source=lower[0], target=target, recursive=True, why=why)]
 
 
 def _tmpfs_mounts(policy: Policy) -> list[Mount]:
@@ -353,7 +443,8 @@ def _proc(policy: Policy, host: Host, root: str) -> list[Step]:
         return steps
     for name in MASKED:
         if name in host.proc_entries:
-            source = EMPTY if name in DIRECTORIES_OF_PROC else "/dev/null"
+            empty = NOTHING if policy.root.image and is_shared(policy, host) else EMPTY
+            source = empty if name in DIRECTORIES_OF_PROC else "/dev/null"
             steps.append(plan.Bind(source=source, target=f"{root}/proc/{name}", why=why,
                                    attributes=Attributes.NONE))  # fmt: skip
     steps.append(plan.Bind(source=f"{root}/proc/sys", target=f"{root}/proc/sys", why=why))

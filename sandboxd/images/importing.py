@@ -5,18 +5,15 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import BinaryIO
 
 import msgspec
 
 from sandboxd.errors import ImageError
-from sandboxd.image import Config
 from sandboxd.images import archive, manifests
 from sandboxd.images.archive import Files, Layer, Read
 from sandboxd.images.manifests import Found
@@ -24,10 +21,8 @@ from sandboxd.images.records import ImageRecord, LayerRecord
 from sandboxd.images.store import Store, check_name, ids_tag
 from sandboxd.images.streams import PIECE, plain
 from sandboxd.images.unpacking import Limits, Unpacker, open_unpacker
-from sandboxd.linux.paths import open_beneath
 from sandboxd.plan import IdMap
 
-MOST_PASSWD = 1 << 20
 _HIGHEST_ID = 65535
 
 
@@ -112,12 +107,13 @@ class Taking:
                 with reader() as read:
                     layer = self._unpack(read, blob.digest, blob.diff_id)
             layers.append(layer)
-        how = self._with_ids(manifests.how_to_run(image.config), layers)
+        how = manifests.how_to_run(image.config)
         record = ImageRecord(
             name=names[0], id=image.id, layers=tuple(one.diff_id for one in layers), config=how,
             architecture=image.config.architecture, created=image.config.created or "",
             source=source, imported=time.time(),
         )  # fmt: skip
+        record = self._with_ids(record)
         for name in names:
             self._store.keep_image(msgspec.structs.replace(record, name=name))
         return Imported(record, tuple(layers), self._new)
@@ -174,33 +170,28 @@ class Taking:
 
     # -- who the program is to be
 
-    def _with_ids(self, config: Config, layers: list[LayerRecord]) -> Config:
-        """The ids of its user, by the image's own files where it is a name."""
-        if not config.user:
-            return config
-        user, _, group = config.user.partition(":")
-        row = self._row("etc/passwd", user, layers)
+    def _with_ids(self, record: ImageRecord) -> ImageRecord:
+        """With the ids of its user, by the image's own files where it is a name."""
+        if not record.config.user:
+            return record
+        user, _, group = record.config.user.partition(":")
+        row = self._row(record, "etc/passwd", user)
         uid = _number([user], 0) if user.isdecimal() else _number(row, 2)
-        gid = _number(row, 3) if not group else None
         if group:
-            found = self._row("etc/group", group, layers)
+            found = self._row(record, "etc/group", group)
             gid = _number([group], 0) if group.isdecimal() else _number(found, 2)
-        elif gid is None and uid is not None:
-            gid = 0  # as docker has it for a number that is in no passwd
+        else:
+            gid = _number(row, 3) if row else 0  # as docker has it for a number without a line
         if uid is None or gid is None or max(uid, gid) > _HIGHEST_ID:
-            return config
-        return dataclasses.replace(config, uid=uid, gid=gid)
+            return record
+        config = dataclasses.replace(record.config, uid=uid, gid=gid)
+        return msgspec.structs.replace(record, config=config)
 
-    def _row(self, path: str, key: str, layers: list[LayerRecord]) -> list[str]:
-        """The line of passwd(5) or group(5) with this name, or this number for a user."""
-        for layer in reversed(layers):
-            place = self._store.layer(layer.diff_id, self._tag)
-            text = _small_file(place[0] / "root", path) if place else None
-            if text is None:
-                continue
-            rows = [line.split(":") for line in text.splitlines()]
-            return next((row for row in rows if key in (row[0], *row[2:3])), [])
-        return []
+    def _row(self, record: ImageRecord, path: str, key: str) -> list[str]:
+        """The line of passwd(5) or group(5) that has this name, or this number."""
+        text = self._store.read(record, path) or ""
+        rows = [line.split(":") for line in text.splitlines()]
+        return next((row for row in rows if key in (row[0], *row[2:3])), [])
 
 
 def _compare(what: str, found: str, wanted: str | None) -> None:
@@ -212,21 +203,3 @@ def _compare(what: str, found: str, wanted: str | None) -> None:
 def _number(row: list[str], place: int) -> int | None:
     text = row[place] if len(row) > place else ""
     return int(text) if text.isdecimal() and len(text) < 10 else None
-
-
-def _small_file(root: Path, path: str) -> str | None:
-    """A file of a layer, through no link; None if it is not there or not for us to read."""
-    try:
-        folder = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError:
-        return None
-    try:
-        opened = open_beneath(folder, path.encode(), os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
-    except OSError:
-        return None
-    finally:
-        os.close(folder)
-    with os.fdopen(opened, "rb") as file:
-        if not stat.S_ISREG(os.fstat(opened).st_mode):
-            return None
-        return file.read(MOST_PASSWD).decode(errors="replace")

@@ -23,6 +23,7 @@ import hashlib
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ from sandboxd.errors import HostError, ImageError
 from sandboxd.image import Image
 from sandboxd.images.records import ImageRecord, LayerRecord, decode, encode
 from sandboxd.images.unpacking import Unpacker
+from sandboxd.linux.paths import open_beneath
 from sandboxd.plan import IdMap
 
 SYSTEM = Path("/var/lib/sandboxd/images")
@@ -42,6 +44,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(?::[0-9]+)?(?:/[A-Za-z0-9][A-Za-
 _LONGEST_NAME = 160
 _SHORTEST_ID = 7
 _ID = re.compile(r"(?:sha256:)?([0-9a-f]{7,64})")
+_MOST_TEXT = 1 << 20
 _MOST_RECORD = 1 << 24
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -132,6 +135,15 @@ class Store:
         with suppress(OSError):
             return sorted(one for one in self._layers.iterdir() if not one.name.startswith("."))
         return []
+
+    def read(self, record: ImageRecord, path: str) -> str | None:
+        """A small text file of an image, through no link; None if it has none that we may read."""
+        for diff_id in reversed(record.layers):
+            if (layer := self.layer(diff_id, "")) is not None:
+                text = _small_file(layer[0] / "root", path)
+                if text is not None:
+                    return text
+        return None
 
     def image(self, record: ImageRecord, tag: str) -> Image:
         """What a sandbox needs to know of an image; ImageError if one of its layers lacks."""
@@ -308,6 +320,19 @@ def _opened(folder: Path, more: int = 0) -> Iterator[int]:
         os.close(opened)
 
 
+def _small_file(root: Path, path: str) -> str | None:
+    try:
+        with _opened(root, os.O_PATH) as folder:
+            flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW
+            opened = open_beneath(folder, path.encode(), flags)
+    except OSError:
+        return None
+    with os.fdopen(opened, "rb") as file:
+        if not stat.S_ISREG(os.fstat(opened).st_mode):
+            return None
+        return file.read(_MOST_TEXT).decode(errors="replace")
+
+
 def _notes(record: ImageRecord, layers: list[LayerRecord], tag: str) -> Iterator[str]:
     if any(layer.ids != tag for layer in layers):
         yield "unpacked for other ids than ours: its files are nobody's, and read as by others"
@@ -322,10 +347,16 @@ def _notes(record: ImageRecord, layers: list[LayerRecord], tag: str) -> Iterator
 
 def find(name: str, ids: IdMap) -> Image:
     """An image by name or id, of the caller's store or the machine's."""
+    store, record = look_up(name)
+    return store.image(record, ids_tag(ids))
+
+
+def look_up(name: str) -> tuple[Store, ImageRecord]:
+    """Where it is and what is known about it."""
     for place in places():
         store = Store(place)
         if (record := store.find(name)) is not None:
-            return store.image(record, ids_tag(ids))
+            return store, record
     known = [one.name for place in places() for one in Store(place).images()]
     there = f"there are: {', '.join(known[:20])}" if known else "there is none yet"
     raise ImageError(f"no image {name!r}", hint=f"{there}; `sandboxd image import` makes one")

@@ -193,6 +193,8 @@ def check_available(language: Language, compiling: Policy, running: Policy) -> N
 
 
 def _visible(tool: str, policy: Policy) -> bool:
+    if policy.root.image:
+        return True  # whether it is in there execve(2) says
     path = policy.environment.set.get("PATH", PATH)
     for folder in path.split(":"):
         found = _on_host(PurePosixPath(folder) / tool, policy)

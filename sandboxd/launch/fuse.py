@@ -31,12 +31,12 @@ AREA = "/tmp"  # in a mount namespace of our own
 
 
 def main(number: int, namespace: int, words: list[str]) -> NoReturn:
-    """words: the program, the lower directory, the size and the inodes of the upper ("" is any)."""
-    program, lower, size, inodes = words
+    """words: program, size and inodes of the upper ("" is any), lowers, the topmost first."""
+    program, size, inodes, *lowers = words
     link = socket.socket(fileno=number)
     server: subprocess.Popen[bytes] | None = None
     try:
-        server = _mount(program, lower, size, inodes, namespace)
+        server = _mount(program, lowers, _options(size, inodes), namespace)
         rights = array.array("i", [mount.open_tree(f"{AREA}/root")])
         link.sendmsg([READY], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
         link.recv(1)  # only ever the end
@@ -49,8 +49,14 @@ def main(number: int, namespace: int, words: list[str]) -> NoReturn:
     os._exit(0)
 
 
+def _options(size: str, inodes: str) -> str:
+    """Of the tmpfs that the upper lies on."""
+    said = [("size", size), ("nr_inodes", inodes)]
+    return ",".join(["mode=755", *(f"{name}={value}" for name, value in said if value)])
+
+
 def _mount(
-    program: str, lower: str, size: str, inodes: str, namespace: int
+    program: str, lowers: list[str], options: str, namespace: int
 ) -> subprocess.Popen[bytes]:
     if namespace >= 0:
         join(namespace, CLONE_NEWUSER)
@@ -60,15 +66,16 @@ def _mount(
     die_with_parent(signal.SIGKILL)
     mount.mount("", "/", "", mount.MS_REC | mount.MS_PRIVATE)
     # In this mount namespace, or it could not be bound; and before anything hides it.
-    source = os.open(lower, os.O_PATH | os.O_DIRECTORY)
-    options = ["mode=755", *(f"size={size}" for _ in [0] if size),
-               *(f"nr_inodes={inodes}" for _ in [0] if inodes)]  # fmt: skip
-    mount.mount("tmpfs", AREA, "tmpfs", mount.MS_NOSUID | mount.MS_NODEV, ",".join(options))
+    sources = [os.open(lower, os.O_PATH | os.O_DIRECTORY) for lower in lowers]
+    mount.mount("tmpfs", AREA, "tmpfs", mount.MS_NOSUID | mount.MS_NODEV, options)
     for name in ("upper", "work", "root", "lower"):
         os.mkdir(f"{AREA}/{name}")
-    mount.mount(f"/proc/self/fd/{source}", f"{AREA}/lower", "", mount.MS_BIND | mount.MS_REC)
-    os.close(source)
-    words = f"lowerdir={AREA}/lower,upperdir={AREA}/upper,workdir={AREA}/work"
+    places = [f"{AREA}/lower/{number}" for number in range(len(sources))]
+    for source, place in zip(sources, places, strict=True):
+        os.mkdir(place)
+        mount.mount(f"/proc/self/fd/{source}", place, "", mount.MS_BIND | mount.MS_REC)
+        os.close(source)
+    words = f"lowerdir={':'.join(places)},upperdir={AREA}/upper,workdir={AREA}/work"
     server = subprocess.Popen(
         [program, "-f", "-o", words, f"{AREA}/root"],
         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,

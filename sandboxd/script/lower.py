@@ -219,7 +219,9 @@ def _restrict(w: Writer, step: plan.Restrict) -> None:
 def _overlay(w: Writer, step: plan.Overlay) -> None:
     name = w.path("overlay")
     lowers = ":".join(lower.replace("\\", "\\\\").replace(":", "\\:") for lower in step.lowers)
-    data = f"lowerdir={lowers},upperdir={step.upper},workdir={step.work},userxattr"
+    data = f"lowerdir={lowers},userxattr"
+    if step.upper:
+        data += f",upperdir={step.upper},workdir={step.work}"
     flags = MS_NOSUID | MS_NODEV
     w.call("mount", name, w.path(step.target), name, flags, w.path(data))
 

@@ -44,11 +44,11 @@ def start(command: list[str], keep: tuple[int, ...]) -> subprocess.Popen[bytes]:
 
 
 async def open_fuse_root(tenant: Tenant, prepared: Prepared) -> FuseRoot:
-    """Mount a fresh overlay over the policy's lower directory, in the tenant's user namespace."""
+    """Mount a fresh overlay over the policy's lower directories, in the tenant's user namespace."""
     policy, host = prepared.compiled.policy, prepared.host
-    lower = rootfs.lowers(policy)[0][0]
+    lowers = rootfs.lowers(policy, host)
     limits = [policy.limits.disk, policy.limits.inodes]
-    words = [host.fuse_overlayfs or "", lower, *("" if n is None else str(n) for n in limits)]
+    words = [host.fuse_overlayfs or "", *("" if n is None else str(n) for n in limits), *lowers]
     with Descriptors() as fds:
         namespace = fds.own(os.open(tenant.user_namespace(), os.O_RDONLY | os.O_CLOEXEC))
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)

@@ -14,9 +14,11 @@ import trio
 
 from sandboxd import plan
 from sandboxd.compile import build
+from sandboxd.compile.idmap import tenant_ids
 from sandboxd.compile.load import tighten
 from sandboxd.errors import InternalError, JobError, LaunchError, SandboxError
 from sandboxd.host import Host
+from sandboxd.images.store import find, using
 from sandboxd.job import Job
 from sandboxd.policy import Policy
 from sandboxd.result import Event, Result
@@ -345,6 +347,8 @@ class Runner:
             if home.tenant is not None and home.tenant.dead:
                 await self._leave(home)
             if home.tenant is None:
+                if (image := kept.prepared.host.image) is not None:
+                    home.stack.enter_context(using(image))
                 opened = open_tenant(kept.prepared.compiled, self.host, self._cgroups)
                 home.tenant = await home.stack.enter_async_context(opened)
             return home.tenant
@@ -384,7 +388,9 @@ def _forwarding(run: Run | None) -> Emit | None:
 
 
 def host_for(policy: Policy, host: Host) -> Host:
-    """The host with what a policy's bind sources are, and what lies deeper in /etc."""
+    """The host with what a policy's bind sources are, what lies deeper in /etc, and its image."""
+    if policy.root.image:
+        host = dataclasses.replace(host, image=find(policy.root.image, tenant_ids(host)))
     inner = {name for name in policy.root.etc if "/" in name} - host.etc_entries.keys()
     for name in sorted(inner):
         if kind := kinds(Path("/etc", name).parent).get(name.rpartition("/")[2]):

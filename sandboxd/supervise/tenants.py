@@ -55,8 +55,8 @@ class Tenant:
         self._listening: trio.CancelScope | None = None
         self._networks: list[int] = []
         self._lent: set[int] = set()
-        first = plan.FIRST_JOB_UID
-        last = min(first + compiled.tenant.ids.job_uids, 60000)
+        first = compiled.first_job_uid
+        last = min(plan.FIRST_JOB_UID + compiled.tenant.ids.job_uids, 60000)
         self._uids = deque(range(first, last))
 
     def user_namespace(self) -> str:

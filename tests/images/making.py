@@ -7,6 +7,9 @@ import hashlib
 import io
 import json
 import os
+import re
+import shutil
+import subprocess
 import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -80,11 +83,16 @@ def sha256(data: bytes) -> str:
     return "sha256:" + hashlib.sha256(data).hexdigest()
 
 
+def _of_root(entry: tarfile.TarInfo) -> tarfile.TarInfo:
+    entry.uid = entry.gid = 0
+    return entry
+
+
 def tarball(top: Path) -> bytes:
     """A directory as a tar archive, as an honest program writes it."""
     data = io.BytesIO()
     with tarfile.open(fileobj=data, mode="w") as archive:
-        archive.add(top, ".", filter=lambda one: one.replace(uid=0, gid=0, deep=False))
+        archive.add(top, ".", filter=_of_root)
     return data.getvalue()
 
 
@@ -159,3 +167,27 @@ def take(place: Store, data: bytes, limits: Limits = SMALL, name: str = "made") 
     """Import bytes as they would come through a pipe."""
     (imported,) = import_image(place, io.BytesIO(data), name, ids(), limits)
     return imported
+
+
+# -- images that run ---------------------------------------------------------------------------
+
+PROGRAMS = ("sh", "cat", "ls", "stat", "id", "env", "touch", "rm", "mkdir", "mv", "ln", "true")
+
+
+def system(top: Path, programs: tuple[str, ...] = PROGRAMS) -> Path:
+    """A small root: these programs of the host with the libraries they are linked with."""
+    for name in ("usr/bin", "etc", "home/app", "srv"):
+        (top / name).mkdir(parents=True)
+    (top / "bin").symlink_to("usr/bin")
+    (top / "etc/passwd").write_text("root:x:0:0::/:/bin/sh\napp:x:1000:1000::/home/app:/bin/sh\n")
+    for name in programs:
+        found = shutil.which(name)
+        assert found is not None
+        shutil.copy(found, top / "usr/bin" / name)
+        listed = subprocess.run(["ldd", found], capture_output=True, text=True, check=False).stdout
+        for library in re.findall(r"(/\S+) \(0x", listed):
+            place = top / library.lstrip("/")
+            place.parent.mkdir(parents=True, exist_ok=True)
+            if not place.exists():
+                shutil.copy(library, place)
+    return top
