@@ -17,11 +17,14 @@ from pathlib import Path
 CONTROLLERS = ("cpu", "cpuset", "io", "memory", "pids")
 PROGRAMS = {
     "crun": ("crun", "--version"),
+    "docker-registry": ("docker-registry", "--version"),
     "go": ("go", "version"),
     "java": ("java", "-version"),
+    "mmdebstrap": ("mmdebstrap", "--version"),
     "objdump": ("objdump", "--version"),
     "pasta": ("pasta", "--version"),
     "rustc": ("rustc", "--version"),
+    "skopeo": ("skopeo", "--version"),
     "slirp4netns": ("slirp4netns", "--version"),
     "strace": ("strace", "--version"),
     "bwrap": ("bwrap", "--ro-bind", "/", "/", "--unshare-pid", "true"),

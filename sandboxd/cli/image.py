@@ -35,6 +35,10 @@ Takes an image in: an OCI layout (a directory or a tar archive), what `docker sa
 other tar archive as an image of one layer; plain or compressed by gzip, zstd, xz or bzip2; `-` is
 stdin. Nothing is visible before every digest is right. Device nodes, set-user-id bits and foreign
 attributes are left out and counted; archives that mean harm are refused."""
+_PULL = """\
+Fetches an image from the registry HOST, by skopeo if that is installed, else by sandboxd's own
+client, and takes it in as `import` does. Layers that are there already are not fetched. Plain HTTP
+is spoken with this machine only; credentials are those of `podman login` and `docker login`."""
 _LS = "Lists images: name, id, layers, size, and when they were imported."
 _INSPECT = "Prints all that is known about an image as one JSON object."
 _RM = """\
@@ -63,6 +67,15 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     one.add_argument("--name", help="its name, NAME[:TAG] (default: the one it brings)")
     _add_limits(one)
     one.set_defaults(func=import_)
+    one = _add(commands, "pull", "fetch an image from a registry", _PULL, "HOST/debian:13")
+    one.add_argument("reference", metavar="HOST/NAME[:TAG]", help="or HOST/NAME@DIGEST")
+    one.add_argument("--name", help="its name here (default: the reference)")
+    one.add_argument(
+        "--client", choices=("auto", "skopeo", "own"), default="auto",
+        help="who fetches it: skopeo where it is installed (auto)",
+    )  # fmt: skip
+    _add_limits(one)
+    one.set_defaults(func=pull)
     one = _add(commands, "ls", "list images", _LS, "--json")
     one.add_argument("--json", action="store_true", help="print one JSON object")
     one.set_defaults(func=ls)
@@ -130,6 +143,21 @@ def import_(args: argparse.Namespace) -> int:
     source = sys.stdin.buffer if args.path == "-" else args.path
     for one in import_image(store, source, args.name, ids, _limits(args)):
         tell(one)
+    return 0
+
+
+def pull(args: argparse.Namespace) -> int:
+    import shutil
+
+    from sandboxd.errors import HostError
+    from sandboxd.images import registry
+
+    store, ids = _store()
+    skopeo = shutil.which("skopeo") if args.client != "own" else None
+    if args.client == "skopeo" and skopeo is None:
+        raise HostError("skopeo", "skopeo is not installed", hint="--client own does without it")
+    what = (store, args.reference, args.name, ids, _limits(args))
+    tell(registry.pull_by_skopeo(skopeo, *what) if skopeo else registry.pull(*what))
     return 0
 
 

@@ -43,15 +43,16 @@ def import_image(
 
     Without a name each gets the one it brings; a plain archive that of its file.
     """
+    with open_unpacker(ids) as unpacker, store.importing(unpacker):
+        return take(Taking(store, unpacker, ids, limits), source, name)
+
+
+def take(taking: Taking, source: str | BinaryIO, name: str | None) -> list[Imported]:
+    """The same as part of something that is an import already."""
     if name is not None:
         check_name(name)
     said = source if isinstance(source, str) else "-"
-    with (
-        open_unpacker(ids) as unpacker,
-        store.importing(unpacker),
-        archive.opened(source, store.place, limits) as found,
-    ):
-        taking = Taking(store, unpacker, ids, limits)
+    with archive.opened(source, taking.store.place, taking.limits) as found:
         if isinstance(found, Layer):
             return [taking.layer(found, check_name(name or _stem(said)), said)]
         images = manifests.find(found)
@@ -88,11 +89,11 @@ class Taking:
     """An import in progress."""
 
     def __init__(self, store: Store, unpacker: Unpacker, ids: IdMap, limits: Limits) -> None:
-        self._store = store
+        self.store = store
         self._unpacker = unpacker
         self._ids = ids
         self._tag = ids_tag(ids)
-        self._limits = limits
+        self.limits = limits
         self._new = 0
 
     def image(
@@ -115,7 +116,7 @@ class Taking:
         )  # fmt: skip
         record = self._with_ids(record)
         for name in names:
-            self._store.keep_image(msgspec.structs.replace(record, name=name))
+            self.store.keep_image(msgspec.structs.replace(record, name=name))
         return Imported(record, tuple(layers), self._new)
 
     def layer(self, found: Layer, name: str, source: str) -> Imported:
@@ -126,11 +127,11 @@ class Taking:
             name=name, id=layer.diff_id, layers=(layer.diff_id,), source=source,
             imported=time.time(),
         )  # fmt: skip
-        self._store.keep_image(record)
+        self.store.keep_image(record)
         return Imported(record, (layer,), self._new)
 
     def _there(self, diff_id: str) -> LayerRecord | None:
-        found = self._store.layer(diff_id, self._tag)
+        found = self.store.layer(diff_id, self._tag)
         return found[1] if found is not None and found[1].ids == self._tag else None
 
     def _unpack(self, read: Read, digest: str | None, diff_id: str | None) -> LayerRecord:
@@ -151,10 +152,10 @@ class Taking:
 
         uids, gids = self._ids.uids, self._ids.gids
         owner = (uids[0][1], gids[0][1]) if self._ids.writer == "direct" else None
-        with self._store.new_layer(self._unpacker, owner) as folder:
+        with self.store.new_layer(self._unpacker, owner) as folder:
             root = os.open(folder / "root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
-                report = self._unpacker.unpack(pieces(), root, self._limits)
+                report = self._unpacker.unpack(pieces(), root, self.limits)
             finally:
                 os.close(root)
             found = f"sha256:{inner.hexdigest()}"
@@ -164,7 +165,7 @@ class Taking:
                 raise ImageError("truncated: the archive has no end")
             counts = {key: report[key] for key in LayerRecord.__struct_fields__ if key in report}
             record = LayerRecord(diff_id=found, tree=report["digest"], ids=self._tag, **counts)
-            self._store.keep_layer(folder, record)
+            self.store.keep_layer(folder, record)
         self._new += 1
         return record
 
@@ -189,7 +190,7 @@ class Taking:
 
     def _row(self, record: ImageRecord, path: str, key: str) -> list[str]:
         """The line of passwd(5) or group(5) that has this name, or this number."""
-        text = self._store.read(record, path) or ""
+        text = self.store.read(record, path) or ""
         rows = [line.split(":") for line in text.splitlines()]
         return next((row for row in rows if key in (row[0], *row[2:3])), [])
 
