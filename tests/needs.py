@@ -198,6 +198,12 @@ def overlay() -> str:
         )
 
 
+def packages() -> str:
+    """Whether the machine's package sources are there to be asked."""
+    with tempfile.TemporaryDirectory() as top:
+        return works("sh", "-c", f"cd {top} && apt-get -qq download busybox-static")
+
+
 def compiler(name: str) -> str:
     """A compiler without its headers is none."""
     with tempfile.TemporaryDirectory() as top:
@@ -214,6 +220,7 @@ PROBES: dict[str, Callable[[], str]] = {
     "open-checkout": open_checkout,
     "outside": outside,
     "overlay": overlay,
+    "packages": packages,
     "prepared": prepared,
     "systemd-stock": functools.partial(
         delegated, "cpu", "memory", "pids", missing=("cpuset", "io")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from sandboxd.cli.main import say
 from sandboxd.cli.quantities import count, size
+from sandboxd.errors import HostError, ImageError
 
 if TYPE_CHECKING:
     from sandboxd.images.importing import Imported
@@ -39,6 +40,9 @@ _PULL = """\
 Fetches an image from the registry HOST, by skopeo if that is installed, else by sandboxd's own
 client, and takes it in as `import` does. Layers that are there already are not fetched. Plain HTTP
 is spoken with this machine only; credentials are those of `podman login` and `docker login`."""
+_BUILD = """\
+Makes an image of Debian packages by mmdebstrap, without root: from this machine's package sources
+where SUITE is its own, else from Debian's. It takes a minute or two."""
 _LS = "Lists images: name, id, layers, size, and when they were imported."
 _INSPECT = "Prints all that is known about an image as one JSON object."
 _RM = """\
@@ -76,6 +80,20 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )  # fmt: skip
     _add_limits(one)
     one.set_defaults(func=pull)
+    text = "c-lab --include gcc,libc6-dev,make"
+    one = _add(commands, "build-debian", "make an image of Debian packages", _BUILD, text)
+    one.add_argument("name", metavar="NAME", help="its name")
+    one.add_argument(
+        "--include", action="append", default=[], metavar="PACKAGE,...",
+        help="packages on top of the essential ones and apt",
+    )  # fmt: skip
+    one.add_argument(
+        "--variant", default="minbase", metavar="VARIANT",
+        help="what else, as mmdebstrap calls it: minbase (default), extract for nothing, ...",
+    )  # fmt: skip
+    one.add_argument("--suite", metavar="SUITE", help="e.g. trixie (default: the machine's own)")
+    _add_limits(one)
+    one.set_defaults(func=build_debian)
     one = _add(commands, "ls", "list images", _LS, "--json")
     one.add_argument("--json", action="store_true", help="print one JSON object")
     one.set_defaults(func=ls)
@@ -149,7 +167,6 @@ def import_(args: argparse.Namespace) -> int:
 def pull(args: argparse.Namespace) -> int:
     import shutil
 
-    from sandboxd.errors import HostError
     from sandboxd.images import registry
 
     store, ids = _store()
@@ -158,6 +175,18 @@ def pull(args: argparse.Namespace) -> int:
         raise HostError("skopeo", "skopeo is not installed", hint="--client own does without it")
     what = (store, args.reference, args.name, ids, _limits(args))
     tell(registry.pull_by_skopeo(skopeo, *what) if skopeo else registry.pull(*what))
+    return 0
+
+
+def build_debian(args: argparse.Namespace) -> int:
+    from sandboxd.images.debian import VARIANTS, Recipe, build
+
+    store, ids = _store()
+    packages = [one for words in args.include for one in words.split(",") if one]
+    if args.variant not in VARIANTS:
+        raise ImageError(f"--variant {args.variant}: no such variant", hint=", ".join(VARIANTS))
+    recipe = Recipe(packages, args.suite, args.variant)
+    tell(build(store, args.name, recipe, ids, _limits(args)))
     return 0
 
 
@@ -210,7 +239,6 @@ def ls(args: argparse.Namespace) -> int:
 
 
 def inspect(args: argparse.Namespace) -> int:
-    from sandboxd.errors import ImageError
     from sandboxd.images.store import Store, places
 
     for store in map(Store, places()):
