@@ -233,7 +233,8 @@ def ls(args: argparse.Namespace) -> int:
     width = max((len(record.name) for _, record in rows), default=0)
     for store, record in rows:
         total = sum(layer["bytes"] for layer in _layers(store, record)) / _MIB
-        line = f"{record.name:<{width}}  {record.id[7:19]}  {len(record.layers):3} layers"
+        many = f"{len(record.layers)} layer{'s' if len(record.layers) > 1 else ''}"
+        line = f"{record.name:<{width}}  {record.id[7:19]}  {many:>10}"
         print(one_line(f"{line}  {total:9.1f} MiB  {_when(record.imported)}", 1000))
     return 0
 

@@ -228,7 +228,8 @@ class Store:
 
     def collect(self, unpacker: Unpacker) -> tuple[list[str], list[str]]:
         """Remove the layers no image has: names of those that went, and of those in use."""
-        wanted = {one.removeprefix("sha256:") for image in self.images() for one in image.layers}
+        records = [self._record(file) for file in self._images.glob("[!.]*.json")]  # or none goes
+        wanted = {one.removeprefix("sha256:") for image in records for one in image.layers}
         gone, used = [], []
         for folder in self.layers():
             if folder.name.partition(".")[0] in wanted:

@@ -8,6 +8,7 @@ import json
 import os
 import stat
 import subprocess
+import sys
 import tarfile
 import threading
 from collections.abc import Iterator
@@ -265,6 +266,43 @@ def test_what_a_dead_import_left_is_swept(place: Store) -> None:
     assert len(layer_names(place)) == 1
 
 
+def test_an_import_that_is_killed_leaves_nothing_visible(place: Store) -> None:
+    """SIGKILL in the middle of a layer: the unpacker ends, and the next import sweeps."""
+    words = [sys.executable, "-P", "-m", "sandboxd", "image", "import", "-", "--name", "killed"]
+    environment = os.environ | {"SANDBOXD_IMAGES": str(place.place)}
+    whole = file(b"a", b"x" * 100_000) + file(b"b") + END
+    with subprocess.Popen(words, stdin=subprocess.PIPE, env=environment) as process:
+        assert process.stdin is not None
+        # More than a pipe holds: once it is written, the import is reading.
+        process.stdin.write(gzip.compress(os.urandom(1 << 20))[: 1 << 19])
+        process.stdin.flush()
+        process.kill()
+    assert place.images() == []
+    take(place, whole)
+    assert [one.name for one in place.images()] == ["made"]
+    assert len(layer_names(place)) == 1
+
+
+def test_a_layer_that_is_half_unpacked_when_its_import_is_killed(
+    tmp_path: Path, place: Store
+) -> None:
+    """A FIFO inside of an OCI layout cannot be, so a process is stopped while its layer grows."""
+    big = b"".join(file(b"%d" % one, os.urandom(2000)) for one in range(1500)) + END
+    source = tmp_path / "big.tar"
+    source.write_bytes(big)
+    words = [sys.executable, "-P", "-m", "sandboxd", "image", "import", str(source)]
+    environment = os.environ | {"SANDBOXD_IMAGES": str(place.place)}
+    layers = place.place / "layers"
+    with subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL) as process:
+        while process.poll() is None and not any(layers.glob(f"{NEW}*/root/*")):
+            pass
+        process.kill()
+    if process.returncode:
+        assert place.images() == []
+    take(place, LOWER + END)
+    assert not [one for one in layer_names(place) if one.startswith(NEW)]
+
+
 def test_two_imports_at_once_are_both_right(place: Store) -> None:
     data = b"".join(file(b"%d" % one, os.urandom(100)) for one in range(300)) + END
     errors: list[BaseException] = []
@@ -290,6 +328,17 @@ def test_nothing_is_removed_while_something_is_imported(place: Store) -> None:
         with pytest.raises(ImageError, match="something is being imported"):
             with place.removing(unpacker):
                 pass
+
+
+def test_nothing_is_removed_while_a_record_cannot_be_read(place: Store) -> None:
+    take(place, LOWER + END)
+    (place.place / "images/newer.json").write_text('{"schema": "sandboxd.image/9"}')
+    assert [one.name for one in place.images()] == ["made"]
+    with open_unpacker(ids()) as unpacker, place.removing(unpacker):
+        with pytest.raises(ImageError, match=r"newer\.json"):
+            place.collect(unpacker)
+    (place.place / "images/newer.json").unlink()
+    assert len(layer_names(place)) == 1
 
 
 # -- names -------------------------------------------------------------------------------------

@@ -155,6 +155,36 @@ async def test_a_read_only_image_is_put_together_once(place: Store) -> None:
     assert len(compiled.setup.steps) == len(shown.setup.steps)
 
 
+@DRIVERS
+@EITHER
+async def test_a_hundred_layers(driver: str, writable: bool, place: Store, tmp_path: Path) -> None:
+    layers = [tarball(making.system(tmp_path / "again"))]
+    layers += [folder(b"n") + file(b"n/%d" % one) + file(b"top", b"%d\n" % one) + END
+               for one in range(99)]  # fmt: skip
+    top = oci_layout(tmp_path / "hundred", layers, {"Env": ["PATH=/usr/bin"]})
+    import_image(place, str(top), "hundred", ids(), dataclasses.replace(SMALL, entries=9999))
+    chosen = policy(Root(image="hundred", driver=driver, writable=writable, proc="masked"))  # type: ignore[arg-type]
+    result = await run(chosen, "sh", "-c", "cat /top; set -- /n/*; echo $#")
+    assert result.stdout == b"98\n99\n", result
+
+
+@pytest.mark.needs("overlay")
+@pytest.mark.parametrize("less", ["machine", "cgroup", "landlock"])
+async def test_on_lesser_hosts(less: str, place: Store) -> None:
+    host = variants.without(less)
+    result = await run(policy(root()), "cat", "/data/changed", host=host)
+    assert result.stdout == b"after\n", result
+
+
+@pytest.mark.needs("overlay")
+async def test_files_in_and_out(place: Store) -> None:
+    async with open_runner(slots=1) as runner:
+        job = Job(argv=["sh", "-c", "cat /box/in > /box/out"], policy=policy(root()),
+                  files={"in": b"carried\n"}, collect=["out"])  # fmt: skip
+        result = await runner.run(job)
+    assert [one.data for one in result.artifacts] == [b"carried\n"]
+
+
 @pytest.mark.needs("overlay")
 async def test_mounts_over_an_image(place: Store, tmp_path: Path) -> None:
     (tmp_path / "shown").mkdir()
