@@ -58,11 +58,14 @@ def build(store: Store, name: str, recipe: Recipe, ids: IdMap, limits: Limits) -
         open_unpacker(ids) as unpacker,
         store.importing(unpacker),
         tempfile.TemporaryFile(dir=store.place) as made,
-        tempfile.NamedTemporaryFile("w", suffix=".conf") as way,
+        tempfile.TemporaryDirectory(prefix="sandboxd-", dir=_scratch()) as folder,
     ):
-        way.writelines(f"{line}\n" for line in _way())
-        way.flush()
-        _run(_words(program, recipe, way.name), made.fileno())
+        # mmdebstrap reads it as another user; others cannot list the directory, nor guess the name.
+        os.chmod(folder, 0o711)
+        way = Path(folder, os.urandom(16).hex())
+        way.write_text("".join(f"{line}\n" for line in _way()))
+        way.chmod(0o644)
+        _run(_words(program, recipe, str(way)), made.fileno())
         made.seek(0)
         (imported,) = take(Taking(store, unpacker, ids, limits), made, name)
         return imported

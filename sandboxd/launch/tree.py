@@ -53,6 +53,8 @@ _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _HOLE = bytes(CHUNK)
 _LAST_TIME = 1 << 33  # seconds; no file system here keeps later ones
 _SET_ID = stat.S_ISUID | stat.S_ISGID
+MOST_NAMES = 1 << 28
+"""Bytes of all names of a layer: some are remembered until its end."""
 _LOW_IDS = 60000
 """Above are nobody and what systems make up for themselves."""
 
@@ -73,12 +75,17 @@ class Report:
 
 
 class Tree:
-    """A directory being filled. `ids` is how many ids from 0 on exist here; 1: all are ours."""
+    """A directory being filled. `ids` is how many ids from 0 on exist here; 1: all are ours.
 
-    def __init__(self, root: int, ids: int) -> None:
+    `most` is how many things there may be, those directories included that no entry is about.
+    """
+
+    def __init__(self, root: int, ids: int, most: int) -> None:
         self.report = Report()
         self._root = root
         self._ids = ids
+        self._most = most
+        self._names = 0
         self._path = b""
         self._folder = open_beneath(root, b"", _FOLDER)
         self._times: dict[bytes, int] = {}
@@ -90,7 +97,7 @@ class Tree:
 
     def add(self, entry: Entry, content: Iterable[tuple[int, bytes]]) -> None:
         """Make one entry; TarError if it cannot be meant, OSError if it cannot be made."""
-        self.report.entries += 1
+        self._count(entry.name, entry.target)
         folder, _, name = entry.name.rpartition(b"/")
         if name.startswith(WHITEOUT):
             self._hide(folder, name)
@@ -109,6 +116,14 @@ class Tree:
             else:
                 self._special(name, entry)
 
+    def _count(self, *names: bytes) -> None:
+        self.report.entries += 1
+        if self.report.entries > self._most:
+            raise TarError(f"more than {self._most} entries")
+        self._names += sum(map(len, names))
+        if self._names > MOST_NAMES:
+            raise TarError(f"more than {MOST_NAMES} bytes of names")
+
     # -- where
 
     def _enter(self, path: bytes) -> None:
@@ -125,6 +140,7 @@ class Tree:
         self._folder, self._path = folder, path
 
     def _make_folders(self, path: bytes) -> int:
+        self._count()
         above, _, name = path.rpartition(b"/")
         try:
             folder = open_beneath(self._root, above, _FOLDER)

@@ -158,12 +158,10 @@ class _Stream:
 def _unpack(stream: int, root: int, ids: int, limits: dict[str, int]) -> dict[str, Any]:
     source = _Stream(stream, limits["bytes"] + _HEADERS)
     reader = Reader(source.read)
-    tree = Tree(root, ids)
+    tree = Tree(root, ids, limits["entries"])
     left = limits["bytes"]
     try:
         for entry in reader:
-            if tree.report.entries >= limits["entries"]:
-                raise TarError(f"more than {limits['entries']} entries")
             left -= entry.size
             if left < 0:
                 raise TarError(f"more than {limits['bytes']} bytes when unpacked")

@@ -150,6 +150,11 @@ REFUSED: dict[str, tuple[bytes, str]] = {
         file(b"a") + header(b"b").replace(b"ustar", b"usual"), "wrong checksum"),
     "a directory turned into a file": (folder(b"a") + file(b"a"), "take the place of a directory"),
     "too many entries": (b"".join(header(b"%d" % one) for one in range(2001)), "more than 2000"),
+    "too many directories between": (
+        b"".join(file(b"/".join([b"%d" % one] * 30)) for one in range(70)), "more than 2000"),
+    "too many directories around whiteouts": (
+        b"".join(file(b"/".join([b"%d" % one] * 30) + b"/.wh.x", b"") for one in range(70)),
+        "more than 2000"),
     "an entry behind the end": (bytes(512) + file(b"a"), "after the end"),
     "an archive behind the archive": (END + file(b"a"), "after the end"),
 }  # fmt: skip
