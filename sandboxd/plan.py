@@ -35,6 +35,11 @@ class Attributes(IntFlag):
     NOEXEC = 0x8
     NOSYMFOLLOW = 0x200000
 
+    def describe(self) -> str:
+        """As mount(8) writes them."""
+        words = [str(flag.name).lower() for flag in Attributes if flag and flag in self]
+        return ",".join(["ro" if word == "rdonly" else word for word in words]) or "rw"
+
 
 SAFE = Attributes.NOSUID | Attributes.NODEV
 READ_ONLY = SAFE | Attributes.RDONLY
@@ -137,7 +142,7 @@ class Attach(Step):
     recursive: bool = True
 
     def describe(self) -> str:
-        return f"{self.source} -> {self.target} ({describe_attributes(self.attributes)})"
+        return f"{self.source} -> {self.target} ({self.attributes.describe()})"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -204,7 +209,7 @@ class Bind(Step):
     recursive: bool = False
 
     def describe(self) -> str:
-        return f"{self.source} -> {self.target} ({describe_attributes(self.attributes)})"
+        return f"{self.source} -> {self.target} ({self.attributes.describe()})"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -252,7 +257,7 @@ class Restrict(Step):
     recursive: bool = False
 
     def describe(self) -> str:
-        return f"{self.path} ({describe_attributes(self.attributes)})"
+        return f"{self.path} ({self.attributes.describe()})"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -494,9 +499,3 @@ def namespaces(*names: str) -> int:
 
 def describe_namespaces(flags: int) -> str:
     return " ".join(name for name, flag in NAMESPACES.items() if flags & flag)
-
-
-def describe_attributes(attributes: Attributes) -> str:
-    """Mount attributes as mount(8) writes them."""
-    words = [str(flag.name).lower() for flag in Attributes if flag and flag in attributes]
-    return ",".join(["ro" if word == "rdonly" else word for word in words]) or "rw"
