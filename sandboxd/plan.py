@@ -33,7 +33,6 @@ class Attributes(IntFlag):
     NOSUID = 0x2
     NODEV = 0x4
     NOEXEC = 0x8
-    NOSYMFOLLOW = 0x200000
 
     def describe(self) -> str:
         """As mount(8) writes them."""

@@ -18,9 +18,6 @@ _PATH = re.compile(r"[a-z0-9]+(?:[._-]+[a-z0-9]+)*(?:/[a-z0-9]+(?:[._-]+[a-z0-9]
 _TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _HOST = re.compile(r"(?:[A-Za-z0-9.-]+|\[[0-9a-fA-F:]+\])(?::[0-9]{1,5})?")
-# Docker's own registry is served under another name than the one that stands in references, and
-# its official images have a path that is not written.
-_DOCKER, _DOCKER_HOST, _OFFICIAL = "docker.io", "registry-1.docker.io", "library"
 _MOST_FILE = 1 << 20
 
 
@@ -37,8 +34,7 @@ class Reference:
     @property
     def url(self) -> str:
         """Of the registry's API. Plain HTTP is spoken with this machine only."""
-        server = _DOCKER_HOST if self.host == _DOCKER else self.host
-        return f"{'http' if is_loopback(self.host) else 'https'}://{server}/v2/"
+        return f"{'http' if is_loopback(self.host) else 'https'}://{self.host}/v2/"
 
 
 def parse(text: str) -> Reference:
@@ -47,7 +43,7 @@ def parse(text: str) -> Reference:
     host, slash, path = name.partition("/")
     if not slash or not ({*".:"} & {*host} or host == "localhost"):
         raise ImageError(f"{text!r} names no registry",
-                         hint="HOST/PATH:TAG, e.g. docker.io/library/debian:13")  # fmt: skip
+                         hint="HOST/PATH:TAG, e.g. registry.example.org/debian:13")  # fmt: skip
     path, colon, tag = path.partition(":")
     tag = digest if at else tag if colon else "latest"
     right = _DIGEST.fullmatch(tag) if at else _TAG.fullmatch(tag)
@@ -55,8 +51,6 @@ def parse(text: str) -> Reference:
         raise ImageError(
             f"{text!r} is not HOST[:PORT]/PATH[:TAG] or HOST[:PORT]/PATH@sha256:DIGITS"
         )
-    if host == _DOCKER and "/" not in path:
-        path = f"{_OFFICIAL}/{path}"
     return Reference(host, path, tag)
 
 

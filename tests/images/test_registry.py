@@ -328,7 +328,6 @@ def test_nobody_is_there(place: Store) -> None:
         ("127.0.0.1:5000/a/b:c", "http://127.0.0.1:5000/v2/", "a/b", "c"),
         ("registry.example/a", "https://registry.example/v2/", "a", "latest"),
         ("registry.example:80/a:1", "https://registry.example:80/v2/", "a", "1"),
-        ("docker.io/debian:13", "https://registry-1.docker.io/v2/", "library/debian", "13"),
         ("a.b/c@sha256:" + "0" * 64, "https://a.b/v2/", "c", "sha256:" + "0" * 64),
     ],
 )
