@@ -31,7 +31,7 @@ PLACES = {
     "chown": "a subtree that root gave away, named by SANDBOXD_CGROUP; no session",
     "bare": "a cgroup of root's; no session",
 }
-SLOW = {"tcg": 20.0, "kvm": 2.0}  # SANDBOXD_TEST_SLOW: how many times longer things take
+SLOW = {"tcg": 20.0, "kvm": 2.0}  # SANDBOXD_TEST_SLOW: how much longer things take
 LEFT_OUT = {".git", "__pycache__", ".venv", "venv", "node_modules", "build", "dist"}
 TEMPORARY = Path("/var/tmp")  # a disk: what the guest writes is kept there
 PREFIX = "sandboxd-vm."
@@ -40,6 +40,7 @@ NO_MACHINE = 125
 
 WATCHDOG = 600  # seconds: above the time limits of tests there
 PYTEST = "exec python3 -P -m pytest -p no:cacheprovider -o faulthandler_timeout="
+ACCURACY = "exec python3 -P -m tests.vm.accuracy ../extra"
 SELECTION = ("-p", "tests.vm.selection")  # where no file or directory is named
 
 
@@ -58,6 +59,8 @@ def arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--stock", action="store_true",
                         help="delegate what Debian does: cpu, memory, pids")  # fmt: skip
     parser.add_argument("--command", metavar="SHELL", help="run this instead of the tests")
+    parser.add_argument("--accuracy", action="store_true",
+                        help="sandboxd and runexec beside the truth")  # fmt: skip
     parser.add_argument("--timeout", type=float, default=1200.0, metavar="SECONDS",
                         help="kill the machine after that (default: 1200)")  # fmt: skip
     parser.add_argument("--cold", action="store_true", help="boot; do not resume a snapshot")
@@ -84,8 +87,8 @@ def readable(entry: tarfile.TarInfo) -> tarfile.TarInfo | None:
     return entry
 
 
-def write_disk(path: Path, job: dict[str, object]) -> None:
-    """The second disk: guest.py, what it is to do, and the checkout."""
+def write_disk(path: Path, job: dict[str, object], extra: Path | None = None) -> None:
+    """The second disk: guest.py, what it is to do, the checkout, and perhaps more packages."""
     with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as disk:
         text = json.dumps(job).encode()
         entry = tarfile.TarInfo("job.json")
@@ -93,6 +96,8 @@ def write_disk(path: Path, job: dict[str, object]) -> None:
         disk.addfile(entry, io.BytesIO(text))
         disk.add(image.HERE / "guest.py", "guest.py", filter=readable)
         disk.add(image.ROOT, "src", filter=readable)
+        if extra:
+            disk.add(extra, "extra", filter=readable)
     if path.stat().st_size > machine.DISK:
         raise machine.MachineError(f"the checkout is too large: over {machine.DISK} bytes")
 
@@ -107,7 +112,9 @@ def run(options: argparse.Namespace, rest: list[str], folder: Path) -> int:
     with image.ready(options.suite, options.cache) as found:
         accel = accelerator(options.accel, found)
         job = {
-            "command": command(options.command, rest),
+            "command": f"{ACCURACY} {shlex.join(rest)}"
+            if options.accuracy
+            else command(options.command, rest),
             "place": options.place,
             "stock": options.stock,
             "slow": SLOW[accel],
@@ -117,7 +124,8 @@ def run(options: argparse.Namespace, rest: list[str], folder: Path) -> int:
         ours = machine.Machine(found, accel)
         if not options.cold:
             machine.warm(ours, folder)
-        write_disk(folder / "second", {**job, "now": time.time() + 1.0})
+        extra = image.rival(options.suite, options.cache) if options.accuracy else None
+        write_disk(folder / "second", {**job, "now": time.time() + 1.0}, extra)
         return machine.start(
             ours, folder / "second", options.timeout, cold=options.cold, folder=folder
         )

@@ -133,10 +133,8 @@ def run(step: str, argv: list[str]) -> str:
     raise ImageError(f"{step}: {argv[0]} exited with {done.returncode}:\n{said}")
 
 
-def site(suite: str, to: Path) -> None:
-    """The Python packages, resolved for the guest's Python; nothing of them is run."""
-    listed = to.with_suffix(".txt")
-    listed.write_text(requirements())
+def install(suite: str, to: Path, *what: str) -> None:
+    """Python packages, resolved for the guest's Python; nothing of them is run."""
     python = PYTHONS[suite]
     tag = f"cp{python.replace('.', '')}"
     argv = [sys.executable, "-I", "-m", "pip", "install", "--quiet", "--no-input"]
@@ -146,8 +144,30 @@ def site(suite: str, to: Path) -> None:
         argv += ["--abi", abi]
     for glibc in ("manylinux2014", "manylinux_2_17", "manylinux_2_28"):
         argv += ["--platform", f"{glibc}_x86_64"]
-    argv += ["--only-binary", ":all:", "--no-deps", "--require-hashes", "-r", str(listed)]
-    run("python packages", argv)
+    run("python packages", [*argv, "--only-binary", ":all:", "--no-deps", *what])
+
+
+def site(suite: str, to: Path) -> None:
+    """What the tests need, as the lock has it."""
+    listed = to.with_suffix(".txt")
+    listed.write_text(requirements())
+    install(suite, to, "--require-hashes", "-r", str(listed))
+
+
+def rival(suite: str, cache: Path) -> Path:
+    """BenchExec, the newest when it was first asked for; for comparison only, so not locked."""
+    to = cache / "vm" / f"benchexec-{suite}"
+    if not to.is_dir():
+        with held(to.with_suffix(".lock"), fcntl.LOCK_EX):
+            if not to.is_dir():
+                new = Path(tempfile.mkdtemp(prefix="new.", dir=to.parent))
+                try:
+                    install(suite, new, "benchexec")
+                    new.chmod(0o755)
+                    new.rename(to)
+                finally:
+                    shutil.rmtree(new, ignore_errors=True)
+    return to
 
 
 def bootstrap(suite: str, work: Path, out: Path) -> None:
