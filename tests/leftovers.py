@@ -21,7 +21,7 @@ PATIENCE = 10.0 * STRETCH  # the kernel takes namespaces apart after the last pr
 PAUSE = 0.005
 
 KEPT = frozenset({"sandboxd", "crun"})  # made once, and stays; what is inside of it is looked at
-FOREIGN = ("pytest-of-", "hsperfdata_")  # tmp_path; a JVM's
+FOREIGN = ("pytest-of-", "hsperfdata_", "dbus-1")  # tmp_path; a JVM's; systemd's
 
 Thing = tuple[str, ...]
 """Kind first, then what tells one from another: same pid and start time, same process."""

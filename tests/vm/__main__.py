@@ -120,15 +120,12 @@ def run(options: argparse.Namespace, rest: list[str], folder: Path) -> int:
             "slow": SLOW[accel],
             "seed": os.urandom(512).hex(),
         }
-        # A snapshot may be made first, so the clock is set from the time when QEMU starts.
         ours = machine.Machine(found, accel)
-        if not options.cold:
-            machine.warm(ours, folder)
+        snapshot = None if options.cold else machine.warm(ours, folder)
         extra = image.rival(options.suite, options.cache) if options.accuracy else None
+        # The clock is set from this when the guest goes on, a second later.
         write_disk(folder / "second", {**job, "now": time.time() + 1.0}, extra)
-        return machine.start(
-            ours, folder / "second", options.timeout, cold=options.cold, folder=folder
-        )
+        return machine.start(ours, folder / "second", options.timeout, snapshot)
 
 
 def sweep() -> None:

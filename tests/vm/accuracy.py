@@ -24,7 +24,7 @@ from sandboxd.policy import Environment, Limits, Mount, Policy, Require
 from sandboxd.supervise.runner import open_runner
 
 SECONDS = 2.0
-MIB = 64
+MIB = 128
 CPU = {
     "user": "one thread",
     "system": "reads of /dev/zero",

@@ -19,7 +19,7 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { PARTS = 4, CHAIN = 10, PAGE = 4096, BSS = 64 << 20 };
+enum { PARTS = 4, CHAIN = 10, PAGE = 4096, BSS = 128 << 20 };
 
 static _Atomic int64_t *used; /* nanoseconds, of processes other than the first */
 static volatile char segment[BSS];
@@ -108,7 +108,7 @@ static char *mapped(size_t size, int flags, int file) {
 }
 
 static void in_tmpfs(size_t size) {
-    static char block[1 << 20];
+    static char block[1 << 16];
     const char *path = "/dev/shm/sandboxd-accuracy";
     int file = open(path, O_WRONLY | O_CREAT | O_TRUNC, 0600);
     memset(block, 1, sizeof block);

@@ -234,25 +234,21 @@ def once(argv: list[str], deadline: float, folder: Path) -> int | None:
     return int(code) if word == "exit" else None
 
 
-def start(machine: Machine, second: Path, seconds: float, *, cold: bool, folder: Path) -> int:
-    """Run what is on the second disk; its exit status.
+def start(machine: Machine, second: Path, seconds: float, snapshot: Path | None) -> int:
+    """Run what is on the second disk, from the snapshot or by booting; its exit status.
 
     Raises TimeUp after that many seconds, MachineError if the guest died.
     """
     deadline = time.monotonic() + seconds
     os.truncate(second, DISK)
-    snapshot = None if cold else warm(machine, folder)
     if snapshot:
         state = ["-incoming", f"exec:cat {snapshot}/state"]
-        argv = [*machine.hardware(), *disks(snapshot / "root", "qcow2", second, keep=False), *state]
-        code = once(argv, deadline, folder)
-        if code is not None:
-            return code
-        raise MachineError(story(folder))
-    argv = [*machine.hardware(), *disks(machine.image / "root.img", "raw", second, keep=False)]
-    code = once(argv, deadline, folder)
+        argv = [*disks(snapshot / "root", "qcow2", second, keep=False), *state]
+    else:
+        argv = disks(machine.image / "root.img", "raw", second, keep=False)
+    code = once([*machine.hardware(), *argv], deadline, second.parent)
     if code is None:
-        raise MachineError(story(folder))
+        raise MachineError(story(second.parent))
     return code
 
 

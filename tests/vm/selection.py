@@ -1,6 +1,8 @@
 """What `./do vm` runs without arguments: the tests that want what most hosts lack.
 
-Those marked with needs() for cgroups or a controller, all of tests/vm, and all of tests/supervise.
+Those marked with needs() for cgroups or a controller, all of tests/vm, and of tests/supervise what
+has to do with runs in a cgroup. What is the same with and without controllers is not run here: it
+would take most of the time.
 """
 
 from __future__ import annotations
@@ -13,7 +15,13 @@ import pytest
 from tests import needs
 
 WANTED = frozenset({"cgroup", *needs.CONTROLLERS})
-ROOMS = ("tests/vm/", "tests/supervise/")
+ROOMS = (
+    "tests/vm/",
+    *(f"tests/supervise/test_{name}.py" for name in (
+        "ladder", "lifecycle", "many", "pause", "probe", "run", "runner", "setup", "status",
+        "subtree", "usage",
+    )),
+)  # fmt: skip
 
 NAMED = re.compile("|".join(f'"{fact}"' for fact in sorted(WANTED)))
 

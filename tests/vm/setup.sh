@@ -17,7 +17,7 @@ printf '127.0.0.1 localhost sandboxd-vm\n::1 localhost\n' >/etc/hosts
 : >/etc/machine-id
 echo 'KERNEL=="fuse", MODE="0666"' >/etc/udev/rules.d/90-tests.rules
 echo 'KERNEL=="tun", MODE="0666"' >>/etc/udev/rules.d/90-tests.rules
-printf 'fuse\ntun\noverlay\n' >/etc/modules-load.d/tests.conf
+printf '%s\n' virtio_console virtio_net fuse tun overlay >/etc/modules-load.d/tests.conf
 # Each of these modules costs emulated seconds and drives nothing that is there.
 ln -s /dev/null /etc/udev/rules.d/80-drivers.rules
 ln -s /dev/null /etc/udev/hwdb.bin
