@@ -101,9 +101,12 @@ class Ended:
     disk_block: int
     inodes: int
     inodes_free: int
+    own_cpu: float
+    """CPU seconds of init itself since it was cloned: setting up, reaping."""
 
-    # magic, status, 2 x timespec, struct rusage (getrusage(2)), struct statfs (statfs(2))
-    FORM = struct.Struct("<8s q 4q 4q 14q 15q")
+    # magic, status, 2 x timespec, struct rusage (getrusage(2)), struct statfs (statfs(2)), timespec
+    FORM = struct.Struct("<8s q 4q 4q 14q 15q 2q")
+    OWN_CPU = FORM.size - 16
     NO_STATUS = -1
     STOPPED, KILLED = 0x7F, 9
 
@@ -113,7 +116,7 @@ class Ended:
         if status & 0xFF == cls.STOPPED:  # it had made init its tracer: it was killed then
             status = cls.KILLED
         start, start_ns, end, end_ns, user, user_us, system, system_us = words[:8]
-        usage, statfs = words[8:22], words[22:37]
+        usage, statfs, (own, own_ns) = words[8:22], words[22:37], words[37:]
         return cls(
             wait_status=None if status == cls.NO_STATUS else status & 0xFFFFFFFF,
             started=start + start_ns / 1e9,
@@ -128,6 +131,7 @@ class Ended:
             disk_free=statfs[3],
             inodes=statfs[5],
             inodes_free=statfs[6],
+            own_cpu=own + own_ns / 1e9,
         )
 
 

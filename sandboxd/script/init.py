@@ -67,6 +67,7 @@ from sandboxd.script.zygote import (
 CLONE_VM, CLONE_VFORK = 0x100, 0x4000
 CLOSE_RANGE_CLOEXEC = 4
 CLOCK_MONOTONIC = 1
+CLOCK_PROCESS_CPUTIME_ID = 2
 WNOHANG, WALL = 1, 0x40000000
 RUSAGE_CHILDREN = -1
 TIOCSCTTY = 0x540E
@@ -242,7 +243,7 @@ def _share_files(w: Writer, step: plan.ShareFiles) -> None:
 def _execute(w: Writer, shape: Shape) -> None:
     asm = w.asm
     first = first_job_descriptor(shape.landlock)
-    # struct of messages.Ended: magic, status, start, end, rusage, statfs
+    # struct of messages.Ended: magic, status, start, end, rusage, statfs, our own CPU time
     report = asm.data(
         ENDED + struct.pack("<q", Ended.NO_STATUS) + bytes(Ended.FORM.size - 16), align=16
     )
@@ -302,6 +303,7 @@ def _reap(w: Writer, main: Label, report: Label) -> None:
     asm.place(done)
     w.call("getrusage", RUSAGE_CHILDREN, report + 48)
     w.call("statfs", w.path("/tmp"), report + 192, ignore=True)
+    w.call("clock_gettime", CLOCK_PROCESS_CPUTIME_ID, report + Ended.OWN_CPU)
     w.call("sendto", SOCKET, report, Ended.FORM.size, MSG_NOSIGNAL, 0, 0, ignore=True)
     # Whoever woke the supervisor on its own CPU must leave that to it, and exit when it is done.
     w.call("ppoll", asm.words((SOCKET | POLLRDHUP << 32,)), 1, 0, 0, 0, ignore=True)

@@ -12,7 +12,7 @@ from typing import Any
 from sandboxd.messages import Ended
 from sandboxd.result import Usage
 from sandboxd.supervise.leaf import Counters, Leaf, Memory
-from sandboxd.supervise.sampling import sample_tree
+from sandboxd.supervise.sampling import own_cpu, sample_tree
 from sandboxd.supervise.sandboxes import Sandbox
 from sandboxd.supervise.watch import Watch
 
@@ -28,7 +28,8 @@ def usage(box: Sandbox, ended: Ended | None, watch: Watch, wall_time: float) -> 
     user = ended.cpu_user if ended else None
     system = ended.cpu_system if ended else None
     if used.cpu_time is not None:
-        cpu, user, system, source = used.cpu_time, used.cpu_user, used.cpu_system, CGROUP
+        cpu, user, system = without(used, ended.own_cpu if ended else watch.own_cpu)
+        source = CGROUP
     elif ended is not None:
         cpu, source = max(ended.cpu_user + ended.cpu_system, watch.cpu_time), RUSAGE
     else:
@@ -59,6 +60,21 @@ def usage(box: Sandbox, ended: Ended | None, watch: Watch, wall_time: float) -> 
         **(counted(used, watch) if box.leaf is not None and box.leaf.controllers else {}),
         pressure=watch.pressure_at_end(box.leaf) if box.leaf is not None else None,
     )
+
+
+def without(used: Counters, own: float) -> tuple[float | None, float | None, float | None]:
+    """CPU time, user and system of the run: init is in the cgroup, too, and is no part of it.
+
+    Nearly all of what init does are system calls. The kernel's two parts are estimates, their sum
+    is not (cputime_adjust in kernel/sched/cputime.c): it stays the sum.
+    """
+    if used.cpu_time is None:
+        return None, used.cpu_user, used.cpu_system
+    cpu = max(0.0, used.cpu_time - own)
+    if used.cpu_user is None:
+        return cpu, None, None
+    user = min(used.cpu_user, cpu)
+    return cpu, user, cpu - user
 
 
 def _processes_source(used: Counters) -> str:
@@ -111,11 +127,12 @@ def live(box: Sandbox, watch: Watch, wall_time: float) -> Usage:
         watch.memory_peak = max(watch.memory_peak, tree.memory)
         watch.processes_peak = max(watch.processes_peak, len(tree.pids))
     peak = used.memory_peak if limited else watch.memory_peak or None
+    cpu, user, system = without(used, own_cpu(box.pid()))
     processes = used.processes_peak or watch.processes_peak or None
     return Usage(
-        cpu_time=used.cpu_time,
-        cpu_user=used.cpu_user,
-        cpu_system=used.cpu_system,
+        cpu_time=cpu,
+        cpu_user=user,
+        cpu_system=system,
         cpu_time_source=CGROUP,
         wall_time=wall_time,
         idle_longest=watch.idle_longest,

@@ -66,6 +66,18 @@ def proportional(pids: list[int]) -> int:
 PROPORTIONAL = (b"Pss_Anon:", b"Pss_Shmem:")
 
 
+def own_cpu(pid: int) -> float:
+    """CPU seconds of this process alone, if it has one thread; 0 where the kernel does not say.
+
+    /proc/PID/schedstat, the first number, in nanoseconds (Documentation/scheduler/sched-stats.rst).
+    """
+    try:
+        with open(f"/proc/{pid}/schedstat", "rb") as file:
+            return int(file.read().split()[0]) / 1e9
+    except (OSError, IndexError):
+        return 0.0
+
+
 def running_for(init: int) -> float:
     """Seconds since init started the program, up to a clock tick less; 0 if it has not yet.
 

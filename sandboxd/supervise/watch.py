@@ -27,7 +27,13 @@ from sandboxd.compile.build import Compiled
 from sandboxd.host import Host
 from sandboxd.result import Status
 from sandboxd.supervise.leaf import Leaf, Memory
-from sandboxd.supervise.sampling import Sample, proportional, running_for, sample_tree
+from sandboxd.supervise.sampling import (
+    Sample,
+    own_cpu,
+    proportional,
+    running_for,
+    sample_tree,
+)
 from sandboxd.supervise.sandboxes import Sandbox
 
 SHORTEST = 0.001
@@ -50,6 +56,8 @@ class Watch:
     memory_peak: int = 0
     processes_peak: int = 0
     cpu_time: float = 0.0
+    own_cpu: float = 0.0
+    """What init itself had used when the limit of CPU time was looked at closely."""
     idle_longest: float | None = None
     memory: Memory | None = None
     """The most of each kind that was seen, not necessarily at the same time."""
@@ -217,6 +225,9 @@ class Watcher:
         pauses = []
         if limits.cpu_time is not None:
             left = limits.cpu_time - sample.cpu_time
+            if left <= 0 and self.box.leaf is not None:  # init is in there, and no part of the run
+                seen.own_cpu = own_cpu(self.box.pid())
+                left += seen.own_cpu
             if left <= 0:
                 self._over("cpu_time_limit", f"cpu time {limits.cpu_time:g} s")
                 return [0.0]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import trio
 
@@ -9,7 +12,10 @@ from sandboxd.errors import JobError
 from sandboxd.job import Job
 from sandboxd.policy import Limits
 from sandboxd.result import Event, Usage
+from sandboxd.supervise.account import without as without_init
+from sandboxd.supervise.leaf import Counters
 from sandboxd.supervise.runner import open_runner
+from sandboxd.supervise.sampling import own_cpu
 from tests.supervise.variants import hosts, policy, without
 
 BURNER = "import time\nwhile time.process_time() < 0.3: pass"
@@ -87,3 +93,58 @@ async def test_usage_on_demand(host: str) -> None:
     assert (found.wall_time or 0) > 0
     assert found.processes_current == 2
     assert found.cpu_time_source is not None
+
+
+@pytest.mark.parametrize(
+    ("counted", "own", "expected"),
+    [
+        ((1.0, 0.7, 0.3), 0.25, (0.75, 0.7, 0.05)),
+        ((1.0, 0.9, 0.1), 0.25, (0.75, 0.75, 0.0)),  # the two parts are estimates, the sum is not
+        ((0.5, 0.1, 0.4), 0.75, (0.0, 0.0, 0.0)),
+        ((1.0, None, None), 0.25, (0.75, None, None)),
+        ((None, None, None), 0.25, (None, None, None)),
+    ],
+)
+def test_what_init_used_is_no_part_of_a_run(
+    counted: tuple[float | None, ...], own: float, expected: tuple[float | None, ...]
+) -> None:
+    cpu, user, system = counted
+    found = without_init(Counters(cpu_time=cpu, cpu_user=user, cpu_system=system), own)
+    assert found == pytest.approx(expected)
+
+
+TELLS = """\
+import time
+while time.process_time() < 0.1: pass
+print(time.process_time(), flush=True)
+input()
+print(time.process_time(), flush=True)
+"""
+TICK = 0.02  # the kernel brings a process's counters up to date at every switch and every tick
+
+
+def test_the_cpu_time_of_a_process_with_one_thread() -> None:
+    command = [sys.executable, "-S", "-c", TELLS]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
+        assert process.stdout is not None
+        before = float(process.stdout.readline())
+        found = own_cpu(process.pid)
+        after = float(process.communicate("\n")[0])
+    assert before - TICK <= found <= after
+
+
+def test_a_process_that_is_not_there_used_nothing() -> None:
+    assert own_cpu((1 << 22) + 1) == 0.0
+
+
+@pytest.mark.needs("cgroup", "userns")
+async def test_a_run_that_does_nothing_costs_less_than_its_sandbox() -> None:
+    """Its CPU time is that of one execve and not of the mounts before it."""
+    async with open_runner() as runner:
+        job = Job(argv=["true"], policy=policy())
+        times = [(await runner.run(job)).usage.cpu_time for _ in range(20)]
+        with_failure = await runner.run(Job(argv=["/nonexistent"], policy=policy()))
+    assert with_failure.status == "start_failed"
+    assert with_failure.usage.cpu_time is not None
+    assert with_failure.usage.cpu_time < min(time for time in times if time is not None)
