@@ -25,6 +25,9 @@ ROOMS = (
 
 NAMED = re.compile("|".join(f'"{fact}"' for fact in sorted(WANTED)))
 
+LESSER = re.compile(r"\bno-(?!nothing\b)")
+"""A machine that lacks something (tests/supervise/variants.py) is the same here and elsewhere."""
+
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
     """Reading a file is much faster than importing it, where everything is slow."""
@@ -37,7 +40,9 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
 
 def wanted(item: pytest.Item) -> bool:
     facts = {fact for marker in item.iter_markers("needs") for fact in marker.args}
-    return bool(facts & WANTED) or item.nodeid.startswith(ROOMS)
+    if facts & WANTED:
+        return True
+    return item.nodeid.startswith(ROOMS) and not LESSER.search(item.name)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
