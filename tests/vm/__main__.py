@@ -30,6 +30,7 @@ PLACES = {
     "session": "a plain login: nothing is delegated",
     "chown": "a subtree that root gave away, named by SANDBOXD_CGROUP; no session",
     "bare": "a cgroup of root's; no session",
+    "root": "root itself, in a service of the system's",
 }
 SLOW = {"tcg": 20.0, "kvm": 2.0}  # SANDBOXD_TEST_SLOW: how much longer things take
 LEFT_OUT = {".git", "__pycache__", ".venv", "venv", "node_modules", "build", "dist"}

@@ -88,11 +88,14 @@ def script(job: dict[str, object], path: Path) -> Path:
         "XDG_STATE_HOME": str(top / "state"),
         "HYPOTHESIS_STORAGE_DIRECTORY": str(top / "cache/hypothesis"),
     }
-    if place in ("bare", "chown"):  # no session, so nobody made /run/user/UID for it
+    if place == "root":
+        exports["SANDBOXD_DISPOSABLE"] = "1"  # tests may do to this machine what they like
+    if place in ("bare", "chown", "root"):  # no session, so nobody made /run/user/UID for it
         exports["XDG_RUNTIME_DIR"] = str(top / "run")
     for folder in (top, top / "tmp", top / "cache", top / "state", top / "run"):
         folder.mkdir(mode=0o700)
-        os.chown(folder, UID, UID)
+        if place != "root":
+            os.chown(folder, UID, UID)
     lines = [f"export {name}={shlex.quote(value)}" for name, value in exports.items()]
     if place == "subtree":
         lines.append(SUBTREE)
@@ -124,6 +127,8 @@ def start(place: str, path: Path, out: int, err: int) -> subprocess.Popen[bytes]
     if place in ("subtree", "scope", "service"):
         env["XDG_RUNTIME_DIR"] = f"/run/user/{UID}"
         env["DBUS_SESSION_BUS_ADDRESS"] = f"unix:path=/run/user/{UID}/bus"
+    if place == "root":
+        env |= {"HOME": "/root", "USER": "root", "LOGNAME": "root"}
     become = ["setpriv", "--reuid", "tester", "--regid", "tester", "--init-groups", "--"]
     argv = {
         "subtree": [*become, *SCOPE.split(), str(path)],
@@ -132,6 +137,7 @@ def start(place: str, path: Path, out: int, err: int) -> subprocess.Popen[bytes]
         "session": ["runuser", "-l", "tester", "-c", f"exec bash {path}"],
         "bare": [*become, "bash", str(path)],
         "chown": [*become, "bash", str(path)],
+        "root": ["bash", str(path)],
     }[place]
     leaf = group(place, UID if place == "chown" else 0) if place in ("bare", "chown") else None
 
