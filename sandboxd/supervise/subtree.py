@@ -19,6 +19,9 @@ from sandboxd.host import CgroupSubtree
 
 PROC = Path("/proc")
 CONTROLLERS = ("memory", "pids", "cpu", "io", "cpuset")
+RARE = ("hugetlb",)
+"""Used where it is offered, and missed by nobody: systemd delegates it to no user, and where no
+huge pages are set aside there is nothing to limit. Where there are some, `degraded` says so."""
 
 OCCUPIED = "processes sit in the subtree itself (no internal processes: cgroups(7)), not in a leaf"
 _NO_DELEGATION = "this cgroup is not delegated to us"
@@ -170,6 +173,9 @@ def enable(path: Path, proc: Path = PROC) -> dict[str, str]:
             notes[f"cgroup.{name}"] = OCCUPIED
         else:
             _switch_on(path, name, notes)
+    for name in RARE:
+        if name in offered and name not in have and not occupied:
+            _switch_on(path, name, {})
     return notes
 
 
@@ -209,7 +215,8 @@ def words(path: Path) -> list[str]:
 
 
 def _describe(path: Path, made: Path, notes: dict[str, str], room: int | None) -> CgroupSubtree:
-    enabled = frozenset(words(path / "cgroup.subtree_control")) & frozenset(CONTROLLERS)
+    known = frozenset((*CONTROLLERS, *RARE))
+    enabled = frozenset(words(path / "cgroup.subtree_control")) & known
     facts = {name: (made / name).exists() for name in ("cgroup.kill", "memory.peak", "pids.peak")}
     since = {"cgroup.kill": "5.14", "memory.peak": "5.19", "pids.peak": "6.1"}
     for name, there in facts.items():

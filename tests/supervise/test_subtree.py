@@ -35,7 +35,7 @@ def test_the_named_subtree(cgroup_top: Path) -> None:
     assert found.subtree is not None, found.why_not
     assert found.subtree.path == str(cgroup_top)
     enabled = set((cgroup_top / "cgroup.subtree_control").read_text().split())
-    assert found.subtree.controllers == enabled & set(subtree.CONTROLLERS)
+    assert found.subtree.controllers == enabled & {*subtree.CONTROLLERS, *subtree.RARE}
     assert found.why_not == ""
     leaf = cgroup_top / "facts"
     leaf.mkdir()
