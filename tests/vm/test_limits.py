@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,33 @@ async def test_what_is_written(cgroup_top: Path) -> None:
     }
     found = await seen(cgroup_top, policy(limits, resources), *expected)
     assert found == {name: {value} for name, value in expected.items()}
+
+
+@pytest.mark.needs("memory")
+@pytest.mark.parametrize(("asked", "status"), [("32M", "ok"), ("200M", "memory_limit")])
+async def test_memtester(asked: str, status: str) -> None:
+    """The textbook's experiment: 100 MB, what fits and what does not. (`nothing_left` looks.)"""
+    if shutil.which("memtester") is None:
+        pytest.skip("memtester is not installed")
+    limit = 100 * MIB
+    own = policy(Limits(memory=limit, wall_time=50.0))
+    # One pattern, for what counts is that all of it is touched. It asks for less where it may lock
+    # some but not all (mlock(2): ENOMEM), and goes on unlocked where it may lock nothing.
+    words = f"ulimit -l 0; MEMTESTER_TEST_MASK=1 exec memtester {asked} 1"
+    job = Job(argv=["sh", "-c", words], policy=own, env={"PATH": "/usr/sbin:/usr/bin"})
+    async with open_runner() as runner:
+        result = await runner.run(job)
+    assert result.status == status, (result.message, result.stdout[:900])
+    peak = result.usage.memory_peak
+    assert peak is not None
+    assert result.usage.memory_peak_source == "cgroup2 memory.peak"
+    if status == "ok":
+        assert 32 * MIB <= peak < 48 * MIB
+        assert result.usage.oom_kills == 0
+    else:
+        assert peak == limit
+        assert result.usage.oom_kills
+        assert result.limits["memory"].action == "killed"
 
 
 @pytest.mark.needs("memory")
