@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from sandboxd.cli import subcommand
 from sandboxd.cli.main import say
 from sandboxd.cli.quantities import count, size
 from sandboxd.errors import HostError, ImageError
@@ -66,12 +67,21 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    one = _add(commands, "import", "take an image in", _IMPORT, "rootfs.tar.gz --name mine")
+    _add_sources(commands)
+    _add_upkeep(commands)
+
+
+def _add_sources(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    one = subcommand.add(
+        commands, "image", "import", "take an image in", _IMPORT, "rootfs.tar.gz --name mine"
+    )
     one.add_argument("path", metavar="PATH", help="a directory, an archive, or - for stdin")
     one.add_argument("--name", help="its name, NAME[:TAG] (default: the one it brings)")
     _add_limits(one)
     one.set_defaults(func=import_)
-    one = _add(commands, "pull", "fetch an image from a registry", _PULL, "HOST/debian:13")
+    one = subcommand.add(
+        commands, "image", "pull", "fetch an image from a registry", _PULL, "HOST/debian:13"
+    )
     one.add_argument("reference", metavar="HOST/NAME[:TAG]", help="or HOST/NAME@DIGEST")
     one.add_argument("--name", help="its name here (default: the reference)")
     one.add_argument(
@@ -81,7 +91,9 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     _add_limits(one)
     one.set_defaults(func=pull)
     text = "c-lab --include gcc,libc6-dev,make"
-    one = _add(commands, "build-debian", "make an image of Debian packages", _BUILD, text)
+    one = subcommand.add(
+        commands, "image", "build-debian", "make an image of Debian packages", _BUILD, text
+    )
     one.add_argument("name", metavar="NAME", help="its name")
     one.add_argument(
         "--include", action="append", default=[], metavar="PACKAGE,...",
@@ -94,36 +106,26 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     one.add_argument("--suite", metavar="SUITE", help="e.g. trixie (default: the machine's own)")
     _add_limits(one)
     one.set_defaults(func=build_debian)
-    one = _add(commands, "ls", "list images", _LS, "--json")
+
+
+def _add_upkeep(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    one = subcommand.add(commands, "image", "ls", "list images", _LS, "--json")
     one.add_argument("--json", action="store_true", help="print one JSON object")
     one.set_defaults(func=ls)
-    one = _add(commands, "inspect", "say all about an image", _INSPECT, "mine")
+    one = subcommand.add(commands, "image", "inspect", "say all about an image", _INSPECT, "mine")
     one.add_argument("name", metavar="NAME", help="a name, or 7 or more digits of the id")
     one.set_defaults(func=inspect)
-    one = _add(commands, "rm", "remove images", _RM, "mine")
+    one = subcommand.add(commands, "image", "rm", "remove images", _RM, "mine")
     one.add_argument("names", metavar="NAME", nargs="+", help="a name, or digits of the id")
     one.set_defaults(func=rm)
-    _add(commands, "gc", "remove layers that no image has", _GC, "").set_defaults(func=gc)
-    one = _add(commands, "verify", "find layers that were changed", _VERIFY, "mine")
+    subcommand.add(
+        commands, "image", "gc", "remove layers that no image has", _GC, ""
+    ).set_defaults(func=gc)
+    one = subcommand.add(
+        commands, "image", "verify", "find layers that were changed", _VERIFY, "mine"
+    )
     one.add_argument("names", metavar="NAME", nargs="*", help="a name, or digits of the id")
     one.set_defaults(func=verify)
-
-
-def _add(
-    commands: argparse._SubParsersAction[argparse.ArgumentParser],
-    name: str,
-    line: str,
-    description: str,
-    example: str,
-) -> argparse.ArgumentParser:
-    return commands.add_parser(
-        name,
-        help=line,
-        description=description,
-        epilog=f"example:\n  sandboxd image {name} {example}".rstrip(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
 
 
 def _add_limits(parser: argparse.ArgumentParser) -> None:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from sandboxd.cli import subcommand
 from sandboxd.errors import PolicyError, PolicyErrors, SandboxError
 from sandboxd.policy import Policy
 
@@ -54,39 +55,35 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    _add(commands, "list", "list the policies that can be named", _LIST, "").set_defaults(
-        func=names
+    subcommand.add(
+        commands, "policy", "list", "list the policies that can be named", _LIST, ""
+    ).set_defaults(func=names)
+    one = subcommand.add(
+        commands, "policy", "show", "show all that a policy says", _SHOW, "judge-native --json"
     )
-    one = _add(commands, "show", "show all that a policy says", _SHOW, "judge-native --json")
     one.add_argument("name", metavar="NAME", help="a policy, or the path of a TOML file")
     one.add_argument("--json", action="store_true", help="print one JSON object with the digest")
     one.set_defaults(func=show)
-    one = _add(commands, "check", "find the errors in policy files", _CHECK, "--verify ./ours.toml")
+    one = subcommand.add(
+        commands,
+        "policy",
+        "check",
+        "find the errors in policy files",
+        _CHECK,
+        "--verify ./ours.toml",
+    )
     one.add_argument("files", metavar="FILE", nargs="+", help="a policy file")
     one.add_argument("--verify", action="store_true", help="compare the filters with libseccomp's")
     one.set_defaults(func=check)
-    one = _add(commands, "explain", "say what a policy means and why", _EXPLAIN, "judge-native")
+    one = subcommand.add(
+        commands, "policy", "explain", "say what a policy means and why", _EXPLAIN, "judge-native"
+    )
     one.add_argument("name", metavar="NAME", nargs="?", help="a policy, a TOML file, or @group")
     one.set_defaults(func=explain)
     text = "> policies/schema.json"
-    _add(commands, "schema", "print the JSON Schema", _SCHEMA, text).set_defaults(func=schema)
-
-
-def _add(
-    commands: argparse._SubParsersAction[argparse.ArgumentParser],
-    name: str,
-    line: str,
-    description: str,
-    example: str,
-) -> argparse.ArgumentParser:
-    return commands.add_parser(
-        name,
-        help=line,
-        description=description,
-        epilog=f"example:\n  sandboxd policy {name} {example}".rstrip(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    subcommand.add(
+        commands, "policy", "schema", "print the JSON Schema", _SCHEMA, text
+    ).set_defaults(func=schema)
 
 
 # -- list and show ---------------------------------------------------------------------------

@@ -20,17 +20,14 @@ socket and nothing to remember, and ends with that socket or with its supervisor
 from __future__ import annotations
 
 import os
-import resource
-import signal
 import socket
 import struct
 
 from sandboxd.launch.collect import Caps, Walk
 from sandboxd.launch.copy_in import Destination
-from sandboxd.linux import capabilities
+from sandboxd.launch.rights import keep_rights_over_files
 from sandboxd.linux.namespaces import CLONE_NEWUSER, join
 from sandboxd.linux.packets import INLINE, REFUSED, Entry, Packet, close, entries, receive, send
-from sandboxd.linux.process import die_with_parent, no_new_privileges
 
 TYPE_CHECKING = False  # as typing's, which is not imported for it
 if TYPE_CHECKING:
@@ -60,16 +57,7 @@ def main(number: int, namespace: int) -> NoReturn:
 def _become(number: int, namespace: int) -> None:
     if namespace >= 0:
         _join(namespace)
-    capabilities.keep_only(
-        capabilities.CAP_CHOWN,
-        capabilities.CAP_DAC_OVERRIDE,
-        capabilities.CAP_DAC_READ_SEARCH,
-        capabilities.CAP_FOWNER,
-    )
-    no_new_privileges()
-    die_with_parent(signal.SIGKILL)  # after what clears it: a change of credentials (prctl(2))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    os.umask(0)
+    keep_rights_over_files()
     os.closerange(3, number)
     os.closerange(number + 1, os.sysconf("SC_OPEN_MAX"))
 

@@ -20,19 +20,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import resource
 import shutil
-import signal
 import socket
 import stat
 
 from sandboxd.images.tar import CHUNK, Reader, TarError
+from sandboxd.launch.rights import keep_rights_over_files
 from sandboxd.launch.tree import Tree
-from sandboxd.linux import capabilities
 from sandboxd.linux.namespaces import CLONE_NEWUSER, unshare
 from sandboxd.linux.packets import close, receive, send
 from sandboxd.linux.paths import open_beneath
-from sandboxd.linux.process import die_with_parent, no_new_privileges
 
 TYPE_CHECKING = False  # as typing's, which is not imported for it
 if TYPE_CHECKING:
@@ -77,16 +74,7 @@ def _become(link: socket.socket, ids: int) -> None:
         os.setgroups([])
     os.setresgid(0, 0, 0)
     os.setresuid(0, 0, 0)
-    capabilities.keep_only(
-        capabilities.CAP_CHOWN,
-        capabilities.CAP_DAC_OVERRIDE,
-        capabilities.CAP_DAC_READ_SEARCH,
-        capabilities.CAP_FOWNER,
-    )
-    no_new_privileges()
-    die_with_parent(signal.SIGKILL)  # after what clears it: a change of credentials (prctl(2))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    os.umask(0)
+    keep_rights_over_files()
 
 
 def _serve(link: socket.socket, ids: int) -> bool:
