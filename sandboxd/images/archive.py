@@ -133,8 +133,9 @@ def opened(source: str | BinaryIO, scratch: Path, limits: Limits) -> Iterator[Fi
         )
     except OSError as error:
         raise ImageError(f"{source}: {error.strerror}") from error
+    name = source if isinstance(source, str) else "stdin"
     with given, _seekable(given, scratch, limits) as file:
-        yield _look(file)
+        yield _look(file, name)
 
 
 @contextmanager
@@ -156,7 +157,7 @@ def _seekable(given: BinaryIO, scratch: Path, limits: Limits) -> Iterator[Binary
         yield file
 
 
-def _look(file: BinaryIO) -> Files | Layer:
+def _look(file: BinaryIO, name: str) -> Files | Layer:
     """Only what an archive of images consists of makes one."""
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
@@ -182,6 +183,6 @@ def _look(file: BinaryIO) -> Files | Layer:
             if archive.has("index.json") or archive.has("manifest.json"):
                 return archive
     except tar.TarError as error:
-        raise ImageError(str(error)) from error
+        raise ImageError(f"{name}: {error}") from error
     file.seek(0)
     return Layer(file)

@@ -80,6 +80,12 @@ def test_layers_are_shared_and_outlive_one_of_their_images(place: Store) -> None
     assert sandboxd("image", "rm", "two")[1] == "1 layer removed\n"
 
 
+@pytest.mark.usefixtures("place")
+def test_a_file_that_is_no_archive_is_named() -> None:
+    status, _, err = sandboxd("image", "import", "/etc/passwd", "--name", "x")
+    assert (status, err.partition(" checksum")[0]) == (1, "sandboxd: /etc/passwd: a header whose")
+
+
 def test_errors_have_a_way_out(place: Store) -> None:
     assert sandboxd("image", "inspect", "none")[0] == 1
     assert sandboxd("image", "rm", "none")[0] == 1
@@ -88,7 +94,7 @@ def test_errors_have_a_way_out(place: Store) -> None:
     assert status == 1
     assert "--name NAME" in err
     status, _, err = sandboxd("image", "import", "-", "--name", "x", stdin=file(b"../x") + END)
-    assert (status, err) == (1, "sandboxd: ../x: a name with .. in it\n")
+    assert (status, err) == (1, "sandboxd: stdin: ../x: a name with .. in it\n")
     words = ["image", "import", "-", "--name", "x", "--max-size", "1K"]
     status, _, err = sandboxd(*words, stdin=file(b"x", b"x" * 2000) + END)
     assert (status, err) == (1, "sandboxd: more than 1024 bytes when unpacked\n")
