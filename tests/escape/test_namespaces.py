@@ -6,6 +6,7 @@ import os
 
 import pytest
 
+from tests import needs
 from tests.escape.attack import (
     Change,
     Compiled,
@@ -140,15 +141,19 @@ found = {kind: os.readlink("/proc/self/ns/" + kind) for kind in os.listdir("/pro
 async def test_namespaces_of_a_job_are_its_own(policy: str) -> None:
     """Nothing is shared with the host or with a job that runs at the same time: namespaces(7).
 
-    (But for the user namespace of jobs whose uid is their own in it.)
+    (But for the user namespace of jobs whose uid is their own in it; and where there are no cgroups
+    of ours to tell apart, jobs share the one cgroup namespace that hides the caller's.)
     """
+    shared = {("user", "judge-native")}
+    if needs.missing("cgroup"):
+        shared.add(("cgroup", policy))
     async with open_runner(slots=2) as runner:
         async with live(runner, policy, NAMES + "ready()") as other:
             one = achieved(await runner.run(Job(argv=python(NAMES), policy=policy)))
             two = await finished(other)
     for kind in ("user", "mnt", "pid", "net", "ipc", "uts", "cgroup"):
         assert one[kind] != os.readlink(f"/proc/self/ns/{kind}")
-        assert one[kind] != two[kind] or (kind, policy) == ("user", "judge-native")
+        assert one[kind] != two[kind] or (kind, policy) in shared
 
 
 CAPABLE = r"""

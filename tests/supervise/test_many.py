@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import resource
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -61,7 +63,19 @@ async def test_in_a_row(host: str) -> None:
         assert left_in(os.environ.get("SANDBOXD_CGROUP")) <= cgroups + 2 * runner.slots
 
 
+@pytest.fixture
+def many_descriptors() -> Iterator[None]:
+    """As many as one may have: a live run takes 6 to 12, and 1024 is what most begin with."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard < 16 * AT_ONCE:
+        pytest.skip(f"needs {16 * AT_ONCE} open files: no more than {hard} here")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (16 * AT_ONCE, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
 @pytest.mark.time_limit(100.0)
+@pytest.mark.usefixtures("many_descriptors")
 @hosts("nothing", "cgroup")
 async def test_at_once(host: str) -> None:
     """All of them live at the same time; then they go together."""
