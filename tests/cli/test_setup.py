@@ -69,7 +69,7 @@ def test_a_user_that_is_none() -> None:
     assert done.stderr == "sandboxd: setup: there is no user nobody-of-this-name\n"
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may")
+@pytest.mark.skipif(os.geteuid() == 0, reason="needs an ordinary user: root may")
 def test_only_root_changes_the_machine() -> None:
     done = run("--user", "judge", "--apply")
     assert done.returncode == 2
