@@ -1,10 +1,11 @@
 """The tenant's standing script: builds the template once, then clones a sandbox per request.
 
 Theory of operation. The image is an ELF program's data (see elf.py) and starts in a process with
-three descriptors of /dev/null and one socket. It carries out the tenant's plan; the step
+a doorbell, two descriptors of /dev/null and one socket. It carries out the tenant's plan; the step
 `Namespaces` leaves the first process waiting and goes on as PID 1 of the tenant. Then it serves:
 
     close everything but 0-3          so that what arrives gets known numbers (unix(7), SCM_RIGHTS)
+    ppoll, read                       until the doorbell rings (supervise/tenants.py says why)
     recvmsg                           flags and cgroup land in clone_args, the script at SETUP
     clone3                            the child goes on at the script it has a copy of
     sendmsg                           the pidfd, which clone3 wrote straight into the control data
@@ -25,6 +26,8 @@ from sandboxd import plan
 from sandboxd.messages import READY
 from sandboxd.script.lower import (
     MSG_NOSIGNAL,
+    POLLIN,
+    POLLRDHUP,
     SIGCHLD,
     SOCKET,
     Writer,
@@ -40,6 +43,8 @@ from sandboxd.script.record import (
     Label,
 )
 
+DOORBELL = 0
+"""The zygote's stdin, an eventfd(2) that is read without waiting."""
 SETUP = BASE + (2 << 20)
 """Where a sandbox's setup script is received and runs."""
 EXEC = BASE + (3 << 20)
@@ -107,12 +112,13 @@ def _serve(w: Writer) -> None:
     # stack_size, tls, set_tid, set_tid_size, cgroup.
     rights = asm.words((16 + 4, SOL_SOCKET | SCM_RIGHTS << 32, 0))
     clone_args = asm.words((0, rights + 16, 0, 0, SIGCHLD, 0, 0, 0, 0, 0, 0))
-    answer = asm.cell()
+    answer, rings = asm.cell(), asm.cell()
     answer_part = asm.words((answer, 8))
     reply = asm.words((0, 0, answer_part, 1, rights, 24, 0))
     parts = asm.words((clone_args, 8, clone_args + 80, 8, SETUP, MAX_SETUP))
     control = asm.space(512)
     request = asm.words((0, 0, parts, 3, control, 512, 0))
+    ears = asm.words((SOCKET | POLLRDHUP << 32, DOORBELL | POLLIN << 32))
 
     w.call("sendto", SOCKET, asm.data(READY), len(READY), MSG_NOSIGNAL, 0, 0)
     again, gone = asm.label(), asm.label()
@@ -120,6 +126,8 @@ def _serve(w: Writer) -> None:
     w.call("close_range", SOCKET + 1, 0xFFFFFFFF, 0)
     # recvmsg(2) leaves the length it used in msg_controllen, so it is put back each time.
     w.assign(512, request + 40)
+    w.call("ppoll", ears, 2, 0, 0, 0, ignore=True)
+    w.call("read", DOORBELL, rings, 8, ignore=True)
     w.call(
         "recvmsg", SOCKET, request, MSG_CMSG_CLOEXEC,
         when=Condition.ZERO, target=gone,

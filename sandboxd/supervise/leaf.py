@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 CPU_WORDS = ["usage_usec", "user_usec", "system_usec"]
 THROTTLED = "throttled_usec"
@@ -23,8 +25,7 @@ MOMENTARY = frozenset({"memory_peak", "swap_peak", "processes_peak"})
 """Counters that are a level: there is no difference to take."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Counters:
+class Counters(msgspec.Struct, frozen=True, kw_only=True):
     """What a leaf has counted so far; None where the kernel does not count it here."""
 
     cpu_time: float | None = None
@@ -41,8 +42,7 @@ class Counters:
     io_written: int | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Memory:
+class Memory(msgspec.Struct, frozen=True, kw_only=True):
     """Of what the memory of a leaf consists at one moment, in bytes (memory.stat)."""
 
     anon: int
@@ -160,9 +160,9 @@ class Leaf:
                 cpu_system=minus(now.cpu_system, since.cpu_system),
             )
         return Counters(**{
-            name.name: minus(getattr(now, name.name), getattr(since, name.name))
-            if name.name not in MOMENTARY else getattr(now, name.name)
-            for name in fields(Counters)
+            name: minus(getattr(now, name), getattr(since, name))
+            if name not in MOMENTARY else getattr(now, name)
+            for name in Counters.__struct_fields__
         })  # fmt: skip
 
     def io(self) -> tuple[int, int]:

@@ -200,6 +200,7 @@ class Runner:
                     emit=_forwarding(run),
                     on_start=run._started if run else lambda _: None,
                     reports=run._reports if run else None,
+                    alone=self.host.cpus > 1 and self._limiter.borrowed_tokens == 1,
                 )
                 result = await self._in_sandbox(kept, conduct, (asked, queued))
             self._finished += 1

@@ -6,8 +6,9 @@ import errno as errnos
 import math
 import os
 import signal as signals
-from dataclasses import dataclass, field
 from typing import Literal
+
+import msgspec
 
 from sandboxd.messages import Ended
 from sandboxd.policy import Limits, Policy, Rule
@@ -28,8 +29,7 @@ run's, or the whole machine, had no memory: `oom` of memory.events counts in the
 was reached, `oom_kill` in that of the victim (cgroup-v2.rst)."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Facts:
+class Facts(msgspec.Struct, frozen=True, kw_only=True):
     """What was observed. `stopped_by` is the first cause for which we ended the run."""
 
     ended: Ended | None
@@ -39,7 +39,7 @@ class Facts:
     start_error: tuple[int, str] | None = None
     """errno and what could not be started."""
     artifact_errors: tuple[ArtifactError, ...] = ()
-    enforcement: dict[str, str] = field(default_factory=dict)
+    enforcement: dict[str, str] = {}
     remains: Memory | None = None
     """Of what memory consisted when the kernel's killer came."""
     segments: int | None = None
@@ -55,8 +55,7 @@ class Facts:
         return "refused" if events is not None and at_limit else None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Classified:
+class Classified(msgspec.Struct, frozen=True, kw_only=True):
     status: Status
     causes: tuple[Status, ...]
     fault: Fault | None

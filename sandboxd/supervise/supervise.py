@@ -10,7 +10,6 @@ is dead the pipes are at their end, the counters final, and the files nobody's a
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import os
 import select
@@ -20,6 +19,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import msgspec
 import trio
 
 from sandboxd.compile.build import Compiled, exec_plan
@@ -39,6 +39,7 @@ from sandboxd.supervise.sandboxes import Sandbox
 from sandboxd.supervise.status import Facts
 from sandboxd.supervise.stops import Control, Stops
 from sandboxd.supervise.tenants import MESSAGE, Prepared, Script, failure
+from sandboxd.supervise.vigil import look_out
 from sandboxd.supervise.watch import Watcher
 
 LARGE_STDIN = 64 << 20
@@ -88,9 +89,7 @@ class Observed:
 class Dispatch:
     """A job on its way into a sandbox: its script and descriptors.
 
-    `prepare` comes before the sandbox is asked for, and not while it is made: the kernel wakes the
-    zygote on our CPU, as if we were about to sleep, and there it waits until we do (WF_SYNC in
-    kernel/sched/fair.c).
+    `prepare` comes before the sandbox is asked for; the rest while the zygote makes it.
     """
 
     def __init__(self, job: Job, prepared: Prepared, pipes: Pipes) -> None:
@@ -165,6 +164,8 @@ class Conduct:
     emit: Emit | None
     on_start: Callable[[Control], None]
     reports: Reports | None = None
+    alone: bool = False
+    """There is no other run that could use the CPU time of waiting awake."""
 
 
 async def supervise(run: Conduct, box: Sandbox) -> Observed:
@@ -188,6 +189,7 @@ async def supervise(run: Conduct, box: Sandbox) -> Observed:
         watcher.start(started)
         run.on_start(control)
         if run.emit is None and pipes.source is None:
+            await look_out(box.socket, watcher.due if run.alone else 0.0)
             report = await attend(box, stops, watcher, pumps)
         else:
             await box.wait_known()
@@ -224,7 +226,7 @@ async def supervise(run: Conduct, box: Sandbox) -> Observed:
         remains=account.remains(box, watcher.seen, usage),
     )  # fmt: skip
     if segments.are_in_question(facts, limits):
-        facts = dataclasses.replace(facts, segments=segments.of_program(run.job, run.compiled))
+        facts = msgspec.structs.replace(facts, segments=segments.of_program(run.job, run.compiled))
     return Observed(facts, captures, artifacts, started, ended_at, box.is_crowded())
 
 

@@ -2,6 +2,10 @@
 
 A tenant is started once and then asked for sandboxes. Its processes end when our end of its
 socket closes, for whatever reason; everything below is in its PID namespace and ends with it.
+
+Who sends over a socket wakes the receiver on its own CPU, as if it were about to sleep (WF_SYNC in
+kernel/sched/fair.c), and there the zygote would wait until we do. So it does not listen to the
+socket while it is idle, but to a doorbell: an eventfd(2) wakes it where it last was.
 """
 
 from __future__ import annotations
@@ -43,12 +47,15 @@ MESSAGE = 4096
 class Tenant:
     """A running tenant. `clone` makes a sandbox; `take_network` lends a network namespace."""
 
-    def __init__(self, compiled: Compiled, host: Host, control: socket.socket, pid: int) -> None:
+    def __init__(
+        self, compiled: Compiled, host: Host, control: socket.socket, doorbell: int, pid: int
+    ) -> None:
         self.compiled = compiled
         self.host = host
         self.pid = pid
         self.dead = False
         self.control = control
+        self._doorbell = doorbell
         self._asked: deque[Clone] = deque()
         self._hearing = trio.Lock()
         self._sending = trio.Lock()
@@ -144,6 +151,7 @@ class Tenant:
                 await self._send_later(parts, fds)
         except OSError as error:
             raise self._died(error.errno or 0) from None
+        os.eventfd_write(self._doorbell, 1)
         asked = Clone(self, flags)
         self._asked.append(asked)
         return asked
@@ -296,11 +304,13 @@ async def open_tenant(
     """A tenant; leaving ends it with everything in it and waits for that."""
     image = tenant_image(host.arch, compiled.tenant)
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with ours:
+    with ours, Descriptors() as fds:
         ours.setblocking(False)
+        flags = os.EFD_SEMAPHORE | os.EFD_NONBLOCK | os.EFD_CLOEXEC
+        doorbell = fds.own(os.eventfd(0, flags))
         with theirs:
-            process = start(image, theirs.fileno(), host)
-        tenant = Tenant(compiled, host, ours, process.pid)
+            process = start(image, theirs.fileno(), doorbell, host)
+        tenant = Tenant(compiled, host, ours, doorbell, process.pid)
         try:
             with trio.fail_after(START_TIMEOUT):
                 await _boot(tenant, image, cgroups)
@@ -315,7 +325,7 @@ async def open_tenant(
             tenant.close_networks()
 
 
-def start(image: Image, control: int, host: Host) -> subprocess.Popen[bytes]:
+def start(image: Image, control: int, doorbell: int, host: Host) -> subprocess.Popen[bytes]:
     """Execute a tenant's image: by the machine, or by the executor where it cannot run."""
     content = image.patched(dict.fromkeys(image.marks, control))
     with Descriptors() as fds:
@@ -330,7 +340,7 @@ def start(image: Image, control: int, host: Host) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
             argv, executable=executable, pass_fds=(fd, control), cwd=PACKAGE_PARENT,
             env={"PATH": os.path.dirname(executable)},
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            stdin=doorbell, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
 
 
