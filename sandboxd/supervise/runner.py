@@ -31,6 +31,7 @@ from sandboxd.supervise.probe import kinds
 from sandboxd.supervise.run import FASTEST, Run
 from sandboxd.supervise.sandboxes import Sandbox, make
 from sandboxd.supervise.supervise import (
+    NO_VIGIL,
     Conduct,
     Dispatch,
     Emit,
@@ -40,6 +41,7 @@ from sandboxd.supervise.supervise import (
     supervise,
 )
 from sandboxd.supervise.tenants import Prepared, Tenant, open_tenant
+from sandboxd.supervise.vigil import Vigil
 
 POLICIES_KEPT = 256
 UNDERTAKER = 0.02
@@ -78,6 +80,7 @@ class Kept:
         self.kind = record.Kind.of(prepared.compiled)
         self.spares: list[Sandbox] = []
         self.refilling = False
+        self.vigil = Vigil()
 
 
 class Runner:
@@ -200,7 +203,7 @@ class Runner:
                     emit=_forwarding(run),
                     on_start=run._started if run else lambda _: None,
                     reports=run._reports if run else None,
-                    alone=self.host.cpus > 1 and self._limiter.borrowed_tokens == 1,
+                    vigil=kept.vigil if self._is_alone() else NO_VIGIL,
                 )
                 result = await self._in_sandbox(kept, conduct, (asked, queued))
             self._finished += 1
@@ -210,6 +213,10 @@ class Runner:
             return result
         finally:
             self._limiter.release_on_behalf_of(token)
+
+    def _is_alone(self) -> bool:
+        """Whether there is one run, and a CPU for it beside ours."""
+        return self.host.cpus > 1 and self._limiter.borrowed_tokens == 1
 
     async def _take_slot(self, token: object, run: Run | None) -> bool:
         """False if the run was killed before it got one."""

@@ -39,7 +39,7 @@ from sandboxd.supervise.sandboxes import Sandbox
 from sandboxd.supervise.status import Facts
 from sandboxd.supervise.stops import Control, Stops
 from sandboxd.supervise.tenants import MESSAGE, Prepared, Script, failure
-from sandboxd.supervise.vigil import look_out
+from sandboxd.supervise.vigil import Vigil
 from sandboxd.supervise.watch import Watcher
 
 LARGE_STDIN = 64 << 20
@@ -49,6 +49,8 @@ SCRIPTS_KEPT = 64
 SCRIPT_KEPT = 64 << 10
 GRACE = 0.002
 """Seconds in which a run may end without anybody having listened to its pipes."""
+
+NO_VIGIL = Vigil(kept=False)
 
 Emit = Callable[[str, bytes], Awaitable[None]]
 
@@ -164,8 +166,7 @@ class Conduct:
     emit: Emit | None
     on_start: Callable[[Control], None]
     reports: Reports | None = None
-    alone: bool = False
-    """There is no other run that could use the CPU time of waiting awake."""
+    vigil: Vigil = NO_VIGIL
 
 
 async def supervise(run: Conduct, box: Sandbox) -> Observed:
@@ -189,8 +190,7 @@ async def supervise(run: Conduct, box: Sandbox) -> Observed:
         watcher.start(started)
         run.on_start(control)
         if run.emit is None and pipes.source is None:
-            await look_out(box.socket, watcher.due if run.alone else 0.0)
-            report = await attend(box, stops, watcher, pumps)
+            report = await attend(box, stops, watcher, pumps, run.vigil)
         else:
             await box.wait_known()
             async with trio.open_nursery() as streams:
@@ -240,7 +240,13 @@ async def tell(reports: Reports, control: Control, living: trio.CancelScope) -> 
             reports.send(control.usage())
 
 
-async def attend(box: Sandbox, stops: Stops, watcher: Watcher, pumps: list[stream.Pump]) -> bytes:
+async def attend(
+    box: Sandbox,
+    stops: Stops,
+    watcher: Watcher,
+    pumps: list[stream.Pump],
+    vigil: Vigil = NO_VIGIL,
+) -> bytes:
     """Wait for init's report, reading the pipes and looking at the limits meanwhile.
 
     One task for all of that, and for a short run one wait: the pipes are listened to only after
@@ -248,6 +254,7 @@ async def attend(box: Sandbox, stops: Stops, watcher: Watcher, pumps: list[strea
     """
     ears = None
     report = b""
+    await vigil.keep(box.socket, watcher.due)
     try:
         while True:
             due = min(watcher.due, stops.insist_at)
