@@ -1,9 +1,10 @@
 /* Programs of known cost, for `./do vm --accuracy`: KIND and how much, seconds or MiB.
  *
  * A burner of CPU time goes on until the clocks of its processes have what was asked for, and prints
- * what they had when it ended: the truth. The kernel starts a process's clock at its fork, so exec is
- * in it; only the very end of a process is not. A toucher of memory writes every page of what it was
- * asked for.
+ * what they had: the truth. The kernel starts a process's clock at its fork, so exec is in it. The
+ * end of a process no clock of its own shows: who waits for it gets it with its rusage (wait4(2)), and
+ * for those that nobody waits for it is taken to be that of another one that just ends. A toucher of
+ * memory writes every page of what it was asked for.
  */
 #define _GNU_SOURCE
 #include <fcntl.h>
@@ -15,13 +16,15 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
 
 enum { PARTS = 4, CHAIN = 10, PAGE = 4096, BSS = 128 << 20 };
 
-static _Atomic int64_t *used; /* nanoseconds, of processes other than the first */
+static _Atomic int64_t *used; /* nanoseconds, of processes that nobody waits for, */
+static _Atomic int64_t *ends; /* and their number; both lie in memory shared by all */
 static volatile char segment[BSS];
 
 static int64_t clock_of(clockid_t clock) {
@@ -56,34 +59,56 @@ static void threads(int64_t total) {
     for (int i = 0; i < PARTS; i++) pthread_join(each[i], NULL);
 }
 
-static void burn_and_end(int64_t share) {
-    burn_user(CLOCK_PROCESS_CPUTIME_ID, share);
+static void end_unseen(void) {
     *used += clock_of(CLOCK_PROCESS_CPUTIME_ID);
+    *ends += 1;
     _exit(0);
+}
+
+/* What all children had in the end that were waited for, and those that these waited for. */
+static int64_t waited_for(void) {
+    struct rusage usage;
+    while (wait(NULL) > 0) continue;
+    if (getrusage(RUSAGE_CHILDREN, &usage)) abort();
+    return (usage.ru_utime.tv_sec + usage.ru_stime.tv_sec) * 1000000000LL
+        + (usage.ru_utime.tv_usec + usage.ru_stime.tv_usec) * 1000LL;
+}
+
+/* What the end of a process costs, beyond what it knows of. */
+static int64_t cost_of_an_end(void) {
+    if (fork() == 0) end_unseen();
+    int64_t cost = waited_for() - *used;
+    *used = *ends = 0;
+    return cost;
 }
 
 /* Nobody that we know of waits for these; the pipe tells that they are gone. */
 static void orphans(int64_t total) {
-    int ends[2];
+    int line[2];
     char byte;
-    if (pipe(ends)) abort();
+    if (pipe(line)) abort();
     for (int i = 0; i < PARTS; i++)
         if (fork() == 0) {
             if (fork() == 0) {
                 setsid();
-                burn_and_end(total / PARTS);
+                burn_user(CLOCK_PROCESS_CPUTIME_ID, total / PARTS);
+                end_unseen();
             }
-            *used += clock_of(CLOCK_PROCESS_CPUTIME_ID);
             _exit(0);
         }
-    close(ends[1]);
+    close(line[1]);
     while (wait(NULL) > 0) continue;
-    while (read(ends[0], &byte, 1) > 0) continue;
+    while (read(line[0], &byte, 1) > 0) continue;
 }
 
-static void children(int64_t total) {
+static void children(int64_t total, int unseen) {
+    if (unseen) signal(SIGCHLD, SIG_IGN);
     for (int i = 0; i < PARTS; i++)
-        if (fork() == 0) burn_and_end(total / PARTS);
+        if (fork() == 0) {
+            burn_user(CLOCK_PROCESS_CPUTIME_ID, total / PARTS);
+            if (unseen) end_unseen();
+            _exit(0);
+        }
     while (wait(NULL) > 0) continue; /* ECHILD once all are gone, SIGCHLD ignored or not */
 }
 
@@ -91,7 +116,7 @@ static void chain(char **argv, int64_t total) {
     int done = argv[3] ? atoi(argv[3]) + 1 : 1;
     char count[16];
     burn_user(CLOCK_PROCESS_CPUTIME_ID, total / CHAIN * done);
-    if (done == CHAIN) return;
+    if (done == CHAIN) _exit(0);
     snprintf(count, sizeof count, "%d", done);
     execl(argv[0], argv[0], argv[1], argv[2], count, NULL);
     abort();
@@ -149,20 +174,29 @@ static int memory(const char *kind, size_t size) {
     return 1;
 }
 
+static void burn(char **argv, int64_t total) {
+    if (!strcmp(argv[1], "user")) burn_user(CLOCK_PROCESS_CPUTIME_ID, total);
+    else if (!strcmp(argv[1], "system")) burn_system(CLOCK_PROCESS_CPUTIME_ID, total);
+    else if (!strcmp(argv[1], "threads")) threads(total);
+    else if (!strcmp(argv[1], "children")) children(total, 0);
+    else if (!strcmp(argv[1], "orphans")) orphans(total);
+    else if (!strcmp(argv[1], "ignored")) children(total, 1);
+    else if (!strcmp(argv[1], "chain")) chain(argv, total);
+    else abort();
+    _exit(0);
+}
+
 int main(int argc, char **argv) {
     if (argc < 3) return 2;
     double amount = atof(argv[2]);
     if (memory(argv[1], (size_t)(amount * (1 << 20)))) return 0;
     int64_t total = (int64_t)(amount * 1e9);
+    if (argc > 3) chain(argv, total);
     used = (void *)mapped(PAGE, MAP_SHARED | MAP_ANONYMOUS, -1);
-    if (!strcmp(argv[1], "user")) burn_user(CLOCK_PROCESS_CPUTIME_ID, total);
-    else if (!strcmp(argv[1], "system")) burn_system(CLOCK_PROCESS_CPUTIME_ID, total);
-    else if (!strcmp(argv[1], "threads")) threads(total);
-    else if (!strcmp(argv[1], "children")) children(total);
-    else if (!strcmp(argv[1], "orphans")) orphans(total);
-    else if (!strcmp(argv[1], "ignored")) signal(SIGCHLD, SIG_IGN), children(total);
-    else if (!strcmp(argv[1], "chain")) chain(argv, total);
-    else return 2;
-    printf("%lld\n", (long long)(*used + clock_of(CLOCK_PROCESS_CPUTIME_ID)));
+    ends = used + 1;
+    int64_t end = cost_of_an_end();
+    if (fork() == 0) burn(argv, total);
+    int64_t all = waited_for() + *used + (*ends + 1) * end; /* and our own */
+    printf("%lld\n", (long long)(all + clock_of(CLOCK_PROCESS_CPUTIME_ID)));
     return 0;
 }
