@@ -8,12 +8,13 @@ import re
 import shutil
 from pathlib import Path
 
+import msgspec
 import pytest
 import trio
 
 from sandboxd.errors import HostError
 from sandboxd.job import Job
-from sandboxd.policy import Io, Limits, Policy, Resources
+from sandboxd.policy import Io, Limits, Mount, Policy, Resources
 from sandboxd.supervise.probe import probe
 from sandboxd.supervise.runner import open_runner
 from tests.vm.programs import MIB, SLOW, policy, python, run
@@ -86,6 +87,21 @@ async def test_swap_and_oom_as_asked(cgroup_top: Path) -> None:
     own = policy(Limits(memory=64 * MIB), Resources(swap=MIB, oom="process"))
     found = await seen(cgroup_top, own, "memory.swap.max", "memory.oom.group")
     assert found == {"memory.swap.max": {str(MIB)}, "memory.oom.group": {"0"}}
+
+
+@pytest.mark.needs("memory")
+async def test_what_does_not_fit_is_swapped_out_where_that_is_allowed() -> None:
+    """Twice the limit: killed without swap, and with it slower; the peak is the limit either way."""
+    if len(Path("/proc/swaps").read_text().splitlines()) < 2:
+        pytest.skip("needs swap: the machine has none")
+    limits = Limits(memory=32 * MIB, wall_time=20.0 * SLOW)
+    result = await run(python("heap(48 << 20)"), limits, Resources(swap=64 * MIB))
+    assert result.status == "ok", result.message
+    assert (result.usage.swap_peak or 0) >= 16 * MIB
+    assert result.usage.memory_peak == limits.memory
+    result = await run(python("heap(48 << 20)"), limits)
+    assert result.status == "memory_limit"
+    assert result.usage.swap_peak == 0
 
 
 @pytest.mark.needs("memory", "pids")
@@ -217,6 +233,32 @@ async def test_bandwidth_of_a_disk(cgroup_top: Path) -> None:
     own = policy(resources=Resources(io=io))
     (line,) = (await seen(cgroup_top, own, "io.max"))["io.max"]
     assert re.search(rf"^{device} rbps={4 * MIB} wbps=max riops=max wiops=100$", line)
+
+
+READ = """
+import mmap, os
+file = os.open("/data/file", os.O_RDONLY | os.O_DIRECT)
+block = mmap.mmap(-1, 1 << 20)
+while os.readv(file, [block]):
+    pass
+"""
+
+
+@pytest.mark.needs("io")
+async def test_a_disk_is_no_faster_than_allowed(tmp_path: Path) -> None:
+    """4 MiB at 2 MiB a second, past the page cache: no less than a second and a half."""
+    device = disk_of(str(tmp_path))
+    tmp_path.chmod(0o755)
+    tmp_path.joinpath("file").write_bytes(os.urandom(4 * MIB))
+    mount = Mount(target="/data", source=str(tmp_path))
+    allowed = policy(resources=Resources(io=(Io(device=device, read=2 * MIB),)))
+    own = msgspec.structs.replace(allowed, mounts=(*allowed.mounts, mount))
+    async with open_runner() as runner:
+        result = await runner.run(Job(argv=["python3", "-c", READ], policy=own))
+    assert result.ok, (result.message, result.stderr)
+    assert (result.usage.io_read or 0) >= 4 * MIB
+    assert (result.usage.wall_time or 0.0) > 1.5
+    assert (result.usage.pressure or {})["io"] > 1.0
 
 
 @pytest.mark.needs("memory")
