@@ -144,7 +144,8 @@ def steps(machine: Machine) -> list[Step]:
     if machine.uid == 0:
         return found  # may make cgroups wherever it wants, and asks the system's systemd
     if machine.systemd:
-        found += [_linger(machine), _delegation(machine)]
+        # A systemd that is started by the second has what the first gives.
+        found += [_delegation(machine), _linger(machine)]
     else:
         found.append(_subtree(machine))
     return found
@@ -246,6 +247,8 @@ def _delegation(machine: Machine) -> Step:
         return Step(what=what, state="ok", found=found)
     reload = ["systemctl daemon-reload"]
     if machine.running:
+        # systemd enables a controller in a slice when a unit comes into it, not when it reloads.
+        reload.append(f"systemd-run --quiet --scope --slice=user-{machine.uid}.slice true")
         anew = f"setpriv --reuid {machine.uid} --clear-groups env XDG_RUNTIME_DIR=/run/user/"
         reload.append(f"{anew}{machine.uid} systemctl --user daemon-reexec")
     lines = ["[Service]", f"Delegate={' '.join(CONTROLLERS)}"]
