@@ -23,9 +23,10 @@ if TYPE_CHECKING:
         SandboxError,
         WorkloadFailed,
     )
-    from sandboxd.job import File, Job, Terminal
-    from sandboxd.policy import Limits, Policy
+    from sandboxd.job import File, Job, Pattern, Tar, Terminal
+    from sandboxd.policy import Artifacts, Limits, Policy
     from sandboxd.result import Artifact, Event, Output, Result, Usage, to_json
+    from sandboxd.supervise.leavings import OpenArtifact
     from sandboxd.supervise.oneshot import run, run_sync
     from sandboxd.supervise.policies import find as find_policy
     from sandboxd.supervise.run import Run
@@ -36,9 +37,10 @@ _HOMES = {
         "Busy", "HostError", "ImageError", "InternalError", "JobError", "LaunchError",
         "PolicyError", "PolicyErrors", "SandboxError", "WorkloadFailed",
     ),
-    "job": ("File", "Job", "Terminal"),
-    "policy": ("Limits", "Policy"),
+    "job": ("File", "Job", "Pattern", "Tar", "Terminal"),
+    "policy": ("Artifacts", "Limits", "Policy"),
     "result": ("Artifact", "Event", "Output", "Result", "Usage", "to_json"),
+    "supervise.leavings": ("OpenArtifact",),
     "supervise.oneshot": ("run", "run_sync"),
     "supervise.run": ("Run",),
     "supervise.runner": ("Runner", "RunnerStatistics", "open_runner"),
@@ -46,10 +48,11 @@ _HOMES = {
 _WHERE = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
-    "Artifact", "Busy", "Event", "File", "HostError", "ImageError", "InternalError", "Job",
-    "JobError", "LaunchError", "Limits", "Output", "Policy", "PolicyError", "PolicyErrors",
-    "Result", "Run", "Runner", "RunnerStatistics", "SandboxError", "Terminal", "Usage",
-    "WorkloadFailed", "__version__", "find_policy", "open_runner", "run", "run_sync", "to_json",
+    "Artifact", "Artifacts", "Busy", "Event", "File", "HostError", "ImageError", "InternalError",
+    "Job", "JobError", "LaunchError", "Limits", "OpenArtifact", "Output", "Pattern", "Policy",
+    "PolicyError", "PolicyErrors", "Result", "Run", "Runner", "RunnerStatistics", "SandboxError",
+    "Tar", "Terminal", "Usage", "WorkloadFailed", "__version__", "find_policy", "open_runner",
+    "run", "run_sync", "to_json",
 ]  # fmt: skip
 
 

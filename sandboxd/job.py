@@ -6,10 +6,10 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
 from sandboxd.errors import JobError
-from sandboxd.policy import Limits, Policy
+from sandboxd.policy import Artifacts, Limits, Policy
 
 Text = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 
@@ -22,9 +22,44 @@ class File:
     mode: int = 0o644
 
 
+@dataclass(frozen=True, slots=True)
+class Tar:
+    """An archive that is unpacked where it is named, as a directory is copied there.
+
+    `source`: the archive itself, its path, or a descriptor to read it from (a pipe, say), which
+    stays the caller's. tar, plain or compressed with gzip, bzip2, xz or zstd.
+    """
+
+    source: bytes | Path | int
+
+
+Input: TypeAlias = bytes | Path | File | Tar
+"""What may be copied in under a name."""
 Value = TypeVar("Value")
 Names: TypeAlias = Mapping[Any, Value]
 """Keys are str or bytes: a Mapping is invariant in them, so no type would take a dict of either."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pattern:
+    """Files to be collected: a name, or one with wildcards, below the working directory.
+
+    `required`: whether it is an error that nothing matches; None: if there is no wildcard in it.
+    `literal`: nothing in it is a wildcard.
+    """
+
+    name: str | bytes
+    required: bool | None = None
+    literal: bool = False
+
+    def __post_init__(self) -> None:
+        name = os.fsencode(self.name)
+        parts = name.split(b"/")
+        if name.startswith(b"/") or b"\0" in name or b".." in parts or not {*parts} - {b"", b"."}:
+            raise JobError(
+                f"collect: {self.name!r} names nothing below the working directory",
+                hint="use a relative pattern without ..",
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,8 +84,12 @@ class Job:
     env: Names[str | bytes] = field(default_factory=dict)
     cwd: str | bytes | None = None
     stdin: bytes | Path | None = b""
-    files: Names[bytes | Path | File] = field(default_factory=dict)
-    collect: Sequence[str] = ()
+    files: Names[Input] = field(default_factory=dict)
+    collect: Sequence[str | bytes | Pattern] = ()
+    collect_to: Path | Literal["memory", "stream"] = "memory"
+    """Where what is collected goes: into the result, below this directory, or to Run.artifacts."""
+    artifacts: Artifacts | None = None
+    """How much is collected at most."""
     limits: Limits | None = None
     keep: int = 1 << 20
     """Bytes of stdout and of stderr kept in the result (first and last half of it each)."""
@@ -63,6 +102,7 @@ class Job:
         if not self.argv:
             raise JobError("argv is empty", hint="name a program to run")
         self._check_types()
+        self._check_collect()
         for number, word in enumerate(self.argv):
             if b"\0" in os.fsencode(word):
                 raise JobError(f"argv[{number}] contains a NUL byte", hint="no program can get one")
@@ -87,15 +127,29 @@ class Job:
             if not isinstance(text, str | bytes | os.PathLike):
                 raise JobError(f"{where} is {type(text).__name__}", hint="text is str or bytes")
         for key, data in self.files.items():
-            if not isinstance(data, bytes | Path | File):
+            if not isinstance(data, Input):
                 raise JobError(f"files[{key!r}] is {type(data).__name__}",
-                               hint="bytes, a Path or a File")  # fmt: skip
+                               hint="bytes, a Path, a File or a Tar")  # fmt: skip
+            if isinstance(data, Tar) and not isinstance(data.source, bytes | Path | int):
+                raise JobError(f"files[{key!r}] is a Tar of {type(data.source).__name__}",
+                               hint="bytes, a Path or a descriptor")  # fmt: skip
         if not isinstance(self.stdin, bytes | Path | None):
             raise JobError(f"stdin is {type(self.stdin).__name__}", hint="bytes, a Path or None")
         if not isinstance(self.policy, str | Policy):
             raise JobError(f"policy is {type(self.policy).__name__}", hint="a name or a Policy")
+
+    def _check_collect(self) -> None:
         if isinstance(self.collect, str | bytes):
             raise JobError("collect is one string", hint='give a list: ["out/*"]')
+        for number, pattern in enumerate(self.collect):
+            if not isinstance(pattern, str | bytes | Pattern):
+                raise JobError(f"collect[{number}] is {type(pattern).__name__}",
+                               hint="a str, bytes or a Pattern")  # fmt: skip
+            if not isinstance(pattern, Pattern):
+                Pattern(pattern)
+        if not isinstance(self.collect_to, Path) and self.collect_to not in ("memory", "stream"):
+            raise JobError(f"collect_to is {self.collect_to!r}",
+                           hint='a Path, "memory" or "stream"')  # fmt: skip
 
 
 def check_inside(name: bytes) -> None:

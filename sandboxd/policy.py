@@ -58,6 +58,24 @@ class Limits(Section, frozen=True):
     """CPU bandwidth: 1.5 is one and a half CPUs."""
 
 
+class Artifacts(Section, frozen=True):
+    """[artifacts]: how much of what a job left is copied out. A job may lower it, never raise.
+
+    What is beyond is no file less in silence: it is an entry of the result's artifact_errors.
+    """
+
+    files: Count | None = None
+    """Files, and as many errors."""
+    bytes: Bytes | None = None
+    """Of all files together, as long as they say they are: holes count."""
+    depth: Count | None = None
+    """Directories above a file, the working directory not counted."""
+    path: Annotated[int, Meta(ge=1, le=16384, extra={"unit": "bytes"})] | None = None
+    """Of a file's name, its directories included."""
+    entries: Count | None = None
+    """Names looked at in the search for files, whether collected or not."""
+
+
 class Io(Section, frozen=True):
     """[[resources.io]]: how fast one disk may be used (io.max); the page cache is no disk."""
 
@@ -254,6 +272,9 @@ class Policy(Section, frozen=True):
     name: str = "custom"
     description: str = ""
     limits: Limits = Limits(disk=64 << 20, inodes=16384, open_files=256)
+    artifacts: Artifacts = Artifacts(
+        files=1000, bytes=64 << 20, depth=64, path=4096, entries=1_000_000
+    )
     resources: Resources = Resources()
     root: Root = Root()
     mounts: tuple[Mount, ...] = ()

@@ -41,8 +41,8 @@ from sandboxd.cli import main
 from sandboxd.compile.build import compile_policy
 from sandboxd.errors import SandboxError
 from sandboxd.host import CgroupSubtree, Host, IdRange
-from sandboxd.job import File, Job, Terminal
-from sandboxd.policy import Limits, Policy, Root
+from sandboxd.job import File, Job, Pattern, Tar, Terminal
+from sandboxd.policy import Artifacts, Limits, Policy, Root
 from sandboxd.script import machine
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -274,7 +274,10 @@ def members(kind: type) -> set[str]:
 
 @pytest.mark.parametrize(
     "kind",
-    [Job, File, Terminal, sandboxd.Run, sandboxd.Runner, sandboxd.RunnerStatistics],
+    [
+        *(Job, File, Tar, Pattern, Artifacts, Terminal, sandboxd.OpenArtifact),
+        *(sandboxd.Run, sandboxd.Runner, sandboxd.RunnerStatistics),
+    ],
     ids=lambda kind: kind.__name__,
 )
 def test_every_member_is_in_the_reference(kind: type) -> None:

@@ -52,6 +52,8 @@ _ULIMITS: Mapping[str, tuple[str, Callable[[str], float]]] = MappingProxyType(
         "stack": ("stack", size),
     }
 )
+_ABSENT = -1
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
 _ROOT_IDS = (0, 0)
 _NOBODY_IDS = (65534, 65534)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
@@ -115,6 +117,18 @@ def _add_files(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--file", action="append", default=[], type=inputs.file, metavar="SRC[:NAME]",
         help=f"copy a file, or a directory with all that is in it, into {WORK}",
+    )  # fmt: skip
+    group.add_argument(
+        "--files-from", action="append", default=[], type=inputs.archive, metavar="TAR[:DIR]",
+        help=f"unpack an archive below {WORK}: a file, or - for stdin; plain or compressed",
+    )  # fmt: skip
+    group.add_argument(
+        "--collect-files", type=or_unlimited(count), default=_ABSENT, metavar="N",
+        help="collect no more files than that",
+    )  # fmt: skip
+    group.add_argument(
+        "--collect-bytes", type=or_unlimited(size), default=_ABSENT, metavar="SIZE",
+        help="collect no more than that, of all files together",
     )  # fmt: skip
     group.add_argument(
         "-v", "--volume", action="append", default=[], type=mounts.volume, dest="mounts",
@@ -202,9 +216,29 @@ def policy(args: argparse.Namespace, base: Policy) -> Policy:
             base.limits, **{field: value for field, (value, _) in given.items()}
         )
         origins |= {f"limits.{field}": flag for field, (_, flag) in given.items()}
+    if artifacts := _artifacts(args):
+        changes["artifacts"] = _changed(base.artifacts, **artifacts)
+        origins |= {f"artifacts.{field}": f"--collect-{field}" for field in artifacts}
     if args.mounts:
         changes["mounts"], places = _with_mounts(base.mounts, args.mounts)
         origins |= {f"mounts[{place}]": f"the mount on {target}" for place, target in places}
+    root = _root_changes(args, base, origins)
+    if root:
+        changes["root"] = _changed(base.root, **root)
+    if identity := _identity(args, base, changes.get("root", base.root)):
+        changes["identity"] = _changed(base.identity, **identity)
+        origins |= {f"identity.{key}": _identity_flag(args, key) for key in identity}
+    if not changes:
+        return base
+    changes["name"] = f"{base.name}+flags"
+    changes["origins"] = base.origins | {key: f"{ORIGIN}: {flag}" for key, flag in origins.items()}
+    return _changed(base, **changes)
+
+
+def _root_changes(
+    args: argparse.Namespace, base: Policy, origins: dict[str, str]
+) -> dict[str, Any]:
+    """The fields of [root] that change, and in `origins` which flags say so."""
     root: dict[str, Any] = {}
     if args.writable_root or args.read_only:
         root["writable"] = args.writable_root
@@ -219,16 +253,7 @@ def policy(args: argparse.Namespace, base: Policy) -> Policy:
     if args.user is not None and args.user not in ("caller", "isolated"):
         root["config"] = tuple(one for one in base.root.config if one != "user")
         origins["root.config"] = "--user"
-    if root:
-        changes["root"] = _changed(base.root, **root)
-    if identity := _identity(args, base, changes.get("root", base.root)):
-        changes["identity"] = _changed(base.identity, **identity)
-        origins |= {f"identity.{key}": _identity_flag(args, key) for key in identity}
-    if not changes:
-        return base
-    changes["name"] = f"{base.name}+flags"
-    changes["origins"] = base.origins | {key: f"{ORIGIN}: {flag}" for key, flag in origins.items()}
-    return _changed(base, **changes)
+    return root
 
 
 def _changed(table: Table, **fields: Any) -> Table:
@@ -244,6 +269,12 @@ def _given_limits(args: argparse.Namespace) -> dict[str, tuple[float | None, str
             given[field] = (vars(args)[f"limits.{field}"], names[-1])
     assert given.keys() <= set(Limits.__struct_fields__)
     return given
+
+
+def _artifacts(args: argparse.Namespace) -> dict[str, float | None]:
+    """The fields of [artifacts] that change."""
+    given = {"files": args.collect_files, "bytes": args.collect_bytes}
+    return {field: value for field, value in given.items() if value != _ABSENT}
 
 
 def _with_mounts(
@@ -353,12 +384,13 @@ def argv(args: argparse.Namespace, root: Root) -> list[bytes]:
     return [os.fsencode(word) for word in words]
 
 
-def job(
-    args: argparse.Namespace, wanted: Policy, *, collect: tuple[str, ...] = (), keep: int = 1 << 20
-) -> Job:
-    """What is asked for; `wanted` is the policy it runs under."""
+def job(args: argparse.Namespace, wanted: Policy, outcome: Mapping[str, Any] = _NOTHING) -> Job:
+    """What is asked for; `wanted` is the policy it runs under, `outcome` what is kept of it."""
     if args.stdin is not None and args.interactive:
         raise JobError("--stdin and --interactive exclude each other", hint="leave one of them out")
+    if args.interactive and any(source == "-" for source, _ in args.files_from):
+        raise JobError("--files-from - and --interactive both read stdin",
+                       hint="give one of them a file")  # fmt: skip
     env = inputs.environment(args.env_file, args.env, os.environb)
     terminal = None
     if args.tty:
@@ -370,11 +402,10 @@ def job(
         env=env,
         cwd=None if args.workdir is None else os.fsencode(os.path.join(WORK, args.workdir)),
         stdin=None if args.interactive else args.stdin if args.stdin is not None else b"",
-        files=inputs.files(args.file),
-        collect=collect,
-        keep=keep,
+        files=inputs.files(args.file, args.files_from),
         terminal=terminal,
         id=args.name,
+        **outcome,
     )
 
 

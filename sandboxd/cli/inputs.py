@@ -1,20 +1,17 @@
-"""What goes in and out by name on the command line: --file, -e, --env-file, --collect-to."""
+"""What goes in by name on the command line: --file, --files-from, -e, --env-file."""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import stat
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from sandboxd.errors import JobError
+from sandboxd.job import Input, Tar
 
-if TYPE_CHECKING:
-    from sandboxd.result import Artifact
-
+STDIN = 0
 FILE_FORM = "SRC[:NAME], e.g. main.cpp or build/a.out:prog"
 
 
@@ -69,8 +66,24 @@ def file(text: str) -> tuple[str, str]:
     return source, name
 
 
-def files(wanted: Collection[tuple[str, str]]) -> dict[str | bytes, Path]:
-    """Name in the working directory -> host path; a directory goes in with all that is below it."""
+def archive(text: str) -> tuple[str, str]:
+    """--files-from SRC[:DIR] -> (host path or -, directory below the working directory)."""
+    source, colon, name = text.rpartition(":")
+    if not colon:
+        source, name = text, "."
+    if not source or not name or name.startswith("/") or ".." in name.split("/"):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not FILE[:DIR] or -[:DIR] (DIR is relative to /box and without ..)"
+        )
+    return source, name
+
+
+def files(
+    wanted: Collection[tuple[str, str]], archives: Collection[tuple[str, str]]
+) -> dict[str | bytes, Input]:
+    """Name in the working directory -> what goes there; archives first, so that a file may lie over
+    what was in one. A directory goes in with all that is below it.
+    """
     for source, _ in wanted:
         try:
             mode = os.stat(source).st_mode
@@ -78,52 +91,10 @@ def files(wanted: Collection[tuple[str, str]]) -> dict[str | bytes, Path]:
             raise JobError(f"--file {source}: {error.strerror}") from None
         if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
             raise JobError(f"--file {source}: neither a file nor a directory")
-    return {name: Path(source) for source, name in wanted}
-
-
-# -- files that come out ---------------------------------------------------------------------
-
-
-def save(artifacts: Iterable[Artifact], folder: Path) -> None:
-    """Write collected files below `folder`. Their names are the job's, so no link is followed."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        top = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError as error:
-        raise JobError(f"--collect-to {folder}: {error.strerror}") from None
-    try:
-        for artifact in artifacts:
-            _save(artifact, top, folder)
-    finally:
-        os.close(top)
-
-
-def _save(artifact: Artifact, top: int, folder: Path) -> None:
-    *parents, name = os.fsencode(artifact.path).split(b"/")
-    if any(part in (b"", b".", b"..") for part in (*parents, name)):
-        raise JobError(f"--collect-to {folder}: {artifact.path!r} is no name of a file")
-    with contextlib.ExitStack() as opened:
-        try:
-            at = top
-            for part in parents:
-                with contextlib.suppress(FileExistsError):
-                    os.mkdir(part, dir_fd=at)
-                flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-                at = os.open(part, flags, dir_fd=at)
-                opened.callback(os.close, at)
-            flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-            target = os.open(name, flags, 0o600, dir_fd=at)
-            with open(target, "wb") as out:
-                if not stat.S_ISREG(os.fstat(target).st_mode):
-                    raise JobError(f"--collect-to {folder}: {artifact.path!r} is there already")
-                out.truncate()
-                out.write(artifact.data)
-                os.fchmod(target, artifact.mode & 0o777 & ~_umask())
-        except OSError as error:
-            raise JobError(f"--collect-to {folder}/{artifact.path}: {error.strerror}") from None
-
-
-def _umask() -> int:
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
+    if sum(source == "-" for source, _ in archives) > 1:
+        raise JobError("--files-from - stands there twice", hint="stdin is read once")
+    found: dict[str | bytes, Input] = {}
+    for number, (source, name) in enumerate(archives):
+        # Several may be unpacked in one place: .//x, .//.//x are other keys, not another directory.
+        found[".//" * (number + 1) + name] = Tar(STDIN if source == "-" else Path(source))
+    return found | {name: Path(source) for source, name in wanted}

@@ -8,11 +8,12 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from sandboxd.cli import attach, exitcodes, flags, inputs
+from sandboxd.cli import attach, exitcodes, flags
 from sandboxd.cli.attach import STDERR, STDOUT, Ending, Output
 from sandboxd.cli.main import complain, first_error, say
 from sandboxd.cli.quantities import size, time
@@ -24,6 +25,7 @@ from sandboxd.errors import (
     PolicyError,
     SandboxError,
 )
+from sandboxd.job import Pattern
 from sandboxd.result import SCHEMA, carried, event_json, to_json
 
 if TYPE_CHECKING:
@@ -48,6 +50,13 @@ exit status: the program's own; 124 time limit, 125 sandboxd failed, 126 cannot 
 found, 128+N ended by signal N, 137 memory limit, 153 output limit; 2 wrong usage. The exact status
 is in --json and --result-fd."""
 _MIB = 1 << 20
+_COLLECT: Mapping[str, str] = MappingProxyType(
+    {
+        "--collect": "copy files out afterwards, e.g. 'out/*.png'; needs --collect-to",
+        "--collect-optional": "the same, and it is no error if there is none",
+        "--collect-required": "the same, and it is an error if there is none, also with wildcards",
+    }
+)
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -84,16 +93,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     group.add_argument(
         "--result-fd", type=_descriptor, metavar="N", help="write the JSON object to descriptor N"
     )
-    group.add_argument(
-        "--collect",
-        action="append",
-        default=[],
-        metavar="PATTERN",
-        help="copy files out afterwards, e.g. 'out/*.png'; needs --collect-to",
-    )
-    group.add_argument(
-        "--collect-to", type=Path, metavar="DIR", help="where collected files are written to"
-    )
+    _add_collect(group)
     group.add_argument(
         "--keep",
         type=size,
@@ -104,6 +104,14 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     group.add_argument("-q", "--quiet", action="store_true", help="no accounting on stderr")
     flags.add(parser)
     parser.set_defaults(func=run, following=0)
+
+
+def _add_collect(group: argparse._ArgumentGroup) -> None:
+    for name, text in _COLLECT.items():
+        group.add_argument(name, action="append", default=[], metavar="PATTERN", help=text)
+    group.add_argument(
+        "--collect-to", type=Path, metavar="DIR", help="where collected files are written to"
+    )
 
 
 def _descriptor(text: str) -> int:
@@ -135,12 +143,18 @@ def run(args: argparse.Namespace) -> int:
 def _run(args: argparse.Namespace) -> int:
     from sandboxd.supervise.policies import find
 
-    if args.collect and args.collect_to is None:
+    collect = [
+        *(Pattern(name) for name in args.collect),
+        *(Pattern(name, required=False) for name in args.collect_optional),
+        *(Pattern(name, required=True) for name in args.collect_required),
+    ]
+    if collect and args.collect_to is None:
         raise JobError("--collect without --collect-to", hint="say where to: --collect-to DIR")
     if args.usage_every is not None and args.json != "stream":
         raise JobError("--usage-every without --json=stream", hint="only its events have usage")
     wanted = flags.policy(args, find(args.policy))
-    job = flags.job(args, wanted, collect=tuple(args.collect), keep=args.keep)
+    to = {"collect": collect, "collect_to": args.collect_to} if collect else {}
+    job = flags.job(args, wanted, {"keep": args.keep, **to})
     import trio
 
     beyond = attach.Wanted(args.cgroup, args.usage_every)
@@ -163,8 +177,6 @@ def _hurried(args: argparse.Namespace, ending: Ending) -> int:
 def _finish(args: argparse.Namespace, ending: Ending, result: Result) -> int:
     if ending.error is not None and not isinstance(ending.error, BrokenPipeError):
         raise SandboxError(f"output cannot be written: {ending.error.strerror}")
-    if result.artifacts:
-        inputs.save(result.artifacts, args.collect_to)
     if ending.error is None:
         _deliver(args, to_json(result))
     if not args.quiet and args.json is None:

@@ -65,7 +65,7 @@ def _section(policy: Policy, section: str) -> Iterator[Explained]:
 
 
 def _meaning(key: str, value: object) -> str:
-    if value is None and key.startswith("limits."):
+    if value is None and key.startswith(("limits.", "artifacts.")):
         return NO_LIMIT
     if value is None and key.startswith("resources."):
         return AS_FOUND
@@ -209,6 +209,12 @@ MEANINGS: Mapping[str, str | Callable[[Any], str]] = MappingProxyType(
         "limits.stack": "RLIMIT_STACK",
         "limits.address_space": "RLIMIT_AS",
         "limits.cpus": "cpu.max of the run's cgroup",
+        "artifacts.files": "counted as they are found; the rest is said to be left out",
+        "artifacts.bytes": "of st_size, before a file is read; what is larger than what is left of"
+        " them is left out, and said to be",
+        "artifacts.depth": "directories below that are not entered, and said not to be",
+        "artifacts.path": "longer names are left out, and said to be",
+        "artifacts.entries": "names looked at; beyond them the search ends, and says so",
         "resources.memory_high": "memory.high of the run's cgroup",
         "resources.swap": "memory.swap.max of the run's cgroup, where limits.memory is given",
         "resources.oom": _choice(

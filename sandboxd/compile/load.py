@@ -28,7 +28,7 @@ from sandboxd.compile.decisions import problems
 from sandboxd.compile.meaning import problems_of_file
 from sandboxd.compile.reading import Entries, File, Reading, limit_unit
 from sandboxd.errors import PolicyError, PolicyErrors
-from sandboxd.policy import Limits, Policy
+from sandboxd.policy import Artifacts, Limits, Policy, Section
 
 Read = Callable[[str], tuple[str, str]]
 """Name of a policy -> its file's name for messages, and its text; PolicyError if there is none."""
@@ -224,25 +224,7 @@ def tighten(policy: Policy, limits: Limits | None) -> Policy:
     None in the policy is unlimited, and None in the job's is not given. The policy itself comes
     back where nothing changes, so that one who prepared it need not do so again.
     """
-    if limits is None:
-        return policy
-    errors: list[PolicyError] = []
-    changes: dict[str, Any] = {}
-    for name in Limits.__struct_fields__:
-        wanted, most = getattr(limits, name), getattr(policy.limits, name)
-        if wanted is None or wanted == most:
-            continue
-        key = f"limits.{name}"
-        if not isinstance(wanted, int | float) or not 0 < wanted < math.inf:
-            errors.append(PolicyError(key, f"{wanted!r} is no limit", hint="it must be above 0"))
-        elif most is not None and wanted > most:
-            who = policy.origin(key).partition(": ")[0]
-            message = f"{_amount(name, wanted)} is more than {who} allows ({_amount(name, most)})"
-            errors.append(PolicyError(key, message))
-        else:
-            changes[name] = wanted
-    if errors:
-        raise errors[0] if len(errors) == 1 else PolicyErrors(tuple(errors))
+    changes = _lowered(policy, "limits", limits) if limits is not None else {}
     if not changes:
         return policy
     origins = policy.origins | {f"limits.{name}": f"{JOB}: limits.{name}" for name in changes}
@@ -250,8 +232,39 @@ def tighten(policy: Policy, limits: Limits | None) -> Policy:
     return msgspec.structs.replace(policy, limits=lower, origins=origins)
 
 
-def _amount(name: str, value: float) -> str:
-    what = limit_unit(name)
+def tighten_artifacts(policy: Policy, artifacts: Artifacts | None) -> Artifacts:
+    """The policy's [artifacts] with a job's, by the rules of `tighten`."""
+    if artifacts is None:
+        return policy.artifacts
+    changes = _lowered(policy, "artifacts", artifacts)
+    return msgspec.structs.replace(policy.artifacts, **changes)
+
+
+def _lowered(policy: Policy, section: str, asked: Limits | Artifacts) -> dict[str, Any]:
+    """The keys of a section that a job makes lower; PolicyErrors for those it would raise."""
+    errors: list[PolicyError] = []
+    changes: dict[str, Any] = {}
+    allowed = getattr(policy, section)
+    for name in allowed.__struct_fields__:
+        wanted, most = getattr(asked, name), getattr(allowed, name)
+        if wanted is None or wanted == most:
+            continue
+        key = f"{section}.{name}"
+        if not isinstance(wanted, int | float) or not 0 < wanted < math.inf:
+            errors.append(PolicyError(key, f"{wanted!r} is no limit", hint="it must be above 0"))
+        elif most is not None and wanted > most:
+            who = policy.origin(key).partition(": ")[0]
+            much, allows = (_amount(type(allowed), name, value) for value in (wanted, most))
+            errors.append(PolicyError(key, f"{much} is more than {who} allows ({allows})"))
+        else:
+            changes[name] = wanted
+    if errors:
+        raise errors[0] if len(errors) == 1 else PolicyErrors(tuple(errors))
+    return changes
+
+
+def _amount(section: type[Section], name: str, value: float) -> str:
+    what = limit_unit(name, section)
     if what == "bytes":
         return units.format_size(int(value))
     return units.format_time(value) if what == "seconds" else f"{value:g}"

@@ -20,10 +20,15 @@ import msgspec
 from sandboxd import units
 from sandboxd.compile.places import key_lines
 from sandboxd.errors import PolicyError, PolicyErrors
-from sandboxd.policy import Limits, Policy
+from sandboxd.policy import Limits, Policy, Section
 
 RESET = "!reset"
-NOTHING = {"limits": "unlimited", "identity": "own", "resources": "default"}
+NOTHING = {
+    "limits": "unlimited",
+    "artifacts": "unlimited",
+    "identity": "own",
+    "resources": "default",
+}
 """Section -> the word that stands for None in it."""
 
 _LAST = 1 << 62
@@ -231,9 +236,9 @@ def unit(kind: Any) -> str:
     return next(filter(None, (unit(one) for one in typing.get_args(kind))), "")
 
 
-def limit_unit(name: str) -> str:
-    """What a key of [limits] counts."""
-    kinds = {one.name: one.type for one in msgspec.structs.fields(Limits)}
+def limit_unit(name: str, section: type[Section] = Limits) -> str:
+    """What a key of [limits], or of another section, counts."""
+    kinds = {one.name: one.type for one in msgspec.structs.fields(section)}
     return unit(kinds[name])
 
 

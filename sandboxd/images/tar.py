@@ -232,10 +232,13 @@ class Reader:
 
 def check_sum(block: bytes) -> None:
     """The sum of the header's bytes, its own field as blanks; some have summed signed ones."""
-    said = _number(block[148:156], "checksum")
+    try:
+        said = _number(block[148:156], "checksum")
+    except TarError:
+        said = -1
     bare = block[:148] + b" " * 8 + block[156:]
     total = sum(bare)
-    if said not in (total, total - 256 * sum(byte > 127 for byte in bare)):
+    if said != total and said != total - 256 * sum(byte > 127 for byte in bare):
         raise TarError("a header with a wrong checksum: no tar archive, or a damaged one")
 
 

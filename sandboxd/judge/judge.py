@@ -12,14 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import msgspec
 import trio
 
 from sandboxd.errors import SandboxError
-from sandboxd.job import File, Job
+from sandboxd.job import File, Input, Job
 from sandboxd.judge.compare import Comparison, compare
 from sandboxd.judge.judgement import CaseJudgement, Judgement, shortened
 from sandboxd.judge.languages import Language, check_available, detect, make_program, table
@@ -38,7 +37,7 @@ PAGE = 4096
 COMPILER_FLOOD = 16 << 20
 """Bytes after which a compiler is stopped, where its policy names none."""
 
-Files = dict[str | bytes, bytes | Path | File]
+Files = dict[str | bytes, Input]
 
 
 class Runs(Protocol):

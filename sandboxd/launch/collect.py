@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     Send = Callable[[Entry, int | None], None]
 
 DEEP = "**"
+REQUIRED, OPTIONAL, LITERAL = 1, 2, 4
 _GLOB = frozenset("*?[")
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
@@ -52,27 +53,43 @@ class Caps:
 
 
 class Pattern:
-    """One pattern by components; `hit` once something was said about it."""
+    """One pattern by components; `hit` once something was said about it.
 
-    __slots__ = ("hit", "literal", "matches", "name", "parts")
+    `meaning` is a sum of REQUIRED, OPTIONAL (by itself a pattern without wildcards is required, and
+    one with them is not) and LITERAL (nothing in it is a wildcard).
+    """
 
-    def __init__(self, name: bytes) -> None:
+    __slots__ = ("hit", "literal", "matches", "name", "parts", "required")
+
+    def __init__(self, name: bytes, meaning: int = 0) -> None:
         self.name = name
         self.parts = [part for part in os.fsdecode(name).split("/") if part not in ("", ".")]
-        if self.parts[-1] == DEEP:
+        wild = not meaning & LITERAL
+        if self.parts[-1] == DEEP and wild:
             self.parts.append("*")
-        self.matches = [_match(part) for part in self.parts]
-        self.literal = not any(_GLOB & set(part) for part in self.parts)
+        self.matches = [_match(part) if wild else part.__eq__ for part in self.parts]
+        self.literal = not wild or not any(_is_glob(part) for part in self.parts)
+        self.required = bool(meaning & REQUIRED) or (self.literal and not meaning & OPTIONAL)
         self.hit = False
+
+    def is_glob(self, place: int) -> bool:
+        return not self.literal and _is_glob(self.parts[place])
+
+    def is_deep(self, place: int) -> bool:
+        return not self.literal and self.parts[place] == DEEP
 
     def is_last(self, place: int) -> bool:
         return place == len(self.parts) - 1
 
 
+def _is_glob(part: str) -> bool:
+    return not _GLOB.isdisjoint(part)
+
+
 def _match(part: str) -> Match:
     if part in ("*", DEEP):
         return _any
-    if not _GLOB & set(part):
+    if not _is_glob(part):
         return part.__eq__
     return re.compile(fnmatch.translate(part)).match
 
@@ -104,8 +121,8 @@ def _identity(folder: int) -> tuple[int, int]:
 class Walk:
     """One collection: depth first, by name in each directory, so the same tree gives the same."""
 
-    def __init__(self, patterns: Iterable[bytes], caps: Caps, send: Send) -> None:
-        self._patterns = [Pattern(name) for name in patterns]
+    def __init__(self, patterns: Iterable[Pattern], caps: Caps, send: Send) -> None:
+        self._patterns = list(patterns)
         self._caps = caps
         self._send = send
         self._entries = caps.entries
@@ -123,8 +140,9 @@ class Walk:
             else:
                 self._walk(top)
             for pattern in self._patterns:
-                if pattern.literal and not pattern.hit:
-                    self._refuse(os.fsdecode(pattern.name), "missing")
+                if pattern.required and not pattern.hit:
+                    reason = "missing" if pattern.literal else "nothing matches"
+                    self._refuse(os.fsdecode(pattern.name), reason)
         except _Full as full:
             self._send(Entry(REFUSED, b"", 0, str(full).encode()), None)
 
@@ -156,13 +174,11 @@ class Walk:
         """Everything in this directory that a pattern asks for, apart from what lies deeper."""
         level = _Level(folder, path)
         places = _closure(places)
-        literal = not any(_GLOB & set(pattern.parts[place]) for pattern, place in places)
         try:
-            names = (
-                sorted({pattern.parts[place] for pattern, place in places})
-                if literal
-                else sorted(os.listdir(folder))
-            )
+            if any(pattern.is_glob(place) for pattern, place in places):
+                names = self._list(folder)
+            else:
+                names = sorted({pattern.parts[place] for pattern, place in places})
         except OSError as error:
             self._refuse(path.rstrip("/"), _reason(error), *_patterns(places))
             return level
@@ -173,6 +189,16 @@ class Walk:
             self._look(folder, name, level, places)
         level.pending.reverse()
         return level
+
+    def _list(self, folder: int) -> list[str]:
+        """The names in it, sorted: as many as may be looked at and one more."""
+        names = []
+        with os.scandir(folder) as found:
+            for one in found:
+                names.append(one.name)
+                if len(names) > self._entries:
+                    break
+        return sorted(names)
 
     def _look(self, folder: int, name: str, level: _Level, places: Places) -> None:
         """Deal with one name, if a pattern ends with it or goes on below it."""
@@ -266,7 +292,7 @@ def _closure(places: Places) -> Places:
     for pattern, first in places:
         place = first
         found[pattern, place] = None
-        while pattern.parts[place] == DEEP:
+        while pattern.is_deep(place):
             place += 1
             found[pattern, place] = None
     return list(found)
@@ -278,7 +304,7 @@ def _after(places: Places, name: str) -> tuple[list[Pattern], Places]:
     deeper: Places = []
     for pattern, place in places:
         if pattern.matches[place](name):
-            if pattern.parts[place] == DEEP:
+            if pattern.is_deep(place):
                 deeper.append((pattern, place))
             elif pattern.is_last(place):
                 last.append(pattern)

@@ -10,7 +10,16 @@ from __future__ import annotations
 import errno
 import os
 
-from sandboxd.linux.packets import DIRECTORY, LINK, REFUSED, SOURCE, Entry
+from sandboxd.linux.packets import (
+    DIRECTORY,
+    HARDLINK,
+    LINK,
+    NOW,
+    RANGE,
+    REFUSED,
+    SOURCE,
+    Entry,
+)
 
 TYPE_CHECKING = False  # as typing's, which is not imported for it
 if TYPE_CHECKING:
@@ -24,6 +33,7 @@ _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _FOLDER_MODE = 0o755
 _CHUNK = 1 << 20
 _MOST = 1 << 30
+_ALL = 1 << 62
 
 
 class Destination:
@@ -61,11 +71,15 @@ class Destination:
         if entry.kind == DIRECTORY:
             self._enter(entry.name)
             os.fchmod(self._folder, entry.mode)
+            if entry.time != NOW:
+                os.utime(self._folder, ns=(entry.time, entry.time))
             return
         path, _, name = entry.name.rpartition(b"/")
         self._enter(path)
         if entry.kind == LINK:
-            self._link(name, entry.content)
+            self._link(name, entry)
+        elif entry.kind == HARDLINK:
+            self._hardlink(name, entry.content)
         else:
             self._file(name, entry, source)
 
@@ -100,13 +114,36 @@ class Destination:
             raise
         return made
 
-    def _link(self, name: bytes, target: bytes) -> None:
+    def _link(self, name: bytes, entry: Entry) -> None:
         try:
-            os.symlink(target, name, dir_fd=self._folder)
+            os.symlink(entry.content, name, dir_fd=self._folder)
         except FileExistsError:
             os.unlink(name, dir_fd=self._folder)
-            os.symlink(target, name, dir_fd=self._folder)
+            os.symlink(entry.content, name, dir_fd=self._folder)
         os.chown(name, self._uid, self._gid, dir_fd=self._folder, follow_symlinks=False)
+        if entry.time != NOW:
+            times = entry.time, entry.time
+            os.utime(name, ns=times, dir_fd=self._folder, follow_symlinks=False)
+
+    def _hardlink(self, name: bytes, target: bytes) -> None:
+        """The target's folder is looked up as every other; its last part is not followed."""
+        *above, last = target.split(b"/")
+        folder = os.dup(self._box)
+        try:
+            for part in above:
+                below = os.open(part, _FOLDER, dir_fd=folder)
+                os.close(folder)
+                folder = below
+            try:
+                self._name(folder, last, name)
+            except FileExistsError:
+                os.unlink(name, dir_fd=self._folder)
+                self._name(folder, last, name)
+        finally:
+            os.close(folder)
+
+    def _name(self, folder: int, there: bytes, here: bytes) -> None:
+        os.link(there, here, src_dir_fd=folder, dst_dir_fd=self._folder, follow_symlinks=False)
 
     def _file(self, name: bytes, entry: Entry, source: int | None) -> None:
         try:
@@ -118,9 +155,11 @@ class Destination:
             if source is None:
                 _write(made, entry.content)
             else:
-                _copy(source, made)
+                _copy(source, made, entry.content)
             os.fchown(made, self._uid, self._gid)
             os.fchmod(made, entry.mode)
+            if entry.time != NOW:
+                os.utime(made, ns=(entry.time, entry.time))
         finally:
             os.close(made)
 
@@ -131,15 +170,41 @@ def _write(to: int, content: bytes) -> None:
         done += os.write(to, content[done:])
 
 
-def _copy(source: int, to: int) -> None:
-    """All of `source` from its beginning, wherever its other owners have read up to."""
+def _copy(source: int, to: int, part: bytes) -> None:
+    """All of `source` from its beginning, or a RANGE of it; holes stay holes."""
+    if part:
+        start, length = RANGE.unpack(part)
+        if _send(source, to, start, length) < length:
+            raise OSError(errno.EIO, "it became shorter while it was read")
+        return
+    there = os.fstat(source)
+    if there.st_blocks * 512 >= there.st_size:  # and where there is no size, as in /proc
+        _send(source, to, 0, _ALL)
+        return
+    at = 0
+    try:
+        while at < there.st_size:
+            at = os.lseek(source, at, os.SEEK_DATA)
+            end = os.lseek(source, at, os.SEEK_HOLE)
+            os.lseek(to, at, os.SEEK_SET)
+            _send(source, to, at, end - at)
+            at = end
+    except OSError as error:
+        if error.errno != errno.ENXIO:  # no data from here to the end (lseek(2))
+            raise
+    os.ftruncate(to, there.st_size)
+
+
+def _send(source: int, to: int, start: int, length: int) -> int:
+    """So many bytes at most, wherever others who have `source` have read up to."""
     done = 0
     try:
-        while count := os.sendfile(to, source, done, _MOST):
+        while count := os.sendfile(to, source, start + done, min(_MOST, length - done)):
             done += count
     except OSError as error:
         if error.errno != errno.EINVAL:  # a file system without splice, e.g. some FUSE and procfs
             raise
-        while content := os.pread(source, _CHUNK, done):
+        while content := os.pread(source, min(_CHUNK, length - done), start + done):
             _write(to, content)
             done += len(content)
+    return done

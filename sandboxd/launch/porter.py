@@ -23,7 +23,7 @@ import os
 import socket
 import struct
 
-from sandboxd.launch.collect import Caps, Walk
+from sandboxd.launch.collect import Caps, Pattern, Walk
 from sandboxd.launch.copy_in import Destination
 from sandboxd.launch.rights import keep_rights_over_files
 from sandboxd.linux.namespaces import CLONE_NEWUSER, join
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from typing import NoReturn
 
 _COPY_IN_HEAD = struct.Struct("<cII")
-_COLLECT_HEAD = struct.Struct("<cQQIIQ")
+_COLLECT_HEAD = struct.Struct("<c5Q")
 _COPY_IN, _COLLECT, _DONE, _MORE, _FAILED = b"I", b"O", b"d", b"m", b"f"
 
 
@@ -110,7 +110,9 @@ def _carry_out(request: bytes, descriptors: list[int], answer: _Answer) -> None:
             answer.add(refused, None)
     elif request[:1] == _COLLECT:
         _, *numbers = _COLLECT_HEAD.unpack_from(request)
-        patterns = [entry.name for entry in entries(request, _COLLECT_HEAD.size)]
+        patterns = [
+            Pattern(entry.name, entry.mode) for entry in entries(request, _COLLECT_HEAD.size)
+        ]
         Walk(patterns, Caps(*numbers), answer.add).run(box)
     else:
         raise ValueError(request[:1])

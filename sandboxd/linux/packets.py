@@ -1,7 +1,7 @@
 """Files on their way between two of our processes: packets of entries, descriptors beside them.
 
 A packet of a SEQPACKET socket is one byte that says what it is about, and entries: kind, mode,
-length of name, length of content, name, content. What is too large for a packet travels as a
+length of name, length of content, time, name, content. What is too large for a packet travels as a
 descriptor of the same packet (unix(7), SCM_RIGHTS). Nothing of it is ever interpreted here.
 """
 
@@ -24,28 +24,37 @@ DESCRIPTORS = 16
 
 # What an entry is.
 FILE = 1  # a regular file, its content here
-SOURCE = 2  # a regular file behind the next descriptor of the packet; here may be its SIZE
+SOURCE = 2  # a regular file behind the next descriptor of the packet; here may be its SIZE,
+#             or, on the way in, a RANGE: which part of what is behind the descriptor it is
 LINK = 3  # a symbolic link, its target here
 DIRECTORY = 4
 PATTERN = 5  # `name` is to be looked for
 REFUSED = 6  # something went wrong with `name`: `mode` is an errno or 0, the content says what
+HARDLINK = 7  # one more name for what was made before under the name that is here
 
 SIZE = struct.Struct("<Q")
-_ENTRY = struct.Struct("<BIII")
+RANGE = struct.Struct("<QQ")
+"""Offset and length."""
+NOW = -1 << 63
+"""No time: that of the moment in which the thing is made."""
+_ENTRY = struct.Struct("<BIIIq")
 _SPACE = socket.CMSG_SPACE(DESCRIPTORS * 4)
 _FIRST_FLAGS = 0x0001 | 0x0008  # MFD_CLOEXEC | MFD_NOEXEC_SEAL
 
 
 class Entry:
-    """One thing with a name. `mode` means what `kind` makes of it."""
+    """One thing with a name. `mode` means what `kind` makes of it; `time` is in ns, or NOW."""
 
-    __slots__ = ("content", "kind", "mode", "name")
+    __slots__ = ("content", "kind", "mode", "name", "time")
 
-    def __init__(self, kind: int, name: bytes, mode: int = 0, content: bytes = b"") -> None:
+    def __init__(
+        self, kind: int, name: bytes, mode: int = 0, content: bytes = b"", time: int = NOW
+    ) -> None:
         self.kind = kind
         self.name = name
         self.mode = mode
         self.content = content
+        self.time = time
 
 
 class Packet:
@@ -68,7 +77,8 @@ class Packet:
         return after <= PACKET and len(self.descriptors) + (descriptor is not None) <= DESCRIPTORS
 
     def add(self, entry: Entry, descriptor: int | None = None) -> None:
-        head = _ENTRY.pack(entry.kind, entry.mode, len(entry.name), len(entry.content))
+        lengths = len(entry.name), len(entry.content)
+        head = _ENTRY.pack(entry.kind, entry.mode, *lengths, entry.time)
         self._parts += (head, entry.name, entry.content)
         self._size += len(head) + len(entry.name) + len(entry.content)
         if descriptor is not None:
@@ -81,10 +91,10 @@ class Packet:
 def entries(packet: bytes, start: int) -> Iterator[Entry]:
     """What the packet holds from `start` on."""
     while start < len(packet):
-        kind, mode, name, content = _ENTRY.unpack_from(packet, start)
+        kind, mode, name, content, time = _ENTRY.unpack_from(packet, start)
         start += _ENTRY.size
         middle, end = start + name, start + name + content
-        yield Entry(kind, packet[start:middle], mode, packet[middle:end])
+        yield Entry(kind, packet[start:middle], mode, packet[middle:end], time)
         start = end
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import trio
 
 from sandboxd.errors import SandboxError, WorkloadFailed
-from sandboxd.job import File, Job, Names, Text
+from sandboxd.job import Input, Job, Names, Pattern, Text
 from sandboxd.policy import Limits, Policy
 from sandboxd.result import Result
 from sandboxd.supervise.runner import open_runner
@@ -22,8 +22,9 @@ async def run(
     stdin: bytes | Path = b"",
     env: Names[str | bytes] | None = None,
     cwd: str | bytes | None = None,
-    files: Names[bytes | Path | File] | None = None,
-    collect: Sequence[str] = (),
+    files: Names[Input] | None = None,
+    collect: Sequence[str | bytes | Pattern] = (),
+    collect_to: Path | Literal["memory"] = "memory",
     limits: Limits | None = None,
     check: bool = False,
 ) -> Result:
@@ -32,7 +33,7 @@ async def run(
     A program that fails is a Result, unless `check` is true: then WorkloadFailed carries it.
     """
     job = Job(argv=argv, policy=policy, stdin=stdin, env=env or {}, cwd=cwd, files=files or {},
-              collect=collect, limits=limits)  # fmt: skip
+              collect=collect, collect_to=collect_to, limits=limits)  # fmt: skip
     async with open_runner(slots=1) as runner:
         result = await runner.run(job)
     if check and not result.ok:

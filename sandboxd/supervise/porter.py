@@ -1,33 +1,38 @@
 """Carries files into sandboxes and out of them, through a process in the tenant's user namespace.
 
 launch/porter.py says what that process is for and how one talks to it. Here: what is asked of it,
-one request at a time, and that there is one: it is started when it is first needed, and again
-after it was lost. A request that is given up half-way costs the process, so that an answer is
-never taken for that of another request.
+and that there is one: it is started when it is first needed, and again after it was lost. It has
+one request at a time; who has waited PATIENCE for his turn gets one more process, up to PROCESSES,
+so that a gigabyte on its way to a slow disk is not in the way of a small file. A request that is
+given up half-way costs the process, so that an answer is never taken for that of another request.
 """
 
 from __future__ import annotations
 
 import errno
-import hashlib
+import math
 import os
 import signal
 import socket
 import struct
 import subprocess
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import asynccontextmanager, closing, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import trio
 
 from sandboxd.errors import InternalError, JobError, LaunchError, SandboxError
-from sandboxd.job import File, Names
+from sandboxd.job import Input, Names, Pattern
 from sandboxd.linux import packets
 from sandboxd.linux.packets import Entry, Packet
+from sandboxd.policy import Artifacts, Policy
 from sandboxd.result import Artifact, ArtifactError
 from sandboxd.script.command import porter_command
+from sandboxd.supervise.archives import Room
+from sandboxd.supervise.artifacts import Memory, Sink
 from sandboxd.supervise.processes import reap
 from sandboxd.supervise.sources import Sources, shown
 
@@ -35,35 +40,33 @@ _ROOT = str(Path(__file__).resolve().parents[2])
 
 # As in launch/porter.py, from which nothing can be imported here.
 _COPY_IN = struct.Struct("<cII")
-_COLLECT = struct.Struct("<cQQIIQ")
+_COLLECT = struct.Struct("<c5Q")
 _DONE, _MORE, _FAILED = b"d", b"m", b"f"
 
 # The steps of a LaunchError.
 _START, _REQUEST = 0, 1
 
+PROCESSES = 4
+PATIENCE = 0.02
+"""Seconds; to start one takes as long."""
+_MISTAKES = (errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ENOENT, errno.EIO)
+"""Names in each other's way, a hard link to what is not there, a file that got shorter."""
+_AHEAD = 2
+"""Packets that are sent before the answer to the first is there: both sides are busy then."""
 _MOST_PATTERNS = 256
+_UNLIMITED = (1 << 63) - 1
+_REQUIRED, _OPTIONAL, _LITERAL = 1, 2, 4  # as in launch/collect.py
+DEFAULT = Policy().artifacts
+Opened = dict[bytes, tuple[Entry, int | None]]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Caps:
-    """How much is collected of what a program left; what is beyond is an ArtifactError."""
-
-    files: int = 1000
-    bytes: int = 64 << 20
-    """Of all files together, as long as they say they are: holes count."""
-    depth: int = 64
-    path: int = 4096
-    """Bytes of the name of one file, directories included."""
-    entries: int = 1_000_000
-    """Names looked at, whether collected or not."""
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class _Process:
-    """A running porter and our end of its socket."""
+    """A running porter, our end of its socket, and how many answers it owes us."""
 
     process: subprocess.Popen[bytes]
     link: socket.socket
+    owes: int = 0
 
     @classmethod
     def start(cls, namespace: int) -> _Process:
@@ -96,14 +99,32 @@ class _Process:
             await reap(self.process, patience=0)
 
     async def send(self, packet: Packet) -> None:
+        self.owes += 1
         content = packet.content()
         while True:
             try:
                 packets.send(self.link, content, packet.descriptors)
             except BlockingIOError:
                 await trio.lowlevel.wait_writable(self.link)
+            except (BrokenPipeError, ConnectionResetError):
+                return  # one that is gone has perhaps said why: receive() finds out
             else:
                 return
+
+    async def answer(self) -> tuple[bytes, list[int]]:
+        """A packet of an answer; LaunchError or InternalError if it is none."""
+        try:
+            content, descriptors = await self.receive()
+        except OSError as error:
+            what = "read what the porter, which carries files in and out, says"
+            raise LaunchError("porter", _REQUEST, error.errno or 0, what) from error
+        if not content:
+            raise await _lost(self)
+        if content[:1] == _FAILED:  # it still owes one, and is not asked again
+            raise _failed(content)
+        if content[:1] != _MORE:
+            self.owes -= 1
+        return content, descriptors
 
     async def receive(self) -> tuple[bytes, list[int]]:
         """What is empty is the end."""
@@ -137,22 +158,20 @@ class Porter:
 
     def __init__(self, namespace: int) -> None:
         self._namespace = namespace
-        self._lock = trio.Lock()
-        self._running: _Process | None = None
+        self._processes: list[_Process] = []
+        self._idle: list[_Process] = []
+        self._turns = trio.Semaphore(0)
+        """As many as are idle."""
 
     def start(self) -> None:
         """Start it now, so that the first request need not wait for it: 20 ms."""
-        if self._running is None:
-            self._running = _Process.start(self._namespace)
+        if not self._processes:
+            self._give_back(self._new())
 
-    async def copy_in(
-        self,
-        box: int,
-        files: Names[bytes | Path | File],
-        owner: tuple[int, int],
-    ) -> None:
+    async def copy_in(self, box: int, files: Names[Input], owner: tuple[int, int]) -> None:
         """Make these files below the directory `box`, belonging to `owner`: uid and gid as numbers
-        of the user namespace. A Path may be a directory: all of it is copied, links as links.
+        of the user namespace. A Path may be a directory: all of it is copied, links as links; a Tar
+        is unpacked.
 
         JobError for what is the caller's to mend; some of the files may be there after it.
         """
@@ -160,71 +179,128 @@ class Porter:
             await trio.lowlevel.checkpoint()
             return
         head = _COPY_IN.pack(b"I", *owner)
-        with closing(Sources(files)) as sources:
-            while await sources.wait_next(head, box):
-                async with self._request() as porter:
-                    await self._send(porter, sources.packet)
-                    content, _ = await self._receive(porter)
-                for entry in packets.entries(content, 1):
-                    raise _refused(entry)
+        with closing(Sources(files, Room.of(box))) as sources:
+            if sources.waits:  # for who writes to a pipe: others have the porter meanwhile
+                while await sources.wait_next(head, box):
+                    async with self._request() as porter:
+                        await porter.send(sources.packet)
+                        await _made(porter)
+                return
+            async with self._request() as porter:
+                try:
+                    while await sources.wait_next(head, box):
+                        await porter.send(sources.packet)
+                        while porter.owes > _AHEAD:
+                            await _made(porter)
+                    while porter.owes:
+                        await _made(porter)
+                except JobError:
+                    while porter.owes:
+                        await porter.answer()
+                    raise
 
     async def collect(
-        self, box: int, patterns: Iterable[str | bytes], caps: Caps | None = None
+        self,
+        box: int,
+        patterns: Iterable[str | bytes | Pattern],
+        caps: Artifacts = DEFAULT,
+        sink: Sink | None = None,
     ) -> tuple[list[Artifact], list[ArtifactError]]:
         """The files below `box` that match, in the order of their names, and what was wrong.
 
         Only for a sandbox whose processes are dead. `*`, `?` and `[...]` stand for what they do in
-        a shell (also at the beginning of a name with a dot), `**` for any directories.
+        a shell (also at the beginning of a name with a dot), `**` for any directories. JobError if
+        `sink` cannot take a file.
         """
-        request = _collection(box, patterns, caps or Caps())
+        request = _collection(box, patterns, caps)
         found: list[Artifact] = []
         errors: list[ArtifactError] = []
         if request.empty:
             await trio.lowlevel.checkpoint()
             return found, errors
+        to: Sink = Memory() if sink is None else sink
         async with self._request() as porter:
-            await self._send(porter, request)
-            more = True
-            while more:
-                content, descriptors = await self._receive(porter)
-                more = content[:1] == _MORE
-                await _unpack(content, descriptors, found, errors)
+            await porter.send(request)
+            while porter.owes:
+                content, descriptors = await porter.answer()
+                taking = partial(_take, content, iter(descriptors), to, found, errors)
+                try:
+                    if descriptors or to.blocks:
+                        await trio.to_thread.run_sync(taking)
+                    else:
+                        taking()
+                finally:
+                    packets.close(descriptors)
         return sorted(found, key=lambda one: os.fsencode(one.path)), errors
+
+    async def reopen(self, box: int, names: Iterable[bytes]) -> Opened:
+        """Files that were collected, once more: their content, or for a large one a descriptor,
+        which is the caller's to close. At most as many as packets.DESCRIPTORS.
+        """
+        caps = Artifacts()
+        request = _collection(box, [Pattern(name, literal=True) for name in names], caps)
+        opened: Opened = {}
+        async with self._request() as porter:
+            await porter.send(request)
+            while porter.owes:
+                content, descriptors = await porter.answer()
+                remaining = iter(descriptors)
+                for entry in packets.entries(content, 1):
+                    is_large = entry.kind == packets.SOURCE
+                    opened[entry.name] = entry, next(remaining) if is_large else None
+        return opened
 
     @asynccontextmanager
     async def _request(self) -> AsyncIterator[_Process]:
-        async with self._lock:
-            if self._running is not None and self._running.process.poll() is not None:
-                await self._stop()
+        porter = await self._take()
+        try:
+            yield porter
+        finally:
+            if porter.owes or porter.process.poll() is not None:
+                await self._end(porter)
+            else:
+                self._give_back(porter)
+
+    async def _take(self) -> _Process:
+        """One that has nothing to do: now, in a while, or a new one."""
+        while True:
             self.start()
-            assert self._running is not None
-            try:
-                yield self._running
-            except BaseException:
-                await self._stop()
-                raise
+            may_grow = len(self._processes) < PROCESSES
+            with trio.move_on_after(PATIENCE if may_grow else math.inf) as waiting:
+                await self._turns.acquire()
+            if waiting.cancelled_caught:
+                if len(self._processes) < PROCESSES:
+                    return self._new()
+                continue
+            porter = self._idle.pop()
+            if porter.process.poll() is None:
+                return porter
+            await self._end(porter)
+
+    def _new(self) -> _Process:
+        porter = _Process.start(self._namespace)
+        self._processes.append(porter)
+        return porter
+
+    def _give_back(self, porter: _Process) -> None:
+        self._idle.append(porter)
+        self._turns.release()
+
+    async def _end(self, porter: _Process) -> None:
+        self._processes.remove(porter)
+        await porter.stop()
 
     async def _stop(self) -> None:
-        running, self._running = self._running, None
-        if running is not None:
-            await running.stop()
+        """All that are idle, which is all where nobody asks any more."""
+        while self._idle:
+            self._turns.acquire_nowait()
+            await self._end(self._idle.pop())
 
-    async def _send(self, porter: _Process, packet: Packet) -> None:
-        # One that is gone has perhaps said why: _receive() finds out.
-        with suppress(BrokenPipeError, ConnectionResetError):
-            await porter.send(packet)
 
-    async def _receive(self, porter: _Process) -> tuple[bytes, list[int]]:
-        try:
-            content, descriptors = await porter.receive()
-        except OSError as error:
-            what = "read what the porter, which carries files in and out, says"
-            raise LaunchError("porter", _REQUEST, error.errno or 0, what) from error
-        if not content:
-            raise await _lost(porter)
-        if content[:1] == _FAILED:
-            raise _failed(content)
-        return content, descriptors
+async def _made(porter: _Process) -> None:
+    content, _ = await porter.answer()
+    for entry in packets.entries(content, 1):
+        raise _refused(entry)
 
 
 async def _lost(porter: _Process) -> LaunchError:
@@ -251,68 +327,41 @@ def _refused(entry: Entry) -> SandboxError:
             f"{shown(entry.name)}: the files do not fit into the sandbox",
             hint=f"raise {limit}, or give it less",
         )
-    if entry.mode in (errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG):
+    if entry.mode in _MISTAKES:
         return JobError(f"{shown(entry.name)}: {os.strerror(entry.mode)}")
     return LaunchError("porter", _REQUEST, entry.mode, f"make {shown(entry.name)}")
 
 
-def _collection(box: int, patterns: Iterable[str | bytes], caps: Caps) -> Packet:
-    head = _COLLECT.pack(b"O", caps.files, caps.bytes, caps.depth, caps.path, caps.entries)
-    packet = Packet(head, [box])
+def _collection(box: int, patterns: Iterable[str | bytes | Pattern], caps: Artifacts) -> Packet:
+    limits = (caps.files, caps.bytes, caps.depth, caps.path, caps.entries)
+    numbers = [_UNLIMITED if one is None else one for one in limits]
+    packet = Packet(_COLLECT.pack(b"O", *numbers), [box])
     for number, pattern in enumerate(patterns):
-        name = os.fsencode(pattern)
-        parts = name.split(b"/")
-        if name.startswith(b"/") or b"\0" in name or b".." in parts or not {*parts} - {b"", b"."}:
-            raise JobError(
-                f"collect: {pattern!r} names nothing below the working directory",
-                hint="use a relative pattern without ..",
-            )
-        entry = Entry(packets.PATTERN, name)
+        one = pattern if isinstance(pattern, Pattern) else Pattern(pattern)
+        entry = Entry(packets.PATTERN, os.fsencode(one.name), _meaning(one))
         if number >= _MOST_PATTERNS or not packet.has_room(entry):
             raise JobError("collect: too many patterns", hint="use fewer, with wildcards")
         packet.add(entry)
     return packet
 
 
-async def _unpack(
-    content: bytes, descriptors: list[int], found: list[Artifact], errors: list[ArtifactError]
+def _meaning(pattern: Pattern) -> int:
+    required = {None: 0, True: _REQUIRED, False: _OPTIONAL}[pattern.required]
+    return required | (_LITERAL if pattern.literal else 0)
+
+
+def _take(
+    content: bytes,
+    descriptors: Iterator[int],
+    sink: Sink,
+    found: list[Artifact],
+    errors: list[ArtifactError],
 ) -> None:
-    """Takes what a packet says, and what its descriptors stand for, which end here."""
-    with closing(_Descriptors(descriptors)) as remaining:
-        for entry in packets.entries(content, 1):
-            path = os.fsdecode(entry.name)
-            if entry.kind == packets.REFUSED:
-                reason = entry.content.decode(errors="replace")
-                errors.append(ArtifactError(path=path, reason=reason))
-                continue
-            if entry.kind == packets.SOURCE:
-                (size,) = packets.SIZE.unpack(entry.content)
-                data, digest = await trio.to_thread.run_sync(_read, remaining.next(), size)
-            else:
-                data, digest = entry.content, hashlib.sha256(entry.content).hexdigest()
-            found.append(
-                Artifact(path=path, bytes=len(data), sha256=digest, mode=entry.mode, data=data)
-            )
-
-
-class _Descriptors:
-    """Descriptors to be used in their order; closed together."""
-
-    def __init__(self, numbers: list[int]) -> None:
-        self._numbers = numbers
-        self._used = 0
-
-    def next(self) -> int:
-        self._used += 1
-        return self._numbers[self._used - 1]
-
-    def close(self) -> None:
-        packets.close(self._numbers)
-
-
-def _read(descriptor: int, size: int) -> tuple[bytes, str]:
-    """The content of a file, and no more than it had when it was found."""
-    data = os.pread(descriptor, size, 0)
-    while len(data) < size and (more := os.pread(descriptor, size - len(data), len(data))):
-        data += more  # above 2 GB the kernel stops early
-    return data, hashlib.sha256(data).hexdigest()
+    """Takes what a packet says, and what its descriptors stand for."""
+    for entry in packets.entries(content, 1):
+        if entry.kind == packets.REFUSED:
+            reason = entry.content.decode(errors="replace")
+            errors.append(ArtifactError(path=os.fsdecode(entry.name), reason=reason))
+        else:
+            source = next(descriptors) if entry.kind == packets.SOURCE else None
+            found.append(sink.take(entry, source))

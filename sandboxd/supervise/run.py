@@ -5,7 +5,8 @@ from __future__ import annotations
 import trio
 
 from sandboxd.errors import SandboxError
-from sandboxd.result import Event, Result, Usage
+from sandboxd.result import Artifact, Event, Result, Usage
+from sandboxd.supervise.leavings import Leavings, OpenArtifacts
 from sandboxd.supervise.stops import Control
 from sandboxd.supervise.supervise import Reports, resize_terminal
 
@@ -32,6 +33,7 @@ class Run:
         self._error: Exception | None = None
         self._error_told = False
         self._queue = trio.CancelScope()
+        self._artifacts = OpenArtifacts(self._collected)
 
     def kill(self) -> None:
         """End it now; its status will be `cancelled`."""
@@ -72,6 +74,26 @@ class Run:
         if self._result is None:
             raise SandboxError("the run was left before it ended", hint="wait inside the block")
         return self._result
+
+    def artifacts(self) -> OpenArtifacts:
+        """Each collected file, open, once the run is over (collect_to="stream").
+
+        As with wait(), someone must read `events` until then. What is not read costs nothing.
+        """
+        return self._artifacts
+
+    def _leave(self, leavings: Leavings) -> None:
+        self._artifacts.leavings = leavings
+
+    def _let_go(self) -> None:
+        if self._artifacts.leavings is not None:
+            self._artifacts.leavings.close()
+
+    async def _collected(self) -> tuple[Artifact, ...]:
+        found = (await self.wait()).artifacts
+        if found and self._artifacts.leavings is None:
+            raise SandboxError("the artifacts are elsewhere", hint='collect_to="stream" in the job')
+        return found
 
     def _started(self, control: Control) -> None:
         self._control = control

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -15,7 +16,7 @@ import trio
 from sandboxd import plan
 from sandboxd.compile import build
 from sandboxd.compile.idmap import tenant_ids
-from sandboxd.compile.load import tighten
+from sandboxd.compile.load import tighten, tighten_artifacts
 from sandboxd.errors import InternalError, JobError, LaunchError, SandboxError
 from sandboxd.host import Host
 from sandboxd.images.store import find, using
@@ -23,8 +24,10 @@ from sandboxd.job import Job
 from sandboxd.policy import Policy
 from sandboxd.result import Event, Result
 from sandboxd.supervise import policies, record
+from sandboxd.supervise.artifacts import check_place
 from sandboxd.supervise.cgroups import Cgroups, open_cgroups, slots_within
 from sandboxd.supervise.descriptors import Descriptors
+from sandboxd.supervise.leavings import Leavings
 from sandboxd.supervise.place import open_place
 from sandboxd.supervise.porter import Porter, open_porter
 from sandboxd.supervise.probe import kinds
@@ -110,6 +113,9 @@ class Runner:
         """Carry a job out. What the workload did is in the result; SandboxError is our failure."""
         if job.stdin is None:
             raise JobError("stdin=None: there is nobody to feed it", hint="use Runner.start")
+        if job.collect_to == "stream":
+            raise JobError('collect_to="stream": there is nobody to read it',
+                           hint="use Runner.start")  # fmt: skip
         return await self._run(job, None)
 
     @asynccontextmanager
@@ -142,6 +148,7 @@ class Runner:
                             run.kill()
                             nursery.cancel_scope.cancel()
             finally:
+                run._let_go()
                 if stdin is not None:
                     with trio.CancelScope(shield=True):
                         await stdin.aclose()
@@ -185,6 +192,7 @@ class Runner:
         if self._closed:
             raise SandboxError("the runner is closed", hint="use it inside `async with`")
         asked = trio.current_time()
+        check_place(job)
         token = object()
         if not await self._take_slot(token, run):
             kept = self._keep(self._policy(job))
@@ -193,13 +201,17 @@ class Runner:
         try:
             queued = trio.current_time() - asked
             kept = self._keep(self._policy(job))
+            caps = tighten_artifacts(kept.policy, job.artifacts)
             with Descriptors() as fds:
+                porter = partial(self._porter, kept)
                 conduct = Conduct(
                     job=job,
                     compiled=kept.prepared.compiled,
                     host=self.host,
                     dispatch=Dispatch(job, kept.prepared, pipes or Pipes(fds)),
-                    porter=lambda: self._porter(kept),
+                    caps=caps,
+                    porter=porter,
+                    leave=_leaving(run, job, porter),
                     emit=_forwarding(run),
                     on_start=run._started if run else lambda _: None,
                     reports=run._reports if run else None,
@@ -393,6 +405,14 @@ class Runner:
 
 def _forwarding(run: Run | None) -> Emit | None:
     return run._forward if run is not None else None
+
+
+def _leaving(
+    run: Run | None, job: Job, porter: Callable[[], Awaitable[Porter]]
+) -> Callable[[int], None] | None:
+    if run is None or job.collect_to != "stream":
+        return None
+    return lambda directory: run._leave(Leavings(directory, porter))
 
 
 def host_for(policy: Policy, host: Host) -> Host:

@@ -85,7 +85,9 @@ def _copied(job: Job, name: str) -> int | None:
     for key, value in job.files.items():
         if posixpath.normpath(os.fsdecode(key)) == name:
             data = value.data if isinstance(value, File) else value
-            return loaded(data[:HEAD]) if isinstance(data, bytes) else _of_file(data)
+            if isinstance(data, bytes):
+                return loaded(data[:HEAD])
+            return _of_file(data) if isinstance(data, Path) else None
     return None
 
 

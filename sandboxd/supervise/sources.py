@@ -11,17 +11,19 @@ from pathlib import Path
 import trio
 
 from sandboxd.errors import HostError, JobError
-from sandboxd.job import File, Names, check_inside
+from sandboxd.job import File, Input, Names, Tar, check_inside
 from sandboxd.linux import packets
-from sandboxd.linux.packets import Entry, Packet
+from sandboxd.linux.packets import NOW, Entry, Packet
+from sandboxd.supervise.archives import Item, Room, unpacked
 
 _PERMISSIONS = 0o777
 _LONGEST = 4096  # PATH_MAX; no name that a program could use is longer
 _READ = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
-Item = tuple[Entry, int | None]
-"""An entry, and the descriptor of its content where it is a SOURCE."""
+_SMALL = 4096
+"""Bytes of a file that is read here; what is larger the kernel copies, in half the time."""
+_EARLIEST, _LATEST = -(1 << 62), 1 << 62  # ns; what a file system may say beyond is a mistake
 
 
 def shown(name: bytes) -> str:
@@ -31,10 +33,14 @@ def shown(name: bytes) -> str:
 class Sources:
     """Fills packets one after the other, and owns what the last one carries."""
 
-    def __init__(self, files: Names[bytes | Path | File]) -> None:
-        self._items = items(files)
+    def __init__(self, files: Names[Input], room: Room) -> None:
+        self._items = items(files, room)
         self._over: Item | None = None
         self._slow = any(_is_slow(value) for value in files.values())
+        self.waits = any(
+            isinstance(value, Tar) and isinstance(value.source, int) for value in files.values()
+        )
+        """Whether somebody else may keep us waiting, for any time."""
         self.packet = Packet(b"")
         self._owned: list[int] = []
 
@@ -68,12 +74,12 @@ class Sources:
             self._over = None
 
 
-def _is_slow(value: bytes | Path | File) -> bool:
+def _is_slow(value: Input) -> bool:
     data = value.data if isinstance(value, File) else value
-    return isinstance(data, Path) or len(data) > packets.INLINE
+    return isinstance(data, Path | Tar) or len(data) > packets.INLINE
 
 
-def items(files: Names[bytes | Path | File]) -> Generator[Item, None, None]:
+def items(files: Names[Input], room: Room) -> Generator[Item, None, None]:
     """What has to be made, in this order; the caller closes the descriptors it gets.
 
     Directories come last, and what is inside of one before it: they may be read-only.
@@ -81,6 +87,10 @@ def items(files: Names[bytes | Path | File]) -> Generator[Item, None, None]:
     folders: list[Entry] = []
     for key, value in files.items():
         name = _normal(os.fsencode(key))
+        if isinstance(value, Tar):
+            for entry, descriptor in unpacked(name, value, room, folders):
+                yield _short_enough(entry), descriptor
+            continue
         file = value if isinstance(value, File) else File(data=value)
         if not isinstance(file.data, Path):
             yield _inline(name, file.data, file.mode)
@@ -96,15 +106,29 @@ def items(files: Names[bytes | Path | File]) -> Generator[Item, None, None]:
 def _normal(name: bytes) -> bytes:
     check_inside(name)
     normal = b"/".join(part for part in name.split(b"/") if part not in (b"", b"."))
-    if len(normal) > _LONGEST:
-        raise JobError(f"{shown(name[:64])}...: the name has more than {_LONGEST} bytes")
+    _check_length(normal)
     return normal
 
 
-def _file(name: bytes, kind: int, mode: int, content: bytes = b"") -> Entry:
+def _check_length(name: bytes) -> None:
+    if len(name) > _LONGEST:
+        raise JobError(f"{shown(name[:64])}...: the name has more than {_LONGEST} bytes")
+
+
+def _short_enough(entry: Entry) -> Entry:
+    _check_length(entry.name)
+    return entry
+
+
+def _file(name: bytes, kind: int, mode: int, content: bytes = b"", time: int = NOW) -> Entry:
     if not name:
         raise JobError(f"{shown(name)}: only a directory can be the working directory")
-    return Entry(kind, name, mode & _PERMISSIONS, content)
+    return Entry(kind, name, mode & _PERMISSIONS, content, time)
+
+
+def _time(found: os.stat_result) -> int:
+    """What make(1) goes by."""
+    return min(max(found.st_mtime_ns, _EARLIEST), _LATEST)
 
 
 def _inline(name: bytes, data: bytes, mode: int) -> Item:
@@ -159,10 +183,10 @@ def _open(
         if not stat.S_ISREG(found.st_mode):
             raise JobError(f"{shown(name)}: {path} is no regular file")
         mode = found.st_mode if mode is None else mode
-        content = _start_of(descriptor)
-        if len(content) <= packets.INLINE:
-            return _file(name, packets.FILE, mode, content), None
-        entry = _file(name, packets.SOURCE, mode)
+        content = b"" if found.st_size > _SMALL else _start_of(descriptor)
+        if len(content) <= packets.INLINE and found.st_size <= _SMALL:
+            return _file(name, packets.FILE, mode, content, _time(found)), None
+        entry = _file(name, packets.SOURCE, mode, time=_time(found))
         keep = True
         return entry, descriptor
     finally:
@@ -192,9 +216,11 @@ def _walk(name: bytes, top: int, path: Path, folders: list[Entry]) -> Iterator[I
         except OSError as error:
             raise _unreadable(inside, path / os.fsdecode(below), error) from error
         try:
-            mode = os.fstat(folder).st_mode
+            found = os.fstat(folder)
             if inside:
-                folders.append(Entry(packets.DIRECTORY, _normal(inside), mode & _PERMISSIONS))
+                mode = found.st_mode & _PERMISSIONS
+                inside = _normal(inside)
+                folders.append(Entry(packets.DIRECTORY, inside, mode, time=_time(found)))
             yield from _list(name, below, folder, path, pending)
         finally:
             os.close(folder)
@@ -211,7 +237,8 @@ def _list(
         inside = b"/".join(filter(None, (name, inner)))
         if child.is_symlink():
             target = os.fsencode(os.readlink(child.name, dir_fd=folder))
-            yield _file(_normal(inside), packets.LINK, 0, target), None
+            time = _time(child.stat(follow_symlinks=False))
+            yield _file(_normal(inside), packets.LINK, 0, target, time), None
         elif child.is_dir(follow_symlinks=False):
             pending.append(inner)
         else:

@@ -29,12 +29,14 @@ from sandboxd.job import Job, Terminal
 from sandboxd.linux import memfd
 from sandboxd.messages import ENDED, FILES, GO, Ended, Failure, StartHeader
 from sandboxd.plan import TENANT_UID
+from sandboxd.policy import Artifacts
 from sandboxd.result import Artifact, ArtifactError, Usage
 from sandboxd.script.init import exec_script
 from sandboxd.script.record import Image
 from sandboxd.supervise import account, segments, stream
+from sandboxd.supervise.artifacts import open_sink
 from sandboxd.supervise.descriptors import Descriptors
-from sandboxd.supervise.porter import Caps, Porter
+from sandboxd.supervise.porter import Porter
 from sandboxd.supervise.sandboxes import Sandbox
 from sandboxd.supervise.status import Facts
 from sandboxd.supervise.stops import Control, Stops
@@ -162,7 +164,10 @@ class Conduct:
     compiled: Compiled
     host: Host
     dispatch: Dispatch
+    caps: Artifacts
     porter: Callable[[], Awaitable[Porter]]
+    leave: Callable[[int], None] | None
+    """Gets the working directory when files were collected from it, if somebody will read them."""
     emit: Emit | None
     on_start: Callable[[Control], None]
     reports: Reports | None = None
@@ -337,9 +342,11 @@ async def collect(
     run: Conduct, directory: int
 ) -> tuple[tuple[Artifact, ...], tuple[ArtifactError, ...]]:
     porter = await run.porter()
-    patterns = [os.fsencode(pattern) for pattern in run.job.collect]
-    artifacts, problems = await porter.collect(directory, patterns, Caps())
-    return tuple(artifacts), tuple(problems)
+    async with open_sink(run.job) as sink:
+        found, problems = await porter.collect(directory, run.job.collect, run.caps, sink)
+    if run.leave is not None:
+        run.leave(directory)
+    return tuple(found), tuple(problems)
 
 
 async def read_all(sock: socket.socket) -> bytes:

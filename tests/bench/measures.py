@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -15,6 +16,7 @@ import trio
 
 from sandboxd import Job, Limits, open_runner
 from sandboxd.host import Host
+from tests.bench import files as many_files
 from tests.bench.contestants import Contestant, policy_for
 from tests.bench.programs import BURN, DYNAMIC, HOLD, PLACE, STATIC
 
@@ -155,6 +157,16 @@ def without_cgroup(host: Host) -> Host:
     return dataclasses.replace(host, cgroup=None, cgroup_why_not="left out by the benchmark")
 
 
+async def files(bench: Bench) -> list[Row]:
+    """Many files in and out."""
+    tables: dict[str, Table] = {}
+    rounds = max(2, bench.rounds // 10)
+    with tempfile.TemporaryDirectory(dir=bench.folder.parent) as folder:
+        for measure, who, sample in await many_files.times(bench.host, Path(folder), rounds):
+            tables.setdefault(measure, Table(measure, "ms")).add(who, sample)
+    return [row for table in tables.values() for row in table.all()]
+
+
 # -- throughput --------------------------------------------------------------------------------
 
 
@@ -273,6 +285,7 @@ MEASURES: dict[str, Measure] = {
     "dynamic": dynamic,
     "start": start,
     "overshoot": overshoot,
+    "files": files,
     "rate": rate,
     "memory": memory,
 }

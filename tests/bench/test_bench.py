@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.bench import report
+from tests.bench import files, report
 from tests.bench.measures import FLIGHTS, LIVE, Row
 
 PROGRAMS = ("static program", "/bin/true")
@@ -24,6 +24,10 @@ MEMORY = [
     f"memory per live job, {what} ({LIVE} live)" for what in ("its processes", "MemAvailable")
 ]
 START = "new runner: tenant, first result, end"
+FILES = {
+    f"{files.COUNT} files in": {*files.WAYS, files.PEER},
+    f"{files.COUNT} files in and out": {files.OUT},
+}
 OVERSHOOT = "CPU time beyond a limit of 1 s, four busy processes"
 
 
@@ -41,12 +45,13 @@ def test_every_row_is_there() -> None:
         assert row["min"] <= row["p50"] <= row["p95"] <= row["max"]
         assert row["unit"] in ("ms", "us", "jobs/s", "KB")
         who.setdefault(row["measure"], set()).add(row["who"])
-    assert set(who) == {*TIMES, *CPU, *RATES, *MEMORY, START, OVERSHOOT}
+    assert set(who) == {*TIMES, *CPU, *RATES, *MEMORY, *FILES, START, OVERSHOOT}
     for measure in (*TIMES, *CPU, *RATES):
         assert who[measure] >= everybody(found), measure
     for measure in MEMORY:
         assert who[measure] >= {name for name in everybody(found) if "spare" not in name}, measure
     assert who[START] == {"sandboxd"}
+    assert {measure: who[measure] for measure in FILES} == FILES
     assert who[OVERSHOOT] == {"sandboxd", "sandboxd, no cgroup"}
     assert report.text(found).count("\n") > len(found["rows"])
 

@@ -42,7 +42,7 @@ def running(namespace: int = -1) -> Iterator[tuple[subprocess.Popen[bytes], sock
 def alive(link: socket.socket, folder: Path) -> bool:
     box = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        packets.send(link, struct.pack("<cQQIIQ", b"O", 1, 1, 1, 1, 1), [box])
+        packets.send(link, struct.pack("<c5Q", b"O", 1, 1, 1, 1, 1), [box])
     finally:
         os.close(box)
     return packets.receive(link) == (b"d", [])
@@ -78,18 +78,18 @@ def descriptors(process: subprocess.Popen[bytes]) -> list[str]:
 def requests() -> list[bytes]:
     """No requests: nonsense, requests cut short, lengths that lie."""
     chance = random.Random(1)
-    entry = struct.pack("<BIII", 1, 0o644, 1, 3) + b"nabc"
+    entry = packets._ENTRY.pack(1, 0o644, 1, 3, packets.NOW) + b"nabc"
     good = struct.pack("<cII", b"I", 0, 0) + entry
     lies = [
-        struct.pack("<cII", b"I", 0, 0) + struct.pack("<BIII", kind, 0, 2**32 - 1, 2**32 - 1)
+        struct.pack("<cII", b"I", 0, 0) + packets._ENTRY.pack(kind, 0, 2**32 - 1, 2**32 - 1, 0)
         for kind in range(8)
     ]
     return [
         *(good[:length] for length in range(1, len(good) - len(entry))),
         *lies,
         *(chance.randbytes(chance.randrange(1, 200)) for _ in range(200)),
-        struct.pack("<cII", b"I", 0, 0) + struct.pack("<BIII", 2, 0, 1, 0) + b"n",
-        struct.pack("<cQQIIQ", b"O", 0, 0, 0, 0, 0) + struct.pack("<BIII", 5, 0, 0, 0),
+        struct.pack("<cII", b"I", 0, 0) + packets._ENTRY.pack(2, 0, 1, 0, 0) + b"n",
+        struct.pack("<c5Q", b"O", 0, 0, 0, 0, 0) + packets._ENTRY.pack(5, 0, 0, 0, 0),
         bytes(65536),
     ]
 

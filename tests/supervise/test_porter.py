@@ -13,9 +13,10 @@ import pytest
 import trio
 
 from sandboxd.errors import JobError
-from sandboxd.job import File
+from sandboxd.job import File, Input, Job
+from sandboxd.policy import Artifacts as Caps
 from sandboxd.result import Artifact, ArtifactError
-from sandboxd.supervise.porter import Caps, Porter, open_porter
+from sandboxd.supervise.porter import Porter, open_porter
 from tests.supervise.tenants import Tenant, open_tenant
 
 pytestmark = pytest.mark.needs("subuid")
@@ -50,7 +51,7 @@ async def test_files_belong_to_the_job_and_have_their_modes(tenant: Tenant, tmp_
     script = tmp_path / "script"
     script.write_bytes(b"#!/bin/sh\n")
     script.chmod(0o4750)
-    files: dict[str | bytes, bytes | Path | File] = {
+    files: dict[str | bytes, Input] = {
         "plain": b"1",
         "a/b/c": b"",
         "./x//y": b"2",
@@ -111,7 +112,7 @@ async def test_a_directory_is_copied_with_links_as_links(tenant: Tenant, tmp_pat
     (top / "round").symlink_to(".", target_is_directory=True)
     (top / "sub").chmod(0o555)
     (tmp_path / "link").symlink_to("top")
-    files: dict[str | bytes, bytes | Path | File] = {
+    files: dict[str | bytes, Input] = {
         "in": tmp_path / "link",
         ".": top,
         "in/sub/file": b"instead",
@@ -224,7 +225,7 @@ os.mkdir("taken")
 
 @pytest.mark.time_limit(100)
 async def test_a_hundred_thousand_files(tenant: Tenant) -> None:
-    files: dict[str | bytes, bytes | Path | File] = {
+    files: dict[str | bytes, Input] = {
         f"d{number % 100}/{number}": b"%d" % number for number in range(100_000)
     }
     async with opened(tenant) as porter:
@@ -256,7 +257,7 @@ async def test_a_directory_of_ten_thousand_files(tenant: Tenant, tmp_path: Path)
     ],
 )
 async def test_what_does_not_fit_names_the_limit(
-    options: str, files: dict[str | bytes, bytes | Path | File], limit: str
+    options: str, files: dict[str | bytes, Input], limit: str
 ) -> None:
     with open_tenant(options=f"mode=0700,{options}") as tenant:
         async with opened(tenant) as porter:
@@ -291,7 +292,7 @@ async def test_patterns(tenant: Tenant, patterns: list[str], found: list[str] | 
     tree = ["a", ".hidden", "b.txt", "new\nline.txt", "\udcff.txt"]
     tree += ["d/one", "d/e/two", "d/e/f/three.txt"]
     async with opened(tenant) as porter:
-        files: dict[str | bytes, bytes | Path | File] = {name: os.fsencode(name) for name in tree}
+        files: dict[str | bytes, Input] = {name: os.fsencode(name) for name in tree}
         await porter.copy_in(tenant.box, files, tenant.owner)
         have, errors = await porter.collect(tenant.box, patterns)
     assert not errors
@@ -301,6 +302,8 @@ async def test_patterns(tenant: Tenant, patterns: list[str], found: list[str] | 
 
 @pytest.mark.parametrize("pattern", ["", "/etc/*", "../*", "a/../b", "nul\0", ".", "./"])
 async def test_patterns_outside_are_refused(tenant: Tenant, pattern: str) -> None:
+    with pytest.raises(JobError, match="collect"):
+        Job(argv=["true"], collect=["ok", pattern])
     async with opened(tenant) as porter:
         with pytest.raises(JobError, match="collect"):
             await porter.collect(tenant.box, ["ok", pattern])

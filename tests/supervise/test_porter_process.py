@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import tempfile
+import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
@@ -14,7 +15,10 @@ import trio
 import trio.testing
 
 from sandboxd.errors import JobError, LaunchError
-from sandboxd.supervise.porter import Porter, open_porter
+from sandboxd.linux.packets import Entry
+from sandboxd.result import Artifact
+from sandboxd.supervise.artifacts import Memory
+from sandboxd.supervise.porter import DEFAULT, PROCESSES, Porter, open_porter
 from tests.supervise.tenants import Tenant, open_tenant
 
 
@@ -34,8 +38,8 @@ def opened(path: Path) -> Iterator[int]:
 
 
 def pid(porter: Porter) -> int:
-    assert porter._running is not None
-    return porter._running.process.pid
+    """Of the one that has the next request."""
+    return porter._idle[-1].process.pid
 
 
 async def goes_well(porter: Porter, tenant: Tenant, name: str = "again") -> None:
@@ -57,10 +61,10 @@ async def stopped(porter: Porter, tenant: Tenant) -> AsyncIterator[int]:
 @pytest.mark.needs("subuid")
 async def test_it_starts_when_it_is_needed_and_stays(tenant: Tenant) -> None:
     async with open_porter(tenant.namespace) as porter:
-        assert porter._running is None
+        assert not porter._processes
         await porter.copy_in(tenant.box, {}, tenant.owner)
         assert await porter.collect(tenant.box, []) == ([], [])
-        assert porter._running is None
+        assert not porter._processes
         porter.start()
         number = pid(porter)
         await goes_well(porter, tenant)
@@ -91,7 +95,6 @@ async def test_it_can_do_this_and_nothing_else(tenant: Tenant) -> None:
 async def test_killed_while_nobody_asks(tenant: Tenant) -> None:
     async with open_porter(tenant.namespace) as porter:
         await goes_well(porter, tenant)
-        assert porter._running is not None
         os.kill(pid(porter), signal.SIGKILL)
         await trio.to_thread.run_sync(os.waitid, os.P_PID, pid(porter), os.WEXITED | os.WNOWAIT)
         await goes_well(porter, tenant)
@@ -172,6 +175,44 @@ async def test_many_at_once_get_their_own_answers(tenant: Tenant) -> None:
     async with open_porter(tenant.namespace) as porter, trio.open_nursery() as nursery:
         for number in range(100):
             nursery.start_soon(goes_well, porter, tenant, f"d{number}")
+
+
+class Slow(Memory):
+    """A disk that takes nothing for a while."""
+
+    blocks = True
+
+    def __init__(self) -> None:
+        self.go = threading.Event()
+        self.asked = 0
+
+    def take(self, entry: Entry, source: int | None) -> Artifact:
+        self.asked += 1
+        assert self.go.wait(30)
+        return super().take(entry, source)
+
+
+@pytest.mark.needs("subuid")
+async def test_a_long_request_is_not_in_the_way(tenant: Tenant) -> None:
+    """Up to a number of them; who comes when all are busy waits for his turn."""
+    tenant.run("open('large', 'wb').write(bytes(100_000))")
+    sinks = [Slow() for _ in range(PROCESSES + 2)]
+    async with open_porter(tenant.namespace) as porter:
+        async with trio.open_nursery() as nursery:
+            for number, sink in enumerate(sinks):
+                if number == PROCESSES - 1:
+                    await goes_well(porter, tenant)
+                nursery.start_soon(porter.collect, tenant.box, ["large"], DEFAULT, sink)
+                while number < PROCESSES and not sink.asked:  # noqa: ASYNC110
+                    await trio.sleep(0.01)
+            nursery.start_soon(goes_well, porter, tenant, "at last")
+            await trio.testing.wait_all_tasks_blocked()
+            assert len(porter._processes) == PROCESSES
+            assert [sink.asked for sink in sinks] == [1] * PROCESSES + [0, 0]
+            for sink in sinks:
+                sink.go.set()
+        assert len(porter._idle) == PROCESSES
+        await goes_well(porter, tenant)
 
 
 @pytest.mark.needs("subuid")

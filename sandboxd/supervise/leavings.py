@@ -1,0 +1,127 @@
+"""What a run left, for who reads it afterwards: collected files, opened one after the other.
+
+The descriptor of the working directory keeps its file system alive when the sandbox is dead. Nobody
+writes there any more, so the files are those of the result, whenever they are read.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+import trio
+
+from sandboxd.errors import InternalError, SandboxError
+from sandboxd.linux.packets import DESCRIPTORS
+from sandboxd.result import Artifact
+from sandboxd.supervise import artifacts
+from sandboxd.supervise.porter import Opened, Porter
+
+
+class Leavings:
+    """Owns the working directory of a run that is over, and the files that are open."""
+
+    def __init__(self, box: int, porter: Callable[[], Awaitable[Porter]]) -> None:
+        self._box = os.dup(box)
+        self._porter = porter
+        self._open: set[int] = set()
+
+    @property
+    def closed(self) -> bool:
+        return self._box < 0
+
+    async def reopen(self, names: list[bytes]) -> Opened:
+        porter = await self._porter()
+        opened = await porter.reopen(self._box, names)
+        self._open |= {number for _, number in opened.values() if number is not None}
+        return opened
+
+    def let_go(self, number: int) -> None:
+        if number in self._open:
+            self._open.remove(number)
+            os.close(number)
+
+    def close(self) -> None:
+        for number in list(self._open):
+            self.let_go(number)
+        if self._box >= 0:
+            os.close(self._box)
+        self._box = -1
+
+
+class OpenArtifact:
+    """A collected file while it is open, which is until the next one is asked for.
+
+    `async for` gives its content in pieces of at most a MiB; `read` any part of it.
+    """
+
+    def __init__(self, record: Artifact, data: bytes, number: int | None) -> None:
+        self.record = record
+        self._data = data
+        self._number = number
+
+    async def read(self, count: int, at: int = 0) -> bytes:
+        """`count` bytes from `at` on, fewer only at the end of the file."""
+        if self._number is None:
+            await trio.lowlevel.checkpoint()
+            return self._data[at : at + count]
+        if self._number < 0:
+            raise SandboxError(f"{self.record.path} is not open any more",
+                               hint="read it before the next one is asked for")  # fmt: skip
+        return await trio.to_thread.run_sync(artifacts.read, self._number, count, at)
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        at = 0
+        while at < self.record.bytes:
+            data = await self.read(artifacts.CHUNK, at)
+            if not data:
+                raise InternalError(f"{self.record.path} became shorter when nobody was there")
+            at += len(data)
+            yield data
+
+    def _end(self, leavings: Leavings) -> None:
+        if self._number is not None:
+            leavings.let_go(self._number)
+            self._number = -1
+
+
+class OpenArtifacts:
+    """The files of a result, one after the other. Made by Run.artifacts()."""
+
+    def __init__(self, records: Callable[[], Awaitable[tuple[Artifact, ...]]]) -> None:
+        self._records = records
+        self._left: deque[Artifact] | None = None
+        self._ready: deque[OpenArtifact] = deque()
+        self._last: OpenArtifact | None = None
+        self.leavings: Leavings | None = None
+
+    def __aiter__(self) -> OpenArtifacts:
+        return self
+
+    async def __anext__(self) -> OpenArtifact:
+        if self._left is None:
+            self._left = deque(await self._records())
+        if self._last is not None and self.leavings is not None:
+            self._last._end(self.leavings)
+        if self._ready or self._left:
+            self._check_open()
+        if not self._ready:
+            await self._more(self._left)
+        self._last = self._ready.popleft()
+        return self._last
+
+    def _check_open(self) -> None:
+        if self.leavings is None or self.leavings.closed:
+            raise SandboxError("the run was left", hint="read its artifacts inside the block")
+
+    async def _more(self, left: deque[Artifact]) -> None:
+        records = [left.popleft() for _ in range(min(DESCRIPTORS, len(left)))]
+        if not records:
+            raise StopAsyncIteration
+        assert self.leavings is not None
+        names = {os.fsencode(record.path): record for record in records}
+        opened = await self.leavings.reopen(list(names))
+        for name, record in names.items():
+            entry, number = opened[name]
+            self._ready.append(OpenArtifact(record, entry.content, number))
