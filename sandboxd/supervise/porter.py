@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import signal
 import socket
@@ -19,6 +20,7 @@ from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager, closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import trio
 
@@ -36,7 +38,7 @@ _ROOT = str(Path(__file__).resolve().parents[2])
 # As in launch/porter.py, from which nothing can be imported here.
 _COPY_IN = struct.Struct("<cII")
 _COLLECT = struct.Struct("<cQQIIQ")
-_DONE, _MORE, _FAILED = b"d", b"m", b"f"
+_ASK, _DONE, _MORE, _FAILED = b"A", b"d", b"m", b"f"
 
 # The steps of a LaunchError.
 _START, _REQUEST = 0, 1
@@ -190,6 +192,15 @@ class Porter:
                 more = content[:1] == _MORE
                 await _unpack(content, descriptors, found, errors)
         return sorted(found, key=lambda one: os.fsencode(one.path)), errors
+
+    async def ask(self, request: dict[str, Any], descriptors: list[int]) -> dict[str, Any]:
+        """What launch/porter.py answers to one of its words ("measure", "empty", ...)."""
+        packet = Packet(_ASK + json.dumps(request).encode(), descriptors)
+        async with self._request() as porter:
+            await self._send(porter, packet)
+            content, _ = await self._receive(porter)
+        answer: dict[str, Any] = json.loads(content[1:])
+        return answer
 
     @asynccontextmanager
     async def _request(self) -> AsyncIterator[_Process]:
