@@ -376,7 +376,9 @@ step() { # NAME COMMAND...: one part of a check; the others still run when it fa
 check() {
     ready "$RUN_NEEDS"
     cd "$root"
-    export RUFF_CACHE_DIR="$cache/ruff" MYPY_CACHE_DIR="$cache/mypy"
+    # mypy takes another checkout's module of the same name for this one's.
+    here=$(printf '%s' "$root" | cksum | cut -d' ' -f1)
+    export RUFF_CACHE_DIR="$cache/ruff" MYPY_CACHE_DIR="$cache/mypy-$here"
     failed=''
     step format "$py" -m ruff format --check --quiet .
     step lint "$py" -m ruff check --quiet --output-format concise .

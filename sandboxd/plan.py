@@ -227,14 +227,14 @@ class Overlay(Step):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttachReceived(Step):
-    """Put a mount made by a sidecar (fuse-overlayfs) at its place; it came as a descriptor."""
+    """Put a mount made by a sidecar at its place; it came as a descriptor."""
 
     descriptor: int
     target: str
     source: str
 
     def describe(self) -> str:
-        return f"{self.source} -> {self.target} (fuse-overlayfs)"
+        return f"{self.source} -> {self.target} (made by a sidecar)"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

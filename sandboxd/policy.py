@@ -125,6 +125,8 @@ class Root(Section, frozen=True):
     """Whether the job sees a private writable copy of its root (overlay)."""
     driver: Literal["auto", "kernel", "fuse", "tmpfs"] = "auto"
     """How a writable root is made: overlayfs of the kernel, fuse-overlayfs, or binds on tmpfs."""
+    upper: Literal["tmpfs", "directory"] = "tmpfs"
+    """Where all that a job writes lies: in memory, or in a directory on disk."""
     proc: Literal["pid", "masked", "none"] = "pid"
     """/proc with processes only (subset=pid), whole with the dangerous parts masked, or absent."""
     etc: tuple[str, ...] = ()

@@ -127,9 +127,9 @@ def setup_plan(policy: Policy, host: Host) -> SetupPlan:
     """What each sandbox does before its job is known."""
     ids = idmap.tenant_ids(host)
     descriptors = ["socket", "network"]
-    fuse = None
+    if rootfs.is_received(policy, host):
+        descriptors.append("area")
     if rootfs.driver(policy, host) == "fuse":
-        fuse = len(descriptors)
         descriptors.append("fuse")
     if host.cgroup:
         descriptors.append("cgroup")
@@ -137,7 +137,7 @@ def setup_plan(policy: Policy, host: Host) -> SetupPlan:
     steps: list[Step] = [plan.JoinNetwork(descriptor=1, why=policy.origin("network.mode"))]
     if leaf:
         steps.append(plan.KeepSysctls(why="what the kernel counts up to the caller"))
-    steps += rootfs.sandbox(policy, host, fuse)
+    steps += rootfs.sandbox(policy, host, tuple(descriptors))
     if policy.clock.boottime or policy.clock.monotonic:
         steps.append(
             plan.NewTimeNamespace(monotonic=policy.clock.monotonic, boottime=policy.clock.boottime,

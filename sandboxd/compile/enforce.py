@@ -19,6 +19,7 @@ from sandboxd.policy import Policy
 NONE = "none"
 NOT_LIMITED = "not limited"
 NOT_ASKED = "not asked"
+WATCHED = "watched directory"
 ON_REQUEST = {"memory_high": "memory", "cpu_weight": "cpu", "pinning": "cpuset", "io": "io"}
 """What [resources] may ask for -> the controller without which there is none of it."""
 
@@ -35,6 +36,7 @@ def judge(policy: Policy, host: Host, ids: IdMap, setup: SetupPlan) -> Found:
     controllers = host.cgroup.controllers if host.cgroup else frozenset()
     per_process = [] if limits.address_space is None else ["RLIMIT_AS per process"]
     sampled = [] if host.hides_processes else ["sampled"]
+    in_memory = policy.root.upper == "tmpfs"
     filtered = any(isinstance(step, plan.Filter) for step in setup.steps)
     says = {
         "user_namespace": "single" if ids.writer == "self" else "subuid",
@@ -50,8 +52,8 @@ def judge(policy: Policy, host: Host, ids: IdMap, setup: SetupPlan) -> Found:
         "processes": _pick(limits.processes, "pids" in controllers, "cgroup2", "RLIMIT_NPROC"),
         "cpus": _pick(limits.cpus, "cpu" in controllers, "cgroup2", NONE),
         "output": _pick(limits.output, True, "supervisor", NONE),
-        "disk": _pick(limits.disk, True, "tmpfs size", NONE),
-        "inodes": _pick(limits.inodes, True, "tmpfs inodes", NONE),
+        "disk": _pick(limits.disk, in_memory, "tmpfs size", WATCHED),
+        "inodes": _pick(limits.inodes, in_memory, "tmpfs inodes", WATCHED),
         "syscalls": "allowlist" if filtered else NONE,
         "landlock": f"abi {host.landlock}" if setup.landlock else NONE,
         "kill": "cgroup2 and pid namespace" if host.cgroup else "pid namespace",
@@ -89,6 +91,7 @@ def _root(policy: Policy, host: Host) -> str:
 
 def _degraded(policy: Policy, host: Host, says: dict[str, str]) -> list[tuple[str, str]]:
     notes = host.fault_notes
+    in_memory = policy.root.upper == "tmpfs"
     found: list[tuple[str, str]] = []
     if says["user_namespace"] == "single":
         found.append(
@@ -103,8 +106,14 @@ def _degraded(policy: Policy, host: Host, says: dict[str, str]) -> list[tuple[st
     if host.landlock < 6:
         why = notes.get("landlock", f"ABI {host.landlock}: signals and abstract sockets unscoped")
         found.append(("landlock", why))
-    if says["root"] == "overlay:fuse" and policy.limits.disk is not None:
-        found.append(("disk", "a root by fuse-overlayfs has the limit once more, not counted"))
+    if WATCHED in (says["disk"], says["inodes"]):
+        found.append(
+            ("disk", "a directory has no limit of the kernel's: it is looked at some 50 times a "
+             "second, and in between a run can write what the disk takes")
+        )  # fmt: skip
+    if says["root"] == "overlay:fuse" and says["memory"] == "cgroup2" and in_memory:
+        found.append(("memory", "files written through fuse-overlayfs are not in it; limits.disk "
+                      "holds them"))  # fmt: skip
     if not rootfs.is_shared(policy, host) and says["root"] == "tmpfs and binds":
         found.append(("root", notes.get("overlay", "no overlay works here: lower files read-only")))
     if policy.root.image and host.image is not None:

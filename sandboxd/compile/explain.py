@@ -234,7 +234,7 @@ MEANINGS: Mapping[str, str | Callable[[Any], str]] = MappingProxyType(
         "root.config": "env: its variables over the policy's; workdir: where a program starts;"
         " user: the ids seen inside",
         "root.writable": _choice(
-            true="an overlay whose upper layer lies on the run's own tmpfs",
+            true="an overlay whose upper layer is the run's own",
             false="every mount is MOUNT_ATTR_RDONLY; /box, /tmp and /dev/shm are writable",
         ),
         "root.driver": _choice(
@@ -242,6 +242,10 @@ MEANINGS: Mapping[str, str | Callable[[Any], str]] = MappingProxyType(
             kernel="overlayfs mounted in the user namespace (Linux 5.11), or refused",
             fuse="fuse-overlayfs outside of the sandbox, or refused",
             tmpfs="bind mounts on a tmpfs: what the host has stays read-only",
+        ),
+        "root.upper": _choice(
+            tmpfs="all that is written lies on one tmpfs",
+            directory="all that is written lies in a directory on disk, which sandboxd watches",
         ),
         "root.proc": _choice(
             pid="proc mounted with subset=pid: processes, no /proc/sys, no /proc/meminfo",

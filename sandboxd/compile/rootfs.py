@@ -5,7 +5,8 @@ sandbox mounts its private /tmp, /box, /dev/shm and /proc over a copy of the mou
 root (a directory, or a writable one) is put together per sandbox from the template's pieces, with
 an overlay whose upper layer lies on the sandbox's own tmpfs, and becomes / by pivot_root(2).
 
-All that a sandbox may write lies on one tmpfs, so limits.disk and limits.inodes hold for the sum.
+All that a sandbox may write lies in one area, a tmpfs or a directory, so limits.disk and
+limits.inodes hold for the sum.
 """
 
 from __future__ import annotations
@@ -106,6 +107,16 @@ def _layered_by(policy: Policy, host: Host) -> str:
     if wanted != "auto":
         return wanted
     return "kernel" if host.overlay else "fuse" if host.fuse_overlayfs else "tmpfs"
+
+
+def is_received(policy: Policy, host: Host) -> bool:
+    """Whether a sandbox's area is made outside of it, by a sidecar, and not a tmpfs of its own."""
+    return policy.root.upper == "directory" or driver(policy, host) == "fuse"
+
+
+def layered(policy: Policy) -> str:
+    """Which part of the root the overlay is, as a path below it: "usr", or "" for all of it."""
+    return "usr" if of_host(policy) else ""
 
 
 def lowers(policy: Policy, host: Host) -> tuple[str, ...]:
@@ -301,13 +312,16 @@ def _etc_files(root: str, policy: Policy) -> list[Step]:
 # -- a sandbox -------------------------------------------------------------------------------
 
 
-def sandbox(policy: Policy, host: Host, fuse_descriptors: int | None) -> tuple[Step, ...]:
-    """The steps each sandbox adds: its own writable places, its /proc, its layered root."""
-    layered = not is_shared(policy, host)
-    root = f"{NEW}/root" if layered else ""
-    steps = _private_area(policy, layered)
-    if layered:
-        steps += _layers(policy, host, root, fuse_descriptors)
+def sandbox(policy: Policy, host: Host, received: tuple[str, ...]) -> tuple[Step, ...]:
+    """The steps each sandbox adds: its own writable places, its /proc, its layered root.
+
+    `received` names the descriptors that init gets, in their order.
+    """
+    own = not is_shared(policy, host)
+    root = f"{NEW}/root" if own else ""
+    steps = _private_area(policy, own, received)
+    if own:
+        steps += _layers(policy, host, root, received)
     shared = policy.origin("limits.disk")
     steps += [
         plan.Bind(source=f"{NEW}/box", target=f"{root}{WORK}", attributes=SAFE, why=shared),
@@ -320,7 +334,7 @@ def sandbox(policy: Policy, host: Host, fuse_descriptors: int | None) -> tuple[S
     steps += _proc(policy, host, root)
     steps.append(plan.Bind(source=f"{NEW}/tmp", target=f"{root}/tmp", attributes=SAFE, why=shared))
     steps += _mounts_in_private(policy, host, root)
-    if layered:
+    if own:
         if not policy.root.writable:
             steps.append(plan.Restrict(path=root, why=policy.origin("root.writable")))
         steps.append(plan.Pivot(root=root, why=policy.origin("root")))
@@ -354,10 +368,15 @@ def _mounts_in_private(policy: Policy, host: Host, root: str) -> list[Step]:
     return steps
 
 
-def _private_area(policy: Policy, layered: bool) -> list[Step]:
+def _private_area(policy: Policy, layered: bool, received: tuple[str, ...]) -> list[Step]:
     limits, why = policy.limits, policy.origin("limits.disk")
+    area: Step = plan.Tmpfs(target=NEW, size=limits.disk, inodes=limits.inodes, why=why)
+    if "area" in received:
+        what = "a directory" if policy.root.upper == "directory" else "a tmpfs"
+        area = plan.AttachReceived(descriptor=received.index("area"), target=NEW, source=what,
+                                   why=policy.origin("root.upper"))  # fmt: skip
     steps: list[Step] = [
-        plan.Tmpfs(target=NEW, size=limits.disk, inodes=limits.inodes, why=why),
+        area,
         plan.MakeDir(path=f"{NEW}/box", for_job=True, why=why),
         plan.MakeDir(path=f"{NEW}/tmp", mode=0o1777, why=why),
         plan.MakeDir(path=f"{NEW}/shm", mode=0o1777, why=why),
@@ -369,7 +388,7 @@ def _private_area(policy: Policy, layered: bool) -> list[Step]:
     return steps
 
 
-def _layers(policy: Policy, host: Host, root: str, fuse_first: int | None) -> list[Step]:
+def _layers(policy: Policy, host: Host, root: str, received: tuple[str, ...]) -> list[Step]:
     """Put the layered root together below `root`, which becomes a mount of its own."""
     why = policy.origin("root")
     how = driver(policy, host)
@@ -381,11 +400,11 @@ def _layers(policy: Policy, host: Host, root: str, fuse_first: int | None) -> li
             own = policy.root.writable and name not in ("usr", "dev", "dev/shm", "proc")
             steps.append(plan.MakeDir(path=f"{root}/{name}", for_job=own, why=why))
         # First: the sidecar's descriptor is closed with the strays of the next file written.
-        steps += _layer(how, lower, f"{root}/usr", "usr", fuse_first, why)
+        steps += _layer(how, lower, root, received, policy)
         steps += _host_links(root, host, why)
         steps += _etc_files(root, policy)
     else:
-        steps += _layer(how, lower, root, "", fuse_first, why)
+        steps += _layer(how, lower, root, received, policy)
         if how != "tmpfs":
             steps += [plan.MakeDir(path=f"{root}/{name}", why=why) for name in DIRS]
             steps += _etc_files(root, policy)
@@ -403,17 +422,20 @@ def _layers(policy: Policy, host: Host, root: str, fuse_first: int | None) -> li
 
 
 def _layer(
-    how: str, lower: tuple[str, ...], target: str, name: str, fuse_first: int | None, why: str
+    how: str, lower: tuple[str, ...], root: str, received: tuple[str, ...], policy: Policy
 ) -> list[Step]:
-    suffix = f"/{name}" if name else ""
+    why = policy.origin("root")
+    suffix = f"/{name}" if (name := layered(policy)) else ""
+    target = root + suffix
     if how == "kernel":
         return [
             plan.Overlay(target=target, lowers=lower, upper=f"{NEW}/upper{suffix}",
                          work=f"{NEW}/work{suffix}", why=why)
         ]  # fmt: skip
-    if how == "fuse" and fuse_first is not None:
-        return [plan.AttachReceived(descriptor=fuse_first, target=target, source=":".join(lower),
-                                    why=why)]  # fmt: skip
+    if how == "fuse":
+        source = f"fuse-overlayfs over {':'.join(lower)}"
+        return [plan.AttachReceived(descriptor=received.index("fuse"), target=target,
+                                    source=source, why=why)]  # fmt: skip
     return [plan.Bind(source=lower[0], target=target, recursive=True, why=why)]
 
 

@@ -11,6 +11,8 @@ one after the other, over a SEQPACKET socket (the packets are those of linux/pac
       | - COLLECT, caps, patterns; box -------------->|
       | <- MORE, entries; descriptors ----------------|   any number of times
       | <- DONE, entries; descriptors ----------------|
+      | - ASK, {"do": ...}; descriptors ------------->|   measure, empty
+      | <- DONE, {...} -------------------------------|
       | <- FAILED with one REFUSED -------------------|   instead of any of these: no request
 
 It has one thread (setns(2) wants that), four capabilities, between requests nothing open but the
@@ -19,23 +21,26 @@ socket and nothing to remember, and ends with that socket or with its supervisor
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import struct
 
 from sandboxd.launch.collect import Caps, Pattern, Walk
 from sandboxd.launch.copy_in import Destination
+from sandboxd.launch.measure import measure
+from sandboxd.launch.removal import empty
 from sandboxd.launch.rights import keep_rights_over_files
 from sandboxd.linux.namespaces import CLONE_NEWUSER, join
 from sandboxd.linux.packets import INLINE, REFUSED, Entry, Packet, close, entries, receive, send
 
 TYPE_CHECKING = False  # as typing's, which is not imported for it
 if TYPE_CHECKING:
-    from typing import NoReturn
+    from typing import Any, NoReturn
 
 _COPY_IN_HEAD = struct.Struct("<cII")
 _COLLECT_HEAD = struct.Struct("<c5Q")
-_COPY_IN, _COLLECT, _DONE, _MORE, _FAILED = b"I", b"O", b"d", b"m", b"f"
+_COPY_IN, _COLLECT, _ASK, _DONE, _MORE, _FAILED = b"I", b"O", b"A", b"d", b"m", b"f"
 
 
 def main(number: int, namespace: int) -> NoReturn:
@@ -98,6 +103,9 @@ def _serve(link: socket.socket) -> bool:
 
 
 def _carry_out(request: bytes, descriptors: list[int], answer: _Answer) -> None:
+    if request[:1] == _ASK:
+        answer.say(_asked(json.loads(request[1:]), descriptors))
+        return
     box, *sources = descriptors
     if request[:1] == _COPY_IN:
         _, uid, gid = _COPY_IN_HEAD.unpack_from(request)
@@ -118,20 +126,36 @@ def _carry_out(request: bytes, descriptors: list[int], answer: _Answer) -> None:
         raise ValueError(request[:1])
 
 
+def _asked(request: dict[str, Any], descriptors: list[int]) -> dict[str, Any]:
+    if request["do"] == "measure":
+        found = measure(descriptors[0], request["entries"])
+        return {"bytes": found.bytes, "entries": found.entries, "whole": found.whole}
+    if request["do"] == "empty":
+        empty(descriptors[0])
+        return {}
+    raise ValueError(request["do"])
+
+
 class _Answer:
     """Fills packets; keeps what they carry open until they are sent."""
 
     def __init__(self, link: socket.socket) -> None:
         self._link = link
         self._packet = Packet(_MORE)
+        self._words = b""
 
     def add(self, entry: Entry, descriptor: int | None) -> None:
         if not self._packet.has_room(entry, descriptor):
             self.flush(_MORE)
         self._packet.add(entry, None if descriptor is None else os.dup(descriptor))
 
+    def say(self, words: dict[str, Any]) -> None:
+        """What was asked for, instead of entries."""
+        self._words = json.dumps(words).encode()
+
     def flush(self, head: bytes) -> None:
-        send(self._link, head + self._packet.content()[1:], self._packet.descriptors)
+        content = self._words + self._packet.content()[1:]
+        send(self._link, head + content, self._packet.descriptors)
         self.close()
         self._packet = Packet(_MORE)
 

@@ -41,7 +41,7 @@ _AUFS = b".wh..wh."
 # What the kernel reads with the mount option userxattr, and what fuse-overlayfs does.
 OPAQUE_ATTRIBUTES = ("user.overlay.opaque", "user.fuseoverlayfs.opaque")
 # Attributes that would steer an overlay, or another program that unpacks images.
-_NOT_OURS = (
+NOT_OURS = (
     b"user.overlay.",
     b"user.fuseoverlayfs.",
     b"user.containers.",
@@ -233,7 +233,7 @@ class Tree:
             os.fchown(made, *ids)
         os.fchmod(made, self._mode(entry))
         for key, value in entry.xattrs.items():
-            if not key.startswith(b"user.") or key.startswith(_NOT_OURS) or b"\0" in key:
+            if not key.startswith(b"user.") or key.startswith(NOT_OURS) or b"\0" in key:
                 self.report.xattrs += 1
                 continue
             try:

@@ -20,11 +20,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import socket
 import stat
 
 from sandboxd.images.tar import CHUNK, Reader, TarError
+from sandboxd.launch.removal import empty
 from sandboxd.launch.rights import keep_rights_over_files
 from sandboxd.launch.tree import Tree
 from sandboxd.linux.namespaces import CLONE_NEWUSER, unshare
@@ -103,20 +103,8 @@ def _carry_out(request: dict[str, Any], descriptors: list[int], ids: int) -> dic
         return _unpack(stream, root, ids, request)
     if request["do"] == "digest":
         return {"digest": digest(descriptors[0])}
-    _empty(descriptors[0])
+    empty(descriptors[0])
     return {}
-
-
-def _empty(root: int) -> None:
-    opened = open_beneath(root, b"", _FOLDER)
-    try:
-        for name in os.listdir(opened):
-            if stat.S_ISDIR(os.stat(name, dir_fd=opened, follow_symlinks=False).st_mode):
-                shutil.rmtree(name, dir_fd=opened)
-            else:
-                os.unlink(name, dir_fd=opened)
-    finally:
-        os.close(opened)
 
 
 # -- unpack ----------------------------------------------------------------------------------

@@ -13,10 +13,10 @@ main(int(sys.argv[2]), int(sys.argv[3]))
 """
 _PORTER = _BOOTSTRAP.replace("executor", "porter")
 
-_FUSE = """\
+_AREA = """\
 import sys
 sys.path.insert(0, sys.argv[1])
-from sandboxd.launch.fuse import main
+from sandboxd.launch.area import main
 main(int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])
 """
 
@@ -37,10 +37,10 @@ def porter_command(root: str, fd: int, namespace: int = -1) -> list[str]:
     return [sys.executable, "-I", "-S", "-B", "-c", _PORTER, root, str(fd), str(namespace)]
 
 
-def fuse_command(root: str, fd: int, namespace: int, words: list[str]) -> list[str]:
-    """The argv of launch/fuse.py; `words` are the arguments of its `main` after the descriptors."""
+def area_command(root: str, fd: int, namespace: int, words: list[str]) -> list[str]:
+    """The argv of launch/area.py; `words` are the arguments of its `main` after the descriptors."""
     return [
-        *(sys.executable, "-I", "-S", "-B", "-c", _FUSE),
+        *(sys.executable, "-I", "-S", "-B", "-c", _AREA),
         *(root, str(fd), str(namespace), *words),
     ]
 

@@ -10,6 +10,7 @@ given up half-way costs the process, so that an answer is never taken for that o
 from __future__ import annotations
 
 import errno
+import json
 import math
 import os
 import signal
@@ -21,6 +22,7 @@ from contextlib import asynccontextmanager, closing, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import trio
 
@@ -41,7 +43,7 @@ _ROOT = str(Path(__file__).resolve().parents[2])
 # As in launch/porter.py, from which nothing can be imported here.
 _COPY_IN = struct.Struct("<cII")
 _COLLECT = struct.Struct("<c5Q")
-_DONE, _MORE, _FAILED = b"d", b"m", b"f"
+_ASK, _DONE, _MORE, _FAILED = b"A", b"d", b"m", b"f"
 
 # The steps of a LaunchError.
 _START, _REQUEST = 0, 1
@@ -249,6 +251,15 @@ class Porter:
                     is_large = entry.kind == packets.SOURCE
                     opened[entry.name] = entry, next(remaining) if is_large else None
         return opened
+
+    async def ask(self, request: dict[str, Any], descriptors: list[int]) -> dict[str, Any]:
+        """What launch/porter.py answers to one of its words ("measure", "empty", ...)."""
+        packet = Packet(_ASK + json.dumps(request).encode(), descriptors)
+        async with self._request() as porter:
+            await porter.send(packet)
+            content, _ = await porter.answer()
+        answer: dict[str, Any] = json.loads(content[1:])
+        return answer
 
     @asynccontextmanager
     async def _request(self) -> AsyncIterator[_Process]:

@@ -44,6 +44,7 @@ from sandboxd.supervise.supervise import (
     supervise,
 )
 from sandboxd.supervise.tenants import Prepared, Tenant, open_tenant
+from sandboxd.supervise.uppers import Uppers, open_uppers
 from sandboxd.supervise.vigil import Vigil
 
 POLICIES_KEPT = 256
@@ -70,6 +71,7 @@ class Home:
         self.lock = trio.Lock()
         self.tenant: Tenant | None = None
         self.porter: Porter | None = None
+        self.uppers: Uppers | None = None
         self.stack = AsyncExitStack()
 
 
@@ -250,7 +252,7 @@ class Runner:
         except BaseException:
             await box.end()
             raise
-        leaves_by_itself = box.reported and box.fuse is None
+        leaves_by_itself = box.reported and box.area is None
         if not leaves_by_itself:
             await box.end()
         result = record.make(conduct.job, kept.kind, seen, self.host, waited)
@@ -293,7 +295,7 @@ class Runner:
     async def _spare(self, kept: Kept) -> Sandbox | None:
         while kept.spares:
             box = kept.spares.pop()
-            if not box.is_dead():
+            if not box.is_dead() and not (box.area and box.area.is_lost()):
                 return box
             await box.end()  # it died with its tenant
         return None
@@ -303,7 +305,7 @@ class Runner:
         for attempt in range(2):
             tenant = await self._tenant(kept)
             try:
-                return await make(tenant, kept.prepared, self._cgroups)
+                return await make(tenant, kept.prepared, self._cgroups, await self._uppers(kept))
             except LaunchError as error:
                 if error.stage != "tenant" or attempt:
                     raise
@@ -325,7 +327,8 @@ class Runner:
                 await tenant.refill_networks(self.slots)
             while len(kept.spares) < self._spares_wanted:
                 tenant = await self._tenant(kept)
-                box = await make(tenant, kept.prepared, self._cgroups)
+                uppers = await self._uppers(kept)
+                box = await make(tenant, kept.prepared, self._cgroups, uppers)
                 kept.spares.append(box)
                 await box.wait_known()
         except SandboxError:
@@ -386,10 +389,26 @@ class Runner:
                     home.porter = await home.stack.enter_async_context(opened)
             return home.porter
 
+    async def _uppers(self, kept: Kept) -> Uppers | None:
+        """Where the directories of this tenant's sandboxes are, if they write to some."""
+        if kept.policy.root.upper != "directory":
+            return None
+        tenant = await self._tenant(kept)
+        home = kept.home
+        async with home.lock:
+            if home.uppers is None:
+                with Descriptors() as fds:
+                    path = tenant.user_namespace()
+                    namespace = fds.own(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+                    # Of its own: looking at how full they are must not wait for files.
+                    porter = await home.stack.enter_async_context(open_porter(namespace))
+                home.uppers = await home.stack.enter_async_context(open_uppers(porter))
+            return home.uppers
+
     async def _leave(self, home: Home) -> None:
         with trio.CancelScope(shield=True):
             await home.stack.aclose()
-        home.tenant = home.porter = None
+        home.tenant = home.porter = home.uppers = None
         home.stack = AsyncExitStack()
 
     async def _close(self) -> None:

@@ -20,10 +20,11 @@ from sandboxd.errors import LaunchError
 from sandboxd.messages import SIGNAL_STOP
 from sandboxd.plan import TENANT_UID
 from sandboxd.script.record import Image
+from sandboxd.supervise.areas import Area, open_area
 from sandboxd.supervise.cgroups import Cgroups
-from sandboxd.supervise.fuse import FuseRoot, open_fuse_root
 from sandboxd.supervise.leaf import Leaf
 from sandboxd.supervise.tenants import Clone, Prepared, Tenant, sandbox_script
+from sandboxd.supervise.uppers import Uppers
 
 PATIENCE = 0.25
 """Seconds init gets to reap what it killed and to report, before it is killed as well."""
@@ -42,7 +43,7 @@ class Sandbox:
     network: int
     leaf: Leaf | None
     cgroups: Cgroups | None
-    fuse: FuseRoot | None = None
+    area: Area | None = None
     signals: list[int] = field(default_factory=list)
     """What it is to get as soon as its pidfd is known."""
     ended: bool = False
@@ -94,9 +95,21 @@ class Sandbox:
     def kill(self) -> None:
         """Everything at once, without a report: the kernel ends the PID namespace with init."""
         self.thaw()
+        if self.area is not None and self.is_served:
+            self.area.kill()  # who waits for it cannot be killed before
         self.signal(signal.SIGKILL)
         if self.leaf is not None:
             self.leaf.kill()
+
+    @property
+    def is_served(self) -> bool:
+        """Whether a sidecar must live for it to work."""
+        return self.area is not None and self.area.is_served
+
+    async def check_served(self) -> None:
+        """LaunchError if its sidecar has failed it."""
+        if self.area is not None:
+            await self.area.check()
 
     async def wait_dead(self) -> None:
         await self.wait_known()
@@ -123,6 +136,11 @@ class Sandbox:
 
     async def end(self) -> bool:
         """Kill it, wait, give back what it borrowed. False if it could not be killed."""
+        await self.finish()
+        return await self.release()
+
+    async def finish(self) -> None:
+        """Kill it and wait: afterwards it is dead, or could not be killed."""
         self.socket.close()
         if self.reported and not self.dead:
             with trio.CancelScope(shield=True, deadline=trio.current_time() + PATIENCE):
@@ -134,9 +152,12 @@ class Sandbox:
                     await self.wait_dead()
                 except LaunchError:  # it was never born
                     self.dead = True
+
+    async def release(self) -> bool:
+        """What it had goes, or goes back, if it is dead."""
         self._close()
-        if self.fuse is not None:
-            await self.fuse.close()
+        if self.area is not None:
+            await self.area.close()
         if not self.dead:  # in D state: nothing it had may be used again
             return False
         self._give_back()
@@ -164,7 +185,9 @@ class Sandbox:
             self.cgroups.give_back(self.leaf)
 
 
-async def make(tenant: Tenant, prepared: Prepared, cgroups: Cgroups | None) -> Sandbox:
+async def make(
+    tenant: Tenant, prepared: Prepared, cgroups: Cgroups | None, uppers: Uppers | None
+) -> Sandbox:
     """Start the construction of a sandbox; it waits for its job, or reports why it failed.
 
     What the caller does next happens while the kernel works.
@@ -172,12 +195,12 @@ async def make(tenant: Tenant, prepared: Prepared, cgroups: Cgroups | None) -> S
     compiled = prepared.compiled
     setup = compiled.setup
     uid = tenant.take_uid() if setup.own_uid else None
-    network = leaf = fuse = None
+    network = leaf = area = None
     try:
         network = await tenant.take_network()
         leaf = cgroups.take(compiled.cgroup_files, compiled.cpu_sets) if cgroups else None
-        if "fuse" in setup.descriptors:
-            fuse = await open_fuse_root(tenant, prepared)
+        if "area" in setup.descriptors:
+            area = await open_area(tenant, prepared, uppers)
         script = sandbox_script(prepared.image, TENANT_UID if uid is None else uid)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         with theirs:
@@ -185,8 +208,8 @@ async def make(tenant: Tenant, prepared: Prepared, cgroups: Cgroups | None) -> S
             offered = {"socket": theirs.fileno(), "network": network}
             if leaf is not None:
                 offered["cgroup"] = leaf.fd
-            if fuse is not None:
-                offered["fuse"] = fuse.mount
+            if area is not None:
+                offered |= area.mounts
             try:
                 fds = [offered[name] for name in setup.descriptors]
                 clone = await tenant.clone(setup, script, fds)
@@ -200,9 +223,9 @@ async def make(tenant: Tenant, prepared: Prepared, cgroups: Cgroups | None) -> S
             tenant.return_uid(uid)
         if leaf is not None and cgroups is not None:
             cgroups.give_back(leaf)
-        if fuse is not None:
-            await fuse.close()
+        if area is not None:
+            await area.close()
         raise
-    box = Sandbox(tenant, clone, ours, prepared.image, uid, network, leaf, cgroups, fuse)
+    box = Sandbox(tenant, clone, ours, prepared.image, uid, network, leaf, cgroups, area)
     box.network_serves_again = compiled.network_serves_again
     return box

@@ -160,7 +160,7 @@ def report_limits(facts: Facts, limits: Limits, *, failed: bool) -> dict[str, Li
     for name, (limit, used, over) in rows.items():
         if limit is None:
             continue
-        killed = stopped == LIMIT_STATUS[name]
+        killed = stopped == LIMIT_STATUS[name] and (over or stopped != "disk_limit")
         killed |= name == "memory" and facts.short_of_memory == "killed"
         exceeded = over and (failed or name not in FATAL_ONLY)
         action = "killed" if killed else "exceeded" if exceeded else "refused" if over else "none"

@@ -52,14 +52,14 @@ class Control:
     def __init__(self, box: Sandbox, stops: Stops, watcher: Watcher) -> None:
         self.stops = stops
         self._box = box
-        self._watcher = watcher
+        self.watcher = watcher
 
     def usage(self) -> Usage:
         """What it has used up to now. SandboxError once it is over."""
         if self.stops.dead:
             raise SandboxError("the run is over", hint="its usage is in the result")
         return account.live(
-            self._box, self._watcher.seen, self._watcher.wall_time(trio.current_time())
+            self._box, self.watcher.seen, self.watcher.wall_time(trio.current_time())
         )
 
     async def pause(self) -> None:
@@ -70,7 +70,7 @@ class Control:
                             hint="`sandboxd doctor` says how to get one delegated")  # fmt: skip
         if self.stops.dead or self.stops.cause is not None:
             raise SandboxError("the run is over", hint="it can be paused while it goes on")
-        self._watcher.pause(trio.current_time())
+        self.watcher.pause(trio.current_time())
         self._box.freeze()
         with trio.move_on_after(FREEZE_TIMEOUT):
             # In a moment: a process that is in an uninterruptible sleep freezes when it wakes.
@@ -84,5 +84,5 @@ class Control:
         if self._box.frozen:
             self._box.thaw()
             now = trio.current_time()
-            self._watcher.resume(now)
+            self.watcher.resume(now)
             self.stops.look_again(now)

@@ -33,7 +33,7 @@ from sandboxd.policy import Artifacts
 from sandboxd.result import Artifact, ArtifactError, Usage
 from sandboxd.script.init import exec_script
 from sandboxd.script.record import Image
-from sandboxd.supervise import account, segments, stream
+from sandboxd.supervise import account, budgets, segments, stream
 from sandboxd.supervise.artifacts import open_sink
 from sandboxd.supervise.descriptors import Descriptors
 from sandboxd.supervise.porter import Porter
@@ -194,21 +194,14 @@ async def supervise(run: Conduct, box: Sandbox) -> Observed:
         started = trio.current_time()
         watcher.start(started)
         run.on_start(control)
-        if run.emit is None and pipes.source is None:
-            report = await attend(box, stops, watcher, pumps, run.vigil)
-        else:
-            await box.wait_known()
-            async with trio.open_nursery() as streams:
-                if pipes.source is not None and pipes.stdin is not None:
-                    streams.start_soon(stream.feed, pipes.source, pipes.stdin, pipes.fds.close)
-                for pump in pumps:
-                    streams.start_soon(stream.forward, pump, run.emit or stream.nowhere)
-                living = trio.CancelScope()
-                if run.reports is not None:
-                    streams.start_soon(tell, run.reports, control, living)
-                report = await attend(box, stops, watcher, [])
-                living.cancel()
+        async with budgets.watching(box, limits, stops.stop) as area:
+            if run.emit is None and pipes.source is None:
+                report = await attend(box, stops, watcher, pumps, run.vigil)
+            else:
+                report = await attend_streams(run, box, control, pumps)
+        await box.check_served()
         ended, failed = parse_report(report)
+        ended = await budgets.at_end(area, ended, limits)
         box.reported = ended is not None
         if not box.reported:
             await box.wait_dead()
@@ -235,6 +228,25 @@ async def supervise(run: Conduct, box: Sandbox) -> Observed:
     return Observed(facts, captures, artifacts, started, ended_at, box.is_crowded())
 
 
+async def attend_streams(
+    run: Conduct, box: Sandbox, control: Control, pumps: list[stream.Pump]
+) -> bytes:
+    """The same as `attend` while the caller gets what is printed as it comes."""
+    pipes = run.dispatch.pipes
+    await box.wait_known()
+    async with trio.open_nursery() as streams:
+        if pipes.source is not None and pipes.stdin is not None:
+            streams.start_soon(stream.feed, pipes.source, pipes.stdin, pipes.fds.close)
+        for pump in pumps:
+            streams.start_soon(stream.forward, pump, run.emit or stream.nowhere)
+        living = trio.CancelScope()
+        if run.reports is not None:
+            streams.start_soon(tell, run.reports, control, living)
+        report = await attend(box, control.stops, control.watcher, [])
+        living.cancel()
+    return report
+
+
 async def tell(reports: Reports, control: Control, living: trio.CancelScope) -> None:
     """What the run uses, at the rate its caller wants, until it is over."""
     with living:
@@ -259,16 +271,17 @@ async def attend(
     """
     ears = None
     report = b""
+    hears = bool(pumps) or box.is_served
     await vigil.keep(box.socket, watcher.due)
     try:
         while True:
             due = min(watcher.due, stops.insist_at)
-            if ears is None and pumps:
+            if ears is None and hears:
                 due = min(due, watcher.started + GRACE)
             with trio.CancelScope(deadline=due) as stops.waiting:
                 await trio.lowlevel.wait_readable(box.socket if ears is None else ears)
             if not stops.waiting.cancelled_caught:
-                if ears is None or hear(ears, pumps, box.socket.fileno()):
+                if ears is None or hear(ears, pumps, box):
                     part = box.socket.recv(MESSAGE)
                     report += part
                     if not part or is_complete(report):
@@ -277,7 +290,7 @@ async def attend(
             now = trio.current_time()
             if ears is None:
                 await box.wait_known()
-                ears = listen(box.socket, pumps)
+                ears = listen(box, pumps)
             watcher.look(now)
             if now >= stops.insist_at:
                 stops.insist_at = math.inf
@@ -290,24 +303,29 @@ async def attend(
             ears.close()
 
 
-def listen(sock: socket.socket, pumps: list[stream.Pump]) -> select.epoll:
+def listen(box: Sandbox, pumps: list[stream.Pump]) -> select.epoll:
     """One descriptor that is readable when any of these is."""
     ears = select.epoll()
-    ears.register(sock.fileno(), select.EPOLLIN)
+    ears.register(box.socket.fileno(), select.EPOLLIN)
+    if box.area is not None and box.is_served:
+        ears.register(box.area.link.fileno(), select.EPOLLIN)
     for pump in pumps:
         ears.register(pump.fd, select.EPOLLIN)
     return ears
 
 
-def hear(ears: select.epoll, pumps: list[stream.Pump], report: int) -> bool:
+def hear(ears: select.epoll, pumps: list[stream.Pump], box: Sandbox) -> bool:
     """Read what can be read, once each; whether the report can be."""
     ready = {fd for fd, _ in ears.poll(0)}
+    if box.area is not None and box.area.link.fileno() in ready and box.area.is_lost():
+        ears.unregister(box.area.link.fileno())
+        box.kill()  # there will be no report, but the end of the socket
     for pump in pumps:
         if pump.fd in ready:
             pump.read()
             if pump.over:
                 ears.unregister(pump.fd)
-    return report in ready
+    return box.socket.fileno() in ready
 
 
 # -- talking to init -------------------------------------------------------------------------

@@ -16,7 +16,6 @@ import trio
 
 from sandboxd.errors import LaunchError
 from sandboxd.job import Job
-from sandboxd.policy import Identity, Limits, Root
 from sandboxd.supervise.runner import Runner, open_runner
 from tests.supervise.variants import hosts, policy, without
 
@@ -186,23 +185,6 @@ def test_the_supervisor_is_killed(host: str) -> None:
             pass
 
     trio.run(next_one)
-
-
-@pytest.mark.needs("fuse")
-async def test_fuse_overlayfs_is_killed_under_a_job() -> None:
-    chosen = policy(root=Root(writable=True, driver="fuse", proc="masked"),
-                    limits=Limits(wall_time=50.0), identity=Identity(user="caller"))  # fmt: skip
-    script = "echo up; while ls /usr >/dev/null 2>&1; do :; done"
-    job = Job(argv=["sh", "-c", script], policy=chosen)
-    async with open_runner() as runner, runner.start(job) as run:
-        async for event in run.events:
-            if event.data == b"up\n":
-                grandchildren = [pid for ours in children(os.getpid()) for pid in children(ours)]
-                for pid in grandchildren:
-                    if b"fuse-overlayfs" in command_line(pid):
-                        os.kill(pid, signal.SIGKILL)
-        result = await run.wait()
-    assert result.status in ("ok", "nonzero_exit", "signaled")
 
 
 async def test_hundreds_of_jobs_leave_no_descriptor() -> None:
