@@ -14,6 +14,7 @@ import secrets
 import stat
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
+from itertools import groupby
 from pathlib import Path
 from typing import Protocol
 
@@ -114,18 +115,27 @@ class Folder:
 
     def publish(self) -> None:
         """Everything to its place; JobError before anything is, if something is in the way."""
-        places = [path.rpartition("/") for path in self._files]
-        for path, (above, _, name) in zip(self._files, places, strict=True):
-            self._check(path, above, name)
-        for number, (above, _, name) in enumerate(places):
+        for above, numbers in self._by_folder():
+            self._check(above, numbers)
+        for above, numbers in self._by_folder():
+            path = self._files[numbers[0]]
             try:
                 folder = self._enter(os.fsencode(above))
                 try:
-                    os.rename(str(number), name, src_dir_fd=self._stage, dst_dir_fd=folder)
+                    for number in numbers:
+                        path = self._files[number]
+                        name = path.rpartition("/")[2]
+                        os.rename(str(number), name, src_dir_fd=self._stage, dst_dir_fd=folder)
                 finally:
                     os.close(folder)
             except OSError as error:
-                raise self._error(self._files[number], error) from error
+                raise self._error(path, error) from error
+
+    def _by_folder(self) -> Iterator[tuple[str, list[int]]]:
+        """Directories, and the numbers of the files that belong into each: they come together."""
+        every = range(len(self._files))
+        for above, numbers in groupby(every, lambda one: self._files[one].rpartition("/")[0]):
+            yield above, list(numbers)
 
     def close(self) -> None:
         """What has not got to its place goes; also after open() failed."""
@@ -140,18 +150,19 @@ class Folder:
             os.close(self._top)
         self._top = self._stage = -1
 
-    def _check(self, path: str, above: str, name: str) -> None:
+    def _check(self, above: str, numbers: list[int]) -> None:
+        """Whether a file, or nothing, is where each of them belongs."""
+        path = self._files[numbers[0]]
         try:
             folder = open_beneath(self._top, os.fsencode(above), os.O_PATH | os.O_DIRECTORY)
             try:
-                there = os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode
+                for number in numbers:
+                    path = self._files[number]
+                    _check_free(folder, path.rpartition("/")[2])
             finally:
                 os.close(folder)
-            if not stat.S_ISREG(there):
-                reason = "there is something else of that name"
-                raise FileExistsError(errno.EEXIST, reason)
-        except FileNotFoundError:
-            pass
+        except FileNotFoundError:  # no such directory yet
+            return
         except OSError as error:
             raise self._error(path, error) from error
 
@@ -173,6 +184,15 @@ class Folder:
         where = self._path if path is None else f"{self._path}/{path}"
         hint = "make room there" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
         return JobError(f"collect_to: {where}: {error.strerror}", hint=hint)
+
+
+def _check_free(folder: int, name: str) -> None:
+    try:
+        there = os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISREG(there):
+        raise FileExistsError(errno.EEXIST, "there is something else of that name")
 
 
 def _check_name(path: str, top: Path) -> None:

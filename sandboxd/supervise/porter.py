@@ -242,14 +242,25 @@ class Porter:
         caps = Artifacts()
         request = _collection(box, [Pattern(name, literal=True) for name in names], caps)
         opened: Opened = {}
-        async with self._request() as porter:
-            await porter.send(request)
-            while porter.owes:
-                content, descriptors = await porter.answer()
-                remaining = iter(descriptors)
-                for entry in packets.entries(content, 1):
-                    is_large = entry.kind == packets.SOURCE
-                    opened[entry.name] = entry, next(remaining) if is_large else None
+        refused: list[Entry] = []
+        try:
+            async with self._request() as porter:
+                await porter.send(request)
+                while porter.owes:
+                    content, descriptors = await porter.answer()
+                    remaining = iter(descriptors)
+                    for entry in packets.entries(content, 1):
+                        if entry.kind == packets.REFUSED:
+                            refused.append(entry)
+                            continue
+                        is_large = entry.kind == packets.SOURCE
+                        opened[entry.name] = entry, next(remaining) if is_large else None
+            if refused:
+                what = f"open {os.fsdecode(refused[0].name)} again: {refused[0].content.decode()}"
+                raise LaunchError("porter", _REQUEST, 0, what)
+        except BaseException:
+            packets.close(number for _, number in opened.values() if number is not None)
+            raise
         return opened
 
     async def ask(self, request: dict[str, Any], descriptors: list[int]) -> dict[str, Any]:

@@ -145,6 +145,21 @@ async def test_spares_die_with_their_zygote_and_are_not_used() -> None:
         assert (await runner.run(Job(argv=["true"], policy=policy()))).ok
 
 
+@hosts("nothing", "subuid")
+async def test_what_was_left_outlives_its_tenant(host: str) -> None:
+    """The next one has the same ids, and so the same rights (capabilities(7), user namespaces)."""
+    write = "umask 077; mkdir d; echo left > a; head -c 50000 /dev/zero > d/b"
+    job = Job(argv=["sh", "-c", write], policy=policy(), collect=["a", "d/*"], collect_to="stream")
+    async with open_runner(host=without(host)) as runner, runner.start(job) as run:
+        async for _ in run.events:
+            pass
+        (zygote,) = children(tenant_of(runner))
+        with all_end([zygote, *descendants(zygote)]):
+            os.kill(zygote, signal.SIGKILL)
+        await runner.run(Job(argv=["true"], policy=policy()))
+        assert [await one.read(5) async for one in run.artifacts()] == [b"left\n", bytes(5)]
+
+
 SUPERVISOR = """
 import sys, trio
 from sandboxd.job import Job
