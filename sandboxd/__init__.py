@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     )
     from sandboxd.job import File, Job, Terminal
     from sandboxd.policy import Limits, Policy
-    from sandboxd.result import Artifact, Event, Output, Result, Usage, to_json
+    from sandboxd.result import Artifact, Event, Kept, Output, Result, Usage, to_json
+    from sandboxd.supervise.keeping import Change, KeptRoot, commit, find_kept, kept_roots
     from sandboxd.supervise.oneshot import run, run_sync
     from sandboxd.supervise.policies import find as find_policy
     from sandboxd.supervise.run import Run
@@ -38,7 +39,8 @@ _HOMES = {
     ),
     "job": ("File", "Job", "Terminal"),
     "policy": ("Limits", "Policy"),
-    "result": ("Artifact", "Event", "Output", "Result", "Usage", "to_json"),
+    "result": ("Artifact", "Event", "Kept", "Output", "Result", "Usage", "to_json"),
+    "supervise.keeping": ("Change", "KeptRoot", "commit", "find_kept", "kept_roots"),
     "supervise.oneshot": ("run", "run_sync"),
     "supervise.run": ("Run",),
     "supervise.runner": ("Runner", "RunnerStatistics", "open_runner"),
@@ -46,10 +48,11 @@ _HOMES = {
 _WHERE = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
-    "Artifact", "Busy", "Event", "File", "HostError", "ImageError", "InternalError", "Job",
-    "JobError", "LaunchError", "Limits", "Output", "Policy", "PolicyError", "PolicyErrors",
-    "Result", "Run", "Runner", "RunnerStatistics", "SandboxError", "Terminal", "Usage",
-    "WorkloadFailed", "__version__", "find_policy", "open_runner", "run", "run_sync", "to_json",
+    "Artifact", "Busy", "Change", "Event", "File", "HostError", "ImageError", "InternalError",
+    "Job", "JobError", "Kept", "KeptRoot", "LaunchError", "Limits", "Output", "Policy",
+    "PolicyError", "PolicyErrors", "Result", "Run", "Runner", "RunnerStatistics", "SandboxError",
+    "Terminal", "Usage", "WorkloadFailed", "__version__", "commit", "find_kept", "find_policy",
+    "kept_roots", "open_runner", "run", "run_sync", "to_json",
 ]  # fmt: skip
 
 

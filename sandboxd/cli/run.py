@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import fcntl
 import json
 import os
@@ -12,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sandboxd.cli import attach, exitcodes, flags, inputs
+from sandboxd.cli import attach, committing, exitcodes, flags, inputs
 from sandboxd.cli.attach import STDERR, STDOUT, Ending, Output
 from sandboxd.cli.main import complain, first_error, say
 from sandboxd.cli.quantities import size, time
@@ -27,7 +28,7 @@ from sandboxd.errors import (
 from sandboxd.result import SCHEMA, carried, event_json, to_json
 
 if TYPE_CHECKING:
-    from sandboxd.result import Event, Result
+    from sandboxd.result import Event, Kept, Result
 
 _DESCRIPTION = """\
 Runs one program in a sandbox of its own. Its output streams as it comes; what it used, and what
@@ -95,12 +96,13 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--collect-to", type=Path, metavar="DIR", help="where collected files are written to"
     )
     group.add_argument(
-        "--keep",
+        "--keep-output",
         type=size,
         default=_MIB,
         metavar="SIZE",
         help="bytes of each stream kept for the JSON object (default: 1M)",
     )
+    committing.add(group)
     group.add_argument("-q", "--quiet", action="store_true", help="no accounting on stderr")
     flags.add(parser)
     parser.set_defaults(func=run, following=0)
@@ -140,7 +142,11 @@ def _run(args: argparse.Namespace) -> int:
     if args.usage_every is not None and args.json != "stream":
         raise JobError("--usage-every without --json=stream", hint="only its events have usage")
     wanted = flags.policy(args, find(args.policy))
-    job = flags.job(args, wanted, collect=tuple(args.collect), keep=args.keep)
+    keeping = bool(args.keep or args.commit)
+    if args.commit is not None:
+        committing.check(args.commit, wanted)
+    job = flags.job(args, wanted, collect=tuple(args.collect), keep=args.keep_output)
+    job = dataclasses.replace(job, keep_root=keeping)
     import trio
 
     beyond = attach.Wanted(args.cgroup, args.usage_every)
@@ -165,6 +171,8 @@ def _finish(args: argparse.Namespace, ending: Ending, result: Result) -> int:
         raise SandboxError(f"output cannot be written: {ending.error.strerror}")
     if result.artifacts:
         inputs.save(result.artifacts, args.collect_to)
+    if args.commit is not None:
+        committing.finish(result, args.commit, stays=args.keep)
     if ending.error is None:
         _deliver(args, to_json(result))
     if not args.quiet and args.json is None:
@@ -248,10 +256,17 @@ def accounting(result: Result) -> Iterator[str]:
     if usage.memory_peak is not None:
         parts.append(f"memory {usage.memory_peak / _MIB:.1f} MiB ({usage.memory_peak_source})")
     yield ", ".join(parts)
+    if result.kept is not None:
+        yield _kept(result.kept)
     for problem in result.artifact_errors:
         yield f"not collected: {problem.path} ({problem.reason})"
     if result.degraded:
         yield f"not enforced: {'; '.join(f'{one.what} ({one.why})' for one in result.degraded)}"
+
+
+def _kept(kept: Kept) -> str:
+    numbers = ", ".join(f"{count} {what}" for what, count in kept.counts.items()) or "no change"
+    return f"kept: {kept.name} ({numbers}{'' if kept.complete else '; not all of it'})"
 
 
 def _ended(result: Result) -> str:

@@ -110,7 +110,9 @@ def _layered_by(policy: Policy, host: Host) -> str:
 
 
 def is_received(policy: Policy, host: Host) -> bool:
-    """Whether a sandbox's area is made outside of it, by a sidecar, and not a tmpfs of its own."""
+    """Whether a sandbox's area must be made outside of it, by a sidecar: else it is its own tmpfs,
+    which nobody can look into afterwards.
+    """
     return policy.root.upper == "directory" or driver(policy, host) == "fuse"
 
 
