@@ -134,6 +134,10 @@ def _add_files(group: argparse._ArgumentGroup) -> None:
         "--writable-root", action="store_true", help="a private writable copy of the whole root"
     )
     root.add_argument("--read-only", action="store_true", help="the root cannot be written to")
+    group.add_argument(
+        "--upper", choices=("tmpfs", "directory"),
+        help="where all lies that it writes: in memory, or in a directory on disk",
+    )  # fmt: skip
     what = group.add_mutually_exclusive_group()
     what.add_argument(
         "--root", metavar="host|DIR", help="the machine's /usr, or the directory that becomes /"
@@ -205,10 +209,27 @@ def policy(args: argparse.Namespace, base: Policy) -> Policy:
     if args.mounts:
         changes["mounts"], places = _with_mounts(base.mounts, args.mounts)
         origins |= {f"mounts[{place}]": f"the mount on {target}" for place, target in places}
+    if root := _given_root(args, base, origins):
+        changes["root"] = _changed(base.root, **root)
+    if identity := _identity(args, base, changes.get("root", base.root)):
+        changes["identity"] = _changed(base.identity, **identity)
+        origins |= {f"identity.{key}": _identity_flag(args, key) for key in identity}
+    if not changes:
+        return base
+    changes["name"] = f"{base.name}+flags"
+    changes["origins"] = base.origins | {key: f"{ORIGIN}: {flag}" for key, flag in origins.items()}
+    return _changed(base, **changes)
+
+
+def _given_root(args: argparse.Namespace, base: Policy, origins: dict[str, str]) -> dict[str, Any]:
+    """The fields of [root] that change, and in `origins` which flag says so."""
     root: dict[str, Any] = {}
     if args.writable_root or args.read_only:
         root["writable"] = args.writable_root
         origins["root.writable"] = "--writable-root" if args.writable_root else "--read-only"
+    if args.upper is not None:
+        root["upper"] = args.upper
+        origins["root.upper"] = "--upper"
     if args.root is not None:
         root["source"] = _root(args.root)
         root["image"] = ""
@@ -219,16 +240,7 @@ def policy(args: argparse.Namespace, base: Policy) -> Policy:
     if args.user is not None and args.user not in ("caller", "isolated"):
         root["config"] = tuple(one for one in base.root.config if one != "user")
         origins["root.config"] = "--user"
-    if root:
-        changes["root"] = _changed(base.root, **root)
-    if identity := _identity(args, base, changes.get("root", base.root)):
-        changes["identity"] = _changed(base.identity, **identity)
-        origins |= {f"identity.{key}": _identity_flag(args, key) for key in identity}
-    if not changes:
-        return base
-    changes["name"] = f"{base.name}+flags"
-    changes["origins"] = base.origins | {key: f"{ORIGIN}: {flag}" for key, flag in origins.items()}
-    return _changed(base, **changes)
+    return root
 
 
 def _changed(table: Table, **fields: Any) -> Table:
