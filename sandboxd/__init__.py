@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     )
     from sandboxd.job import File, Job, Pattern, Tar, Terminal
     from sandboxd.policy import Artifacts, Limits, Policy
-    from sandboxd.result import Artifact, Event, Output, Result, Usage, to_json
+    from sandboxd.result import Artifact, Event, Kept, Output, Result, Usage, to_json
+    from sandboxd.supervise.keeping import Change, KeptRoot, commit, find_kept, kept_roots
     from sandboxd.supervise.leavings import OpenArtifact
     from sandboxd.supervise.oneshot import run, run_sync
     from sandboxd.supervise.policies import find as find_policy
@@ -39,7 +40,8 @@ _HOMES = {
     ),
     "job": ("File", "Job", "Pattern", "Tar", "Terminal"),
     "policy": ("Artifacts", "Limits", "Policy"),
-    "result": ("Artifact", "Event", "Output", "Result", "Usage", "to_json"),
+    "result": ("Artifact", "Event", "Kept", "Output", "Result", "Usage", "to_json"),
+    "supervise.keeping": ("Change", "KeptRoot", "commit", "find_kept", "kept_roots"),
     "supervise.leavings": ("OpenArtifact",),
     "supervise.oneshot": ("run", "run_sync"),
     "supervise.run": ("Run",),
@@ -48,11 +50,11 @@ _HOMES = {
 _WHERE = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
-    "Artifact", "Artifacts", "Busy", "Event", "File", "HostError", "ImageError", "InternalError",
-    "Job", "JobError", "LaunchError", "Limits", "OpenArtifact", "Output", "Pattern", "Policy",
-    "PolicyError", "PolicyErrors", "Result", "Run", "Runner", "RunnerStatistics", "SandboxError",
-    "Tar", "Terminal", "Usage", "WorkloadFailed", "__version__", "find_policy", "open_runner",
-    "run", "run_sync", "to_json",
+    "Artifact", "Artifacts", "Busy", "Change", "Event", "File", "HostError", "ImageError",
+    "InternalError", "Job", "JobError", "Kept", "KeptRoot", "LaunchError", "Limits", "OpenArtifact",
+    "Output", "Pattern", "Policy", "PolicyError", "PolicyErrors", "Result", "Run", "Runner",
+    "RunnerStatistics", "SandboxError", "Tar", "Terminal", "Usage", "WorkloadFailed", "__version__",
+    "commit", "find_kept", "find_policy", "kept_roots", "open_runner", "run", "run_sync", "to_json",
 ]  # fmt: skip
 
 

@@ -93,6 +93,8 @@ class Job:
     limits: Limits | None = None
     keep: int = 1 << 20
     """Bytes of stdout and of stderr kept in the result (first and last half of it each)."""
+    keep_root: bool | str = False
+    """Keep what it changes in its writable root, as a layer: under this name, or under its id."""
     terminal: Terminal | None = None
     id: str | None = None
 

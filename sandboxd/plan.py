@@ -80,10 +80,7 @@ class IdMap:
     @property
     def job_uids(self) -> int:
         """How many uids jobs may have of their own; 0 in single-id mode."""
-        return max(
-            (inside + count - FIRST_JOB_UID for inside, _, count in self.uids),
-            default=0,
-        )
+        return max((inside + count - FIRST_JOB_UID for inside, _, count in self.uids), default=0)
 
 
 # -- the tenant ------------------------------------------------------------------------------
@@ -174,6 +171,8 @@ class MakeFile(Step):
     path: str
     content: bytes = b""
     mode: int = 0o644
+    anew: bool = False
+    """In the place of what an image has there, be it longer, or a link."""
 
     def describe(self) -> str:
         return f"{self.path} ({len(self.content)} bytes)"

@@ -139,6 +139,18 @@ class ArtifactError(Record, frozen=True):
     reason: str
 
 
+class Kept(Record, frozen=True):
+    """What the job changed in its root, kept for `sandboxd diff` and `commit`.
+
+    counts: added, changed, deleted, and what a layer cannot have, by its kind. complete: false if
+    there was more than a layer may have.
+    """
+
+    name: str
+    counts: dict[str, int] = {}
+    complete: bool = True
+
+
 class Degraded(Record, frozen=True):
     what: str
     why: str
@@ -190,6 +202,7 @@ class Result(Record, frozen=True):
     quality: Quality
     timing: Timing
     host: HostRef
+    kept: Kept | None = None
 
     @property
     def ok(self) -> bool:

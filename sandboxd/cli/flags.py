@@ -148,6 +148,10 @@ def _add_files(group: argparse._ArgumentGroup) -> None:
         "--writable-root", action="store_true", help="a private writable copy of the whole root"
     )
     root.add_argument("--read-only", action="store_true", help="the root cannot be written to")
+    group.add_argument(
+        "--upper", choices=("tmpfs", "directory"),
+        help="where all lies that it writes: in memory, or in a directory on disk",
+    )  # fmt: skip
     what = group.add_mutually_exclusive_group()
     what.add_argument(
         "--root", metavar="host|DIR", help="the machine's /usr, or the directory that becomes /"
@@ -222,8 +226,7 @@ def policy(args: argparse.Namespace, base: Policy) -> Policy:
     if args.mounts:
         changes["mounts"], places = _with_mounts(base.mounts, args.mounts)
         origins |= {f"mounts[{place}]": f"the mount on {target}" for place, target in places}
-    root = _root_changes(args, base, origins)
-    if root:
+    if root := _given_root(args, base, origins):
         changes["root"] = _changed(base.root, **root)
     if identity := _identity(args, base, changes.get("root", base.root)):
         changes["identity"] = _changed(base.identity, **identity)
@@ -235,14 +238,15 @@ def policy(args: argparse.Namespace, base: Policy) -> Policy:
     return _changed(base, **changes)
 
 
-def _root_changes(
-    args: argparse.Namespace, base: Policy, origins: dict[str, str]
-) -> dict[str, Any]:
-    """The fields of [root] that change, and in `origins` which flags say so."""
+def _given_root(args: argparse.Namespace, base: Policy, origins: dict[str, str]) -> dict[str, Any]:
+    """The fields of [root] that change, and in `origins` which flag says so."""
     root: dict[str, Any] = {}
     if args.writable_root or args.read_only:
         root["writable"] = args.writable_root
         origins["root.writable"] = "--writable-root" if args.writable_root else "--read-only"
+    if args.upper is not None:
+        root["upper"] = args.upper
+        origins["root.upper"] = "--upper"
     if args.root is not None:
         root["source"] = _root(args.root)
         root["image"] = ""

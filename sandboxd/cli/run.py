@@ -13,7 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from sandboxd.cli import attach, exitcodes, flags
+from sandboxd.cli import attach, committing, exitcodes, flags
 from sandboxd.cli.attach import STDERR, STDOUT, Ending, Output
 from sandboxd.cli.main import complain, first_error, say
 from sandboxd.cli.quantities import size, time
@@ -29,7 +29,7 @@ from sandboxd.job import Pattern
 from sandboxd.result import SCHEMA, carried, event_json, to_json
 
 if TYPE_CHECKING:
-    from sandboxd.result import Event, Result
+    from sandboxd.result import Event, Kept, Result
 
 _DESCRIPTION = """\
 Runs one program in a sandbox of its own. Its output streams as it comes; what it used, and what
@@ -95,12 +95,13 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     _add_collect(group)
     group.add_argument(
-        "--keep",
+        "--keep-output",
         type=size,
         default=_MIB,
         metavar="SIZE",
         help="bytes of each stream kept for the JSON object (default: 1M)",
     )
+    committing.add(group)
     group.add_argument("-q", "--quiet", action="store_true", help="no accounting on stderr")
     flags.add(parser)
     parser.set_defaults(func=run, following=0)
@@ -153,8 +154,12 @@ def _run(args: argparse.Namespace) -> int:
     if args.usage_every is not None and args.json != "stream":
         raise JobError("--usage-every without --json=stream", hint="only its events have usage")
     wanted = flags.policy(args, find(args.policy))
-    to = {"collect": collect, "collect_to": args.collect_to} if collect else {}
-    job = flags.job(args, wanted, {"keep": args.keep, **to})
+    if args.commit is not None:
+        committing.check(args.commit, wanted)
+    more: dict[str, Any] = {"keep": args.keep_output, "keep_root": bool(args.keep or args.commit)}
+    if collect:
+        more |= {"collect": collect, "collect_to": args.collect_to}
+    job = flags.job(args, wanted, more)
     import trio
 
     beyond = attach.Wanted(args.cgroup, args.usage_every)
@@ -177,6 +182,8 @@ def _hurried(args: argparse.Namespace, ending: Ending) -> int:
 def _finish(args: argparse.Namespace, ending: Ending, result: Result) -> int:
     if ending.error is not None and not isinstance(ending.error, BrokenPipeError):
         raise SandboxError(f"output cannot be written: {ending.error.strerror}")
+    if args.commit is not None:
+        committing.finish(result, args.commit, stays=args.keep)
     if ending.error is None:
         _deliver(args, to_json(result))
     if not args.quiet and args.json is None:
@@ -260,10 +267,17 @@ def accounting(result: Result) -> Iterator[str]:
     if usage.memory_peak is not None:
         parts.append(f"memory {usage.memory_peak / _MIB:.1f} MiB ({usage.memory_peak_source})")
     yield ", ".join(parts)
+    if result.kept is not None:
+        yield _kept(result.kept)
     for problem in result.artifact_errors:
         yield f"not collected: {problem.path} ({problem.reason})"
     if result.degraded:
         yield f"not enforced: {'; '.join(f'{one.what} ({one.why})' for one in result.degraded)}"
+
+
+def _kept(kept: Kept) -> str:
+    numbers = ", ".join(f"{count} {what}" for what, count in kept.counts.items()) or "no change"
+    return f"kept: {kept.name} ({numbers}{'' if kept.complete else '; not all of it'})"
 
 
 def _ended(result: Result) -> str:

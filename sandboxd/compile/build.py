@@ -50,8 +50,11 @@ class Compiled:
     """The lowest uid of the tenant's for runs to have as their own."""
 
 
-def compile_policy(policy: Policy, host: Host) -> Compiled:
-    """Everything about a policy on this host; HostError where it cannot be carried out at all."""
+def compile_policy(policy: Policy, host: Host, *, keep: bool = False) -> Compiled:
+    """Everything about a policy on this host; HostError where it cannot be carried out at all.
+
+    `keep`: what a run changes in its root can be had after it.
+    """
     if host.arch not in ARCHITECTURES:
         raise HostError("arch", f"no system call numbers for {host.arch}",
                         hint=f"sandboxd knows {' and '.join(ARCHITECTURES)}")  # fmt: skip
@@ -62,7 +65,7 @@ def compile_policy(policy: Policy, host: Host) -> Compiled:
     ids = idmap.tenant_ids(host)
     image = host.image if policy.root.image else None
     asked, policy = policy, with_user(policy, image)
-    setup = setup_plan(policy, host)
+    setup = setup_plan(policy, host, keep=keep)
     found = enforce.judge(policy, host, ids, setup)
     enforce.check_required(policy, host, found)
     cpu_sets = resources.cpu_sets(policy, host)
@@ -123,11 +126,11 @@ def with_user(policy: Policy, image: Image | None) -> Policy:
     return msgspec.structs.replace(policy, identity=identity)
 
 
-def setup_plan(policy: Policy, host: Host) -> SetupPlan:
+def setup_plan(policy: Policy, host: Host, *, keep: bool = False) -> SetupPlan:
     """What each sandbox does before its job is known."""
     ids = idmap.tenant_ids(host)
     descriptors = ["socket", "network"]
-    if rootfs.is_received(policy, host):
+    if keep or rootfs.is_received(policy, host):
         descriptors.append("area")
     if rootfs.driver(policy, host) == "fuse":
         descriptors.append("fuse")
@@ -228,7 +231,7 @@ def candidates(program: bytes, path: bytes) -> tuple[bytes, ...]:
 
 def build(job: Job, policy: Policy, host: Host, environ: Mapping[bytes, bytes]) -> Plan:
     """The whole plan of one job, for `sandboxd plan`."""
-    compiled = compile_policy(policy, host)
+    compiled = compile_policy(policy, host, keep=bool(job.keep_root))
     return Plan(
         tenant=compiled.tenant,
         setup=compiled.setup,

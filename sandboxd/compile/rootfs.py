@@ -110,7 +110,9 @@ def _layered_by(policy: Policy, host: Host) -> str:
 
 
 def is_received(policy: Policy, host: Host) -> bool:
-    """Whether a sandbox's area is made outside of it, by a sidecar, and not a tmpfs of its own."""
+    """Whether a sandbox's area must be made outside of it, by a sidecar: else it is its own tmpfs,
+    which nobody can look into afterwards.
+    """
     return policy.root.upper == "directory" or driver(policy, host) == "fuse"
 
 
@@ -284,8 +286,11 @@ def _mount_point(path: str, directory: bool, why: str) -> list[Step]:
     return [*steps, last]
 
 
-def _etc_files(root: str, policy: Policy) -> list[Step]:
-    """The few files of /etc that programs need and that must not be the host's."""
+def _etc_files(root: str, policy: Policy, *, anew: bool = False) -> list[Step]:
+    """The few files of /etc that programs need and that must not be the host's.
+
+    `anew`: an image may have something in their place.
+    """
     identity = policy.identity
     uid = 1000 if identity.uid is None else identity.uid
     gid = uid if identity.gid is None else identity.gid
@@ -304,7 +309,7 @@ def _etc_files(root: str, policy: Policy) -> list[Step]:
         files["shells"] = "/bin/sh\n/bin/bash\n"
     why = policy.origin("identity")
     return [
-        plan.MakeFile(path=f"{root}/etc/{name}", content=text.encode(), why=why)
+        plan.MakeFile(path=f"{root}/etc/{name}", content=text.encode(), anew=anew, why=why)
         for name, text in files.items()
     ]
 
@@ -407,7 +412,7 @@ def _layers(policy: Policy, host: Host, root: str, received: tuple[str, ...]) ->
         steps += _layer(how, lower, root, received, policy)
         if how != "tmpfs":
             steps += [plan.MakeDir(path=f"{root}/{name}", why=why) for name in DIRS]
-            steps += _etc_files(root, policy)
+            steps += _etc_files(root, policy, anew=True)
     steps.append(plan.Bind(source="/dev", target=f"{root}/dev", recursive=True, why=why,
                            attributes=Attributes.NONE))  # fmt: skip
     for piece in _pieces(policy, host):
@@ -425,6 +430,8 @@ def _layer(
     how: str, lower: tuple[str, ...], root: str, received: tuple[str, ...], policy: Policy
 ) -> list[Step]:
     why = policy.origin("root")
+    if policy.root.upper == "directory":
+        why += "; not every file system can have an upper: SANDBOXD_UPPERS=DIR names another place"
     suffix = f"/{name}" if (name := layered(policy)) else ""
     target = root + suffix
     if how == "kernel":

@@ -47,6 +47,17 @@ def import_image(
         return take(Taking(store, unpacker, ids, limits), source, name)
 
 
+def import_layer(
+    store: Store, stream: BinaryIO, base: ImageRecord, ids: IdMap, limits: Limits
+) -> Imported:
+    """An image with the layers of `base`, whose name it has, and above them that of a stream."""
+    check_name(base.name)
+    if len(base.layers) >= manifests.MOST_LAYERS:
+        raise ImageError(f"{base.source}: it has {len(base.layers)} layers already")
+    with open_unpacker(ids) as unpacker, store.importing(unpacker):
+        return Taking(store, unpacker, ids, limits).above(base, stream.read)
+
+
 def take(taking: Taking, source: str | BinaryIO, name: str | None) -> list[Imported]:
     """The same as part of something that is an import already."""
     if name is not None:
@@ -129,6 +140,22 @@ class Taking:
         )  # fmt: skip
         self.store.keep_image(record)
         return Imported(record, (layer,), self._new)
+
+    def above(self, base: ImageRecord, read: Read) -> Imported:
+        """One layer more than `base` has, which may be there already."""
+        self._new = 0
+        layers = [self._there(one) for one in base.layers]
+        if None in layers:
+            raise ImageError(f"{base.source}: a layer is missing, or was unpacked for other ids",
+                             hint="import or pull it again")  # fmt: skip
+        layer = self._unpack(read, None, None)
+        diff_ids = (*base.layers, layer.diff_id)
+        record = msgspec.structs.replace(
+            base, layers=diff_ids, imported=time.time(),
+            id="sha256:" + hashlib.sha256("\n".join((base.id, *diff_ids)).encode()).hexdigest(),
+        )  # fmt: skip
+        self.store.keep_image(record)
+        return Imported(record, (*(one for one in layers if one is not None), layer), self._new)
 
     def _there(self, diff_id: str) -> LayerRecord | None:
         found = self.store.layer(diff_id, self._tag)

@@ -11,7 +11,7 @@ one after the other, over a SEQPACKET socket (the packets are those of linux/pac
       | - COLLECT, caps, patterns; box -------------->|
       | <- MORE, entries; descriptors ----------------|   any number of times
       | <- DONE, entries; descriptors ----------------|
-      | - ASK, {"do": ...}; descriptors ------------->|   measure, empty
+      | - ASK, {"do": ...}; descriptors ------------->|   measure, empty, pack
       | <- DONE, {...} -------------------------------|
       | <- FAILED with one REFUSED -------------------|   instead of any of these: no request
 
@@ -133,6 +133,10 @@ def _asked(request: dict[str, Any], descriptors: list[int]) -> dict[str, Any]:
     if request["do"] == "empty":
         empty(descriptors[0])
         return {}
+    if request["do"] == "pack":
+        from sandboxd.launch.changes import pack  # tarfile takes long to load
+
+        return pack(request, *descriptors)
     raise ValueError(request["do"])
 
 

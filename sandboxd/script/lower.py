@@ -187,6 +187,8 @@ def _make_dir(w: Writer, step: plan.MakeDir) -> None:
 
 
 def _make_file(w: Writer, step: plan.MakeFile) -> None:
+    if step.anew:
+        w.call("unlinkat", AT_FDCWD, w.path(step.path), 0, ignore=True)
     w.write_file(step.path, step.content, flags=O_WRONLY | O_CREAT, mode=step.mode)
 
 

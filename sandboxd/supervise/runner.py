@@ -23,7 +23,7 @@ from sandboxd.images.store import find, using
 from sandboxd.job import Job
 from sandboxd.policy import Policy
 from sandboxd.result import Event, Result
-from sandboxd.supervise import policies, record
+from sandboxd.supervise import keeping, policies, record
 from sandboxd.supervise.artifacts import check_place
 from sandboxd.supervise.cgroups import Cgroups, open_cgroups, slots_within
 from sandboxd.supervise.descriptors import Descriptors
@@ -106,7 +106,7 @@ class Runner:
         self._burying = False
         self._found: dict[str, Policy] = {}
         self._kept: dict[bytes, Kept] = {}
-        self._recent: dict[int, Kept] = {}
+        self._recent: dict[tuple[int, bool], Kept] = {}
         self._homes: dict[plan.TenantPlan, Home] = {}
 
     # -- what callers use
@@ -197,12 +197,12 @@ class Runner:
         check_place(job)
         token = object()
         if not await self._take_slot(token, run):
-            kept = self._keep(self._policy(job))
+            kept = self._ready(job)
             seen, waited = record.never_started(asked)
             return record.make(job, kept.kind, seen, self.host, waited)
         try:
             queued = trio.current_time() - asked
-            kept = self._keep(self._policy(job))
+            kept = self._ready(job)
             caps = tighten_artifacts(kept.policy, job.artifacts)
             with Descriptors() as fds:
                 porter = partial(self._porter, kept)
@@ -253,16 +253,28 @@ class Runner:
             await box.end()
             raise
         leaves_by_itself = box.reported and box.area is None
-        if not leaves_by_itself:
+        keeps = bool(conduct.job.keep_root)
+        if not leaves_by_itself and not keeps:
             await box.end()
         result = record.make(conduct.job, kept.kind, seen, self.host, waited)
-        if leaves_by_itself:
+        if keeps:
+            result = await self._keep_root(kept, conduct.job, result, box)
+        elif leaves_by_itself:
             box.socket.close()  # which init waits for: its end is the kernel's work, and not ours
             self._dying.append(box)
         if not self._burying:
             self._burying = True
             self._nursery.start_soon(self._undertaker)
         return result
+
+    async def _keep_root(self, kept: Kept, job: Job, result: Result, box: Sandbox) -> Result:
+        try:
+            await box.finish()
+            porter = await self._porter(kept)
+            found = await keeping.keep(job, result, box, kept.prepared, porter)
+        finally:
+            await box.end()
+        return msgspec.structs.replace(result, kept=found)
 
     async def _take(self, kept: Kept, dispatch: Dispatch) -> Sandbox:
         """A spare or a new sandbox, with the job on its way into it."""
@@ -346,20 +358,26 @@ class Runner:
             policy = self._found[policy]
         return tighten(policy, job.limits) if job.limits is not None else policy
 
-    def _keep(self, policy: Policy) -> Kept:
+    def _ready(self, job: Job) -> Kept:
+        policy = self._policy(job)
+        if job.keep_root:
+            keeping.check(job, policy)
+        return self._keep(policy, keep=bool(job.keep_root))
+
+    def _keep(self, policy: Policy, *, keep: bool) -> Kept:
         """The policy made ready; equal policies are one, and so are tenants of equal plans."""
-        kept = self._recent.get(id(policy))
+        kept = self._recent.get((id(policy), keep))
         if kept is not None:
             return kept
-        key = msgspec.msgpack.encode(policy)
+        key = msgspec.msgpack.encode((policy, keep))
         if key not in self._kept:
             host = host_for(policy, self.host)
-            prepared = Prepared.of(build.compile_policy(policy, host), host)
+            prepared = Prepared.of(build.compile_policy(policy, host, keep=keep), host)
             home = self._homes.setdefault(prepared.compiled.tenant, Home())
             self._kept[key] = Kept(policy, prepared, home)
         kept = self._kept[key]
         if kept.policy is policy:  # so that the id stays this policy's
-            self._recent[id(policy)] = kept
+            self._recent[id(policy), keep] = kept
         return kept
 
     async def _tenant(self, kept: Kept) -> Tenant:

@@ -246,6 +246,7 @@ def test_who_writes_to_a_volume(words: list[str], user: str) -> None:
 def test_roots(tmp_path: Path) -> None:
     assert policy_of("--root", str(tmp_path)).root.source == str(tmp_path)
     assert policy_of("--writable-root").root.writable
+    assert policy_of("--upper", "directory").root.upper == "directory"
     wide = Policy(root=Root(writable=True))
     assert not policy_of("--read-only", base=wide).root.writable
     assert policy_of("--root", "host", base=wide).root == wide.root

@@ -230,8 +230,8 @@ def test_json_is_all_there_is_on_stdout() -> None:
     assert record["policy"]["name"] == "base"
 
 
-def test_keep() -> None:
-    streams = result("--keep", "10", *shell("printf 0123456789abcdefghij"))["streams"]
+def test_keep_output() -> None:
+    streams = result("--keep-output", "10", *shell("printf 0123456789abcdefghij"))["streams"]
     assert streams["stdout"]["bytes"] == 20
     assert (streams["stdout"]["data"], streams["stdout"]["tail"]) == ("01234", "fghij")
 
