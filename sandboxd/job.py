@@ -56,6 +56,9 @@ class Job:
     """Bytes of stdout and of stderr kept in the result (first and last half of it each)."""
     terminal: Terminal | None = None
     id: str | None = None
+    ignored: tuple[tuple[str, str], ...] = ()
+    """(What, why) of what was asked for where this job was read from, and is not done: the result
+    has them in `degraded`."""
 
     def __post_init__(self) -> None:
         if isinstance(self.argv, str | bytes):
