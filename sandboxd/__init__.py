@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from sandboxd.job import File, Job, Pattern, Tar, Terminal
     from sandboxd.policy import Artifacts, Limits, Policy
     from sandboxd.result import Artifact, Event, Kept, Output, Result, Usage, to_json
+    from sandboxd.supervise.bundles import load_bundle
     from sandboxd.supervise.keeping import Change, KeptRoot, commit, find_kept, kept_roots
     from sandboxd.supervise.leavings import OpenArtifact
     from sandboxd.supervise.oneshot import run, run_sync
@@ -41,6 +42,7 @@ _HOMES = {
     "job": ("File", "Job", "Pattern", "Tar", "Terminal"),
     "policy": ("Artifacts", "Limits", "Policy"),
     "result": ("Artifact", "Event", "Kept", "Output", "Result", "Usage", "to_json"),
+    "supervise.bundles": ("load_bundle",),
     "supervise.keeping": ("Change", "KeptRoot", "commit", "find_kept", "kept_roots"),
     "supervise.leavings": ("OpenArtifact",),
     "supervise.oneshot": ("run", "run_sync"),
@@ -54,7 +56,8 @@ __all__ = [
     "InternalError", "Job", "JobError", "Kept", "KeptRoot", "LaunchError", "Limits", "OpenArtifact",
     "Output", "Pattern", "Policy", "PolicyError", "PolicyErrors", "Result", "Run", "Runner",
     "RunnerStatistics", "SandboxError", "Tar", "Terminal", "Usage", "WorkloadFailed", "__version__",
-    "commit", "find_kept", "find_policy", "kept_roots", "open_runner", "run", "run_sync", "to_json",
+    "commit", "find_kept", "find_policy", "kept_roots", "load_bundle", "open_runner", "run",
+    "run_sync", "to_json",
 ]  # fmt: skip
 
 

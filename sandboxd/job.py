@@ -97,6 +97,9 @@ class Job:
     """Keep what it changes in its writable root, as a layer: under this name, or under its id."""
     terminal: Terminal | None = None
     id: str | None = None
+    ignored: tuple[tuple[str, str], ...] = ()
+    """(What, why) of what was asked for where this job was read from, and is not done: the result
+    has them in `degraded`."""
 
     def __post_init__(self) -> None:
         if isinstance(self.argv, str | bytes):

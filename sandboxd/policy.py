@@ -213,6 +213,20 @@ class Syscalls(Section, frozen=True):
     abi32: Literal["kill", "allow"] = "kill"
     """32-bit programs on x86-64 (i386): killed, or held by the same lists and rules. x32, and
     32-bit programs on aarch64, are always killed."""
+    oci: str = ""
+    """A seccomp profile of the OCI's, relative to the policy file, instead of all the lists and
+    rules above; "" is none."""
+
+
+class Attached(Syscalls, frozen=True):
+    """[syscalls] with the profiles themselves, which a policy file only names."""
+
+    profile: str = ""
+    """The JSON text of `oci`."""
+    on_top: str = ""
+    """The JSON text of a further profile: what either refuses is refused."""
+    on_top_name: str = ""
+    """The file that it is from, for messages."""
 
 
 class Identity(Section, frozen=True):

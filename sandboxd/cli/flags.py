@@ -66,7 +66,7 @@ _HOSTNAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]{0,62}")
 def add(parser: argparse.ArgumentParser) -> None:
     """Adds everything shared; what is not given is absent from the namespace or None."""
     parser.add_argument(
-        "-p", "--policy", default="base", metavar="POLICY", help="a policy (default: base)"
+        "-p", "--policy", metavar="POLICY", help="a policy (default: base, or bundle)"
     )
     subtree.add(parser)
     _add_program(parser.add_argument_group("the program"))
@@ -80,6 +80,13 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def _add_program(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--entrypoint", metavar="PROGRAM", help="run it with CMD as its arguments")
+    group.add_argument(
+        "--bundle", metavar="DIR", type=Path,
+        help="run what the OCI bundle there describes; CMD takes the place of its words",
+    )  # fmt: skip
+    group.add_argument(
+        "--strict", action="store_true", help="refuse a bundle of which not everything is done"
+    )
     group.add_argument(
         "-e", "--env", action="append", default=[], metavar="NAME[=VALUE]",
         help="set a variable, or pass the caller's on",
@@ -209,6 +216,29 @@ def _ulimit(text: str) -> tuple[str, float | None]:
 
 
 # -- the policy ------------------------------------------------------------------------------
+
+
+def described(args: argparse.Namespace) -> tuple[Policy, Job | None]:
+    """The policy that flags change, and the job that a bundle describes."""
+    from sandboxd.supervise.policies import find
+
+    if args.bundle is None:
+        if args.strict:
+            raise JobError("--strict without --bundle", hint="it is about bundles")
+        return find(args.policy or "base"), None
+    if args.image is not None:
+        raise JobError("--bundle and --image exclude each other", hint="a bundle has its own root")
+    from sandboxd.supervise.bundles import POLICY, Instead, load_bundle
+
+    instead = Instead(
+        argv=[os.fsencode(word) for word in _words(args)],
+        root=args.root is not None,
+        places={mount.target for mount in args.mounts},
+        terminal=args.tty or os.isatty(0),
+    )
+    job = load_bundle(args.bundle, args.policy or POLICY, strict=args.strict, instead=instead)
+    assert isinstance(job.policy, Policy)
+    return job.policy, job
 
 
 def policy(args: argparse.Namespace, base: Policy) -> Policy:
@@ -370,15 +400,19 @@ def _passwd(text: str) -> dict[str, tuple[int | None, int | None]]:
 # -- the job ---------------------------------------------------------------------------------
 
 
+def _words(args: argparse.Namespace) -> list[str]:
+    """What was typed."""
+    words = args.command[1:] if args.command[:1] == ["--"] else args.command
+    return words if args.entrypoint is None else [*filter(None, [args.entrypoint]), *words]
+
+
 def argv(args: argparse.Namespace, root: Root) -> list[bytes]:
     """The program and its arguments, byte for byte as they were typed; what lacks is an image's.
 
     As docker has it: what is typed takes the place of the image's Cmd, --entrypoint that of both.
     """
-    words = args.command[1:] if args.command[:1] == ["--"] else args.command
-    if args.entrypoint is not None:
-        words = [*filter(None, [args.entrypoint]), *words]
-    elif root.image:
+    words = _words(args)
+    if args.entrypoint is None and root.image:
         from sandboxd.images.store import look_up
 
         meant = look_up(root.image)[1].config
@@ -388,8 +422,15 @@ def argv(args: argparse.Namespace, root: Root) -> list[bytes]:
     return [os.fsencode(word) for word in words]
 
 
-def job(args: argparse.Namespace, wanted: Policy, outcome: Mapping[str, Any] = _NOTHING) -> Job:
-    """What is asked for; `wanted` is the policy it runs under, `outcome` what is kept of it."""
+def job(
+    args: argparse.Namespace,
+    wanted: Policy,
+    outcome: Mapping[str, Any] = _NOTHING,
+    meant: Job | None = None,
+) -> Job:
+    """What is asked for; `wanted` is the policy it runs under, `outcome` what is kept of it, and
+    `meant` what a bundle describes.
+    """
     if args.stdin is not None and args.interactive:
         raise JobError("--stdin and --interactive exclude each other", hint="leave one of them out")
     if args.interactive and any(source == "-" for source, _ in args.files_from):
@@ -400,15 +441,26 @@ def job(args: argparse.Namespace, wanted: Policy, outcome: Mapping[str, Any] = _
     if args.tty:
         terminal = Terminal(**window())
         env.setdefault(b"TERM", os.environb.get(b"TERM", b"xterm"))
+    cwd: str | bytes | None = (
+        None if args.workdir is None else os.fsencode(os.path.join(WORK, args.workdir))
+    )
+    live = args.interactive
+    if meant is not None:
+        env = {**meant.env, **env}
+        cwd = meant.cwd if cwd is None else cwd
+        if meant.terminal is not None and terminal is None:
+            terminal = Terminal(**window())
+            live = args.stdin is None
     return Job(
-        argv=argv(args, wanted.root),
+        argv=argv(args, wanted.root) if meant is None else meant.argv,
         policy=wanted,
         env=env,
-        cwd=None if args.workdir is None else os.fsencode(os.path.join(WORK, args.workdir)),
-        stdin=None if args.interactive else args.stdin if args.stdin is not None else b"",
+        cwd=cwd,
+        stdin=None if live else args.stdin if args.stdin is not None else b"",
         files=inputs.files(args.file, args.files_from),
         terminal=terminal,
         id=args.name,
+        ignored=() if meant is None else meant.ignored,
         **outcome,
     )
 

@@ -47,10 +47,10 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def show(args: argparse.Namespace) -> int:
     """Prints the plan; returns the exit status."""
     from sandboxd.supervise.planning import planned
-    from sandboxd.supervise.policies import find
 
-    policy = flags.policy(args, find(args.policy))
-    found = planned(flags.job(args, policy), policy, args.cgroup)
+    base, meant = flags.described(args)
+    policy = flags.policy(args, base)
+    found = planned(flags.job(args, policy, meant=meant), policy, args.cgroup)
     if args.json:
         print(json.dumps(to_json(policy, found, script=args.script)))
         return 0

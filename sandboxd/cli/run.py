@@ -8,7 +8,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,7 @@ from sandboxd.job import Pattern
 from sandboxd.result import SCHEMA, carried, event_json, to_json
 
 if TYPE_CHECKING:
+    from sandboxd.job import Job
     from sandboxd.result import Event, Kept, Result
 
 _DESCRIPTION = """\
@@ -45,6 +46,7 @@ examples:
   sandboxd run -m 256M --cpu-time 2s --file a.out --stdin 1.in -- ./a.out
   sandboxd run -v ./src:/src:ro --tmpfs /out:size=64M -w /src -- make O=/out
   sandboxd run -p shell -it -- bash
+  sandboxd run --bundle ./bundle              # as runc and crun take them
 
 exit status: the program's own; 124 time limit, 125 sandboxd failed, 126 cannot execute, 127 not
 found, 128+N ended by signal N, 137 memory limit, 153 output limit; 2 wrong usage. The exact status
@@ -142,8 +144,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from sandboxd.supervise.policies import find
-
     collect = [
         *(Pattern(name) for name in args.collect),
         *(Pattern(name, required=False) for name in args.collect_optional),
@@ -153,20 +153,23 @@ def _run(args: argparse.Namespace) -> int:
         raise JobError("--collect without --collect-to", hint="say where to: --collect-to DIR")
     if args.usage_every is not None and args.json != "stream":
         raise JobError("--usage-every without --json=stream", hint="only its events have usage")
-    wanted = flags.policy(args, find(args.policy))
+    base, meant = flags.described(args)
+    wanted = flags.policy(args, base)
     if args.commit is not None:
         committing.check(args.commit, wanted)
     more: dict[str, Any] = {"keep": args.keep_output, "keep_root": bool(args.keep or args.commit)}
     if collect:
         more |= {"collect": collect, "collect_to": args.collect_to}
-    job = flags.job(args, wanted, more)
+    job = flags.job(args, wanted, more, meant)
+    for what, why in () if args.quiet or args.json else job.ignored:
+        say(f"not done: {what} ({why})")
     import trio
 
     beyond = attach.Wanted(args.cgroup, args.usage_every)
     ending = trio.run(attach.attached, job, _output(args), beyond)
     if ending.result is None:
         return _hurried(args, ending)
-    return _finish(args, ending, ending.result)
+    return _finish(args, ending, ending.result, job)
 
 
 def _hurried(args: argparse.Namespace, ending: Ending) -> int:
@@ -179,7 +182,7 @@ def _hurried(args: argparse.Namespace, ending: Ending) -> int:
     return exitcodes.SIGNAL + ending.signal
 
 
-def _finish(args: argparse.Namespace, ending: Ending, result: Result) -> int:
+def _finish(args: argparse.Namespace, ending: Ending, result: Result, job: Job) -> int:
     if ending.error is not None and not isinstance(ending.error, BrokenPipeError):
         raise SandboxError(f"output cannot be written: {ending.error.strerror}")
     if args.commit is not None:
@@ -189,7 +192,7 @@ def _finish(args: argparse.Namespace, ending: Ending, result: Result) -> int:
     if not args.quiet and args.json is None:
         if ending.open_line:
             print(file=sys.stderr)
-        for line in accounting(result):
+        for line in accounting(result, told={what for what, _ in job.ignored}):
             say(line)
     if ending.error is not None:
         return exitcodes.BROKEN_PIPE
@@ -256,8 +259,8 @@ def failure_json(error: SandboxError) -> dict[str, Any]:
 # -- the accounting --------------------------------------------------------------------------
 
 
-def accounting(result: Result) -> Iterator[str]:
-    """A few lines for a person: how it ended, what it used, what was not enforced."""
+def accounting(result: Result, told: Collection[str] = ()) -> Iterator[str]:
+    """A few lines for a person: how it ended, what it used, what else was not enforced."""
     usage = result.usage
     parts = [_ended(result)]
     if usage.cpu_time is not None:
@@ -271,8 +274,8 @@ def accounting(result: Result) -> Iterator[str]:
         yield _kept(result.kept)
     for problem in result.artifact_errors:
         yield f"not collected: {problem.path} ({problem.reason})"
-    if result.degraded:
-        yield f"not enforced: {'; '.join(f'{one.what} ({one.why})' for one in result.degraded)}"
+    if lacking := [one for one in result.degraded if one.what not in told]:
+        yield f"not enforced: {'; '.join(f'{one.what} ({one.why})' for one in lacking)}"
 
 
 def _kept(kept: Kept) -> str:

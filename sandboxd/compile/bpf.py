@@ -19,6 +19,7 @@ LOAD, AND, JUMP, RETURN = 0x20, 0x54, 0x05, 0x06  # LD|W|ABS, ALU|AND|K, JMP|JA,
 IF_EQUAL, IF_GREATER, IF_AT_LEAST, IF_ANY_BIT = 0x15, 0x25, 0x35, 0x45  # JMP|JEQ|K ...
 
 ALLOW, ERRNO, KILL_PROCESS = 0x7FFF0000, 0x00050000, 0x80000000
+KILL_THREAD, TRAP, TRACE, LOG = 0, 0x00030000, 0x7FF00000, 0x7FFC0000
 _ACTION = 0xFFFF0000
 
 NUMBER, ARCH = 0, 4
@@ -152,9 +153,14 @@ def _word(offset: int) -> str:
     return f"args[{index}].{'high' if rest else 'low'}"
 
 
+_NAMES = {
+    ALLOW: "allow", KILL_PROCESS: "kill process", KILL_THREAD: "kill thread", TRAP: "trap",
+    LOG: "log",
+}  # fmt: skip
+
+
 def action_name(action: int) -> str:
-    if action in {ALLOW, KILL_PROCESS}:
-        return "allow" if action == ALLOW else "kill process"
-    if action & _ACTION == ERRNO:
-        return f"errno {action & 0xFFFF}"
-    return f"{action:#x}"
+    if action in _NAMES:
+        return _NAMES[action]
+    name = {ERRNO: "errno", TRACE: "trace"}.get(action & _ACTION)
+    return f"{name} {action & 0xFFFF}" if name else f"{action:#x}"

@@ -112,7 +112,7 @@ def tenant_plan(policy: Policy, host: Host) -> TenantPlan:
         plan.NoNewPrivileges(why="every tenant"),
     ]
     if host.seccomp:
-        base, _ = seccomp.layers(policy.syscalls, host.arch)
+        base, _ = seccomp.layers(policy.syscalls, host.arch, host.kernel)
         steps += [plan.Filter(program=one, why=policy.origin("syscalls")) for one in base]
     return TenantPlan(ids=ids, steps=tuple(steps))
 
@@ -163,7 +163,7 @@ def setup_plan(policy: Policy, host: Host, *, keep: bool = False) -> SetupPlan:
     if host.landlock:
         steps.append(landlock.step(policy, host))
     if host.seccomp:
-        _, own = seccomp.layers(policy.syscalls, host.arch)
+        _, own = seccomp.layers(policy.syscalls, host.arch, host.kernel)
         steps += [plan.Filter(program=one, why=policy.origin("syscalls")) for one in own]
     return SetupPlan(
         steps=tuple(steps),
@@ -239,5 +239,5 @@ def build(job: Job, policy: Policy, host: Host, environ: Mapping[bytes, bytes]) 
         cgroup_files=compiled.cgroup_files,
         cpu_sets=compiled.cpu_sets,
         enforcement=compiled.enforcement,
-        degraded=compiled.degraded,
+        degraded=compiled.degraded + job.ignored,
     )

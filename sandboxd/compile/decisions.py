@@ -8,6 +8,7 @@ from functools import cache
 from types import MappingProxyType
 from typing import Literal
 
+from sandboxd.compile import oci_filter
 from sandboxd.compile.numbers import ARCHITECTURES, table
 from sandboxd.compile.syscalls import calls, members, rules
 from sandboxd.errors import PolicyError, PolicyErrors
@@ -114,6 +115,19 @@ def _lint(rule: Rule, named: Iterable[str], where: str) -> None:
 
 def problems(syscalls: Syscalls) -> tuple[PolicyError, ...]:
     """Everything wrong with a [syscalls]; `where` of each is the dotted key."""
+    return () if syscalls.oci else _problems_of_lists(syscalls)
+
+
+def problems_of_profiles(syscalls: Syscalls) -> tuple[PolicyError, ...]:
+    """The same of the profiles; `where` is the place in their file."""
+    try:
+        every = oci_filter.attached(syscalls)
+    except PolicyError as error:
+        return (error,)
+    return tuple(wrong for one in every for wrong in oci_filter.problems(one))
+
+
+def _problems_of_lists(syscalls: Syscalls) -> tuple[PolicyError, ...]:
     found = _read(syscalls).errors
     if found:
         return found

@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from sandboxd import plan
-from sandboxd.compile import rootfs
+from sandboxd.compile import oci_filter, rootfs
 from sandboxd.errors import HostError
 from sandboxd.host import Host
 from sandboxd.plan import IdMap, SetupPlan
-from sandboxd.policy import Policy
+from sandboxd.policy import Policy, Syscalls
 
 NONE = "none"
 NOT_LIMITED = "not limited"
@@ -54,7 +54,7 @@ def judge(policy: Policy, host: Host, ids: IdMap, setup: SetupPlan) -> Found:
         "output": _pick(limits.output, True, "supervisor", NONE),
         "disk": _pick(limits.disk, in_memory, "tmpfs size", WATCHED),
         "inodes": _pick(limits.inodes, in_memory, "tmpfs inodes", WATCHED),
-        "syscalls": "allowlist" if filtered else NONE,
+        "syscalls": _syscalls(policy.syscalls) if filtered else NONE,
         "landlock": f"abi {host.landlock}" if setup.landlock else NONE,
         "kill": "cgroup2 and pid namespace" if host.cgroup else "pid namespace",
     }  # fmt: skip
@@ -62,6 +62,13 @@ def judge(policy: Policy, host: Host, ids: IdMap, setup: SetupPlan) -> Found:
         there = "cgroup2" if ON_REQUEST[what] in controllers else NONE
         says[what] = there if _asks(policy, what) else NOT_ASKED
     return Found(says, tuple(_degraded(policy, host, says)))
+
+
+def _syscalls(syscalls: Syscalls) -> str:
+    """What the filter is made of."""
+    if syscalls.oci:
+        return "profile"
+    return "allowlist and profile" if oci_filter.attached(syscalls) else "allowlist"
 
 
 def _pick(limit: object, exact: bool, best: str, fallback: str) -> str:

@@ -12,8 +12,9 @@ import msgspec
 
 from sandboxd import units
 from sandboxd.compile.reading import NOTHING, unit
+from sandboxd.compile.seccomp import GUARDS
 from sandboxd.compile.syscalls import GROUPS, RULES, members
-from sandboxd.policy import Mount, Policy, Rule
+from sandboxd.policy import Mount, Policy, Rule, Syscalls
 
 DEFAULT = "default"
 """The origin of what no file says."""
@@ -49,7 +50,7 @@ def _rows(policy: Policy) -> Iterator[Explained]:
 
 def _section(policy: Policy, section: str) -> Iterator[Explained]:
     struct = getattr(policy, section)
-    for one in msgspec.structs.fields(struct):
+    for one in keys(struct):
         key, value = f"{section}.{one.name}", getattr(struct, one.name)
         if section == "syscalls" and isinstance(value, tuple):
             for at, entry in enumerate(value):
@@ -62,6 +63,14 @@ def _section(policy: Policy, section: str) -> Iterator[Explained]:
                 yield Explained(where, json.dumps(text), _origin(policy, where), meaning)
         else:
             yield Explained(key, written(key, value), _origin(policy, key), _meaning(key, value))
+
+
+def keys(struct: msgspec.Struct) -> list[msgspec.structs.FieldInfo]:
+    """The keys of a section that count."""
+    if not isinstance(struct, Syscalls):
+        return list(msgspec.structs.fields(struct))
+    every = msgspec.structs.fields(Syscalls)
+    return [one for one in every if one.name == "oci"] if struct.oci else list(every)
 
 
 def _meaning(key: str, value: object) -> str:
@@ -177,6 +186,12 @@ def _clock(name: str) -> Callable[[int], str]:
     return text
 
 
+def _oci(path: str) -> str:
+    if not path:
+        return "there is no profile: the lists and rules count"
+    return f"seccomp: as this profile says, in place of lists and rules; and {GUARDS}"
+
+
 def _required(what: str) -> Callable[[str], str]:
     def text(value: str) -> str:
         if value == "any":
@@ -263,6 +278,7 @@ MEANINGS: Mapping[str, str | Callable[[Any], str]] = MappingProxyType(
             kill="seccomp: any i386 call kills the process; x32 always does",
             allow="seccomp: i386 calls are held by the same lists and rules; x32 kills",
         ),
+        "syscalls.oci": _oci,
         "identity.user": _choice(
             isolated="a uid of the caller's subordinate ids (subuid(5)) that no other run has",
             caller="the uid outside is the caller's",

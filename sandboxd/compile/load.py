@@ -8,7 +8,10 @@ chain writes has the default of policy.py.
 So a child that says nothing about a list goes along when its parent's grows, and what it takes away
 it says aloud. The groups of syscalls.rules are made so that their order does not matter.
 
-Reading files is not done here: `read` gives the text for a name.
+A profile that `syscalls.oci` names takes the place of the lists: those of the files that its file
+extends no longer count, and beside it or after it there must be none.
+
+Reading files is not done here: `read` gives the text for a name, `attach` that of a profile.
 """
 
 from __future__ import annotations
@@ -24,14 +27,17 @@ from typing import Any
 import msgspec
 
 from sandboxd import units
-from sandboxd.compile.decisions import problems
+from sandboxd.compile.decisions import problems, problems_of_profiles
 from sandboxd.compile.meaning import problems_of_file
 from sandboxd.compile.reading import Entries, File, Reading, limit_unit
 from sandboxd.errors import PolicyError, PolicyErrors
-from sandboxd.policy import Artifacts, Limits, Policy, Section
+from sandboxd.policy import Artifacts, Attached, Limits, Policy, Section
 
 Read = Callable[[str], tuple[str, str]]
 """Name of a policy -> its file's name for messages, and its text; PolicyError if there is none."""
+
+Attach = Callable[[str, str], tuple[str, str]]
+"""A policy file's name for messages and a path in it -> the whole path, and the text there."""
 
 DEEPEST = 16
 """Files of one chain."""
@@ -42,7 +48,7 @@ _POSITION = re.compile(r" \(at line (\d+), column (\d+)\)$")
 _AT_END = " (at end of document)"
 
 
-def load(name: str, read: Read) -> Policy:
+def load(name: str, read: Read, attach: Attach | None = None) -> Policy:
     """The policy of this name; PolicyErrors with everything that is wrong in its files."""
     errors: list[PolicyError] = []
     merged = _Merged()
@@ -51,6 +57,9 @@ def load(name: str, read: Read) -> Policy:
         values = reading.policy()
         for key, message, hint in problems_of_file(values):
             reading.refuse(key, message, hint=hint)
+        for key in merged.beside_oci(values):
+            message = "a profile decides on system calls, not this"
+            reading.refuse(key, message, hint='leave it out, or write oci = "" in [syscalls]')
         merged.add(file, values)
         errors += reading.errors
     if errors:
@@ -59,9 +68,30 @@ def load(name: str, read: Read) -> Policy:
     policy: Policy = msgspec.convert(
         _with_defaults(merged.values) | {"name": own, "origins": merged.origins()}, Policy
     )
-    if wrong := _of_whole(policy, merged):
+    wrong = _of_whole(policy, merged)
+    if policy.syscalls.oci and not wrong:
+        policy, wrong = _attached(policy, merged, attach)
+    if wrong:
         raise PolicyErrors(tuple(wrong))
     return policy
+
+
+def _attached(
+    policy: Policy, merged: _Merged, attach: Attach | None
+) -> tuple[Policy, list[PolicyError]]:
+    """The policy with the profile that it names."""
+    file, key = merged.places["syscalls.oci"]
+    where = file.where(key)
+    if attach is None:
+        return policy, [PolicyError(where, "no profile can be read here")]
+    try:
+        path, text = attach(file.label, policy.syscalls.oci)
+    except PolicyError as error:
+        message = str(error.args[0]).removeprefix(f"{error.where}: ")
+        return policy, [PolicyError(where, f"{error.where}: {message}", hint=error.hint)]
+    syscalls = Attached(oci=path, profile=text)
+    errors = list(problems_of_profiles(syscalls))
+    return msgspec.structs.replace(policy, syscalls=syscalls), errors
 
 
 def _with_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -139,6 +169,16 @@ class _Merged:
 
     values: dict[str, Any] = field(default_factory=dict)
     places: dict[str, tuple[File, str]] = field(default_factory=dict)
+
+    def beside_oci(self, values: Mapping[str, Any]) -> list[str]:
+        """Keys that count for nothing, because a profile does; a new one ends what was before."""
+        section = values.get("syscalls", {})
+        if section.get("oci"):
+            self.values.pop("syscalls", None)
+            for stale in [key for key in self.places if key.startswith("syscalls.")]:
+                del self.places[stale]
+        named = section.get("oci", self.values.get("syscalls", {}).get("oci"))
+        return [f"syscalls.{key}" for key in section if key != "oci"] if named else []
 
     def add(self, file: File, values: Mapping[str, Any]) -> None:
         self._table(self.values, values, "", file)

@@ -8,7 +8,7 @@ no sockets but unix ones there is nothing it could do in it, and it may serve ag
 from __future__ import annotations
 
 from sandboxd import plan
-from sandboxd.compile import bpf, seccomp
+from sandboxd.compile import assemble, bpf, seccomp
 from sandboxd.compile.numbers import table
 from sandboxd.host import Host
 from sandboxd.plan import SetupPlan
@@ -24,11 +24,13 @@ def serves_again(policy: Policy, host: Host) -> bool:
     """Whether no program under this policy can have a socket that uses its network namespace."""
     if not host.seccomp or policy.syscalls.abi32 == "allow":
         return False
+    if policy.syscalls.oci:
+        return False
     # A rule of one's own may allow a single protocol, which is not asked for below.
     if any(not isinstance(rule, str) and rule.action == "allow" for rule in policy.syscalls.rules):
         return False
     programs = seccomp.programs(policy.syscalls, host.arch)
-    machine, number = seccomp.AUDIT_ARCH[host.arch], table(host.arch)["socket"]
+    machine, number = assemble.AUDIT_ARCH[host.arch], table(host.arch)["socket"]
     return not any(
         bpf.decide(programs, number, machine, (family, kind, 0)) == bpf.ALLOW
         for family in FAMILIES

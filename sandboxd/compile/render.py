@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import msgspec
 
-from sandboxd.compile.explain import toml, written
+from sandboxd.compile.explain import keys, toml, written
 from sandboxd.policy import Policy
 
 
@@ -32,7 +32,7 @@ def _lines(policy: Policy) -> Iterator[str]:
 
 def _table(struct: msgspec.Struct, section: str) -> Iterator[str]:
     tables = []
-    for one in msgspec.structs.fields(struct):
+    for one in keys(struct):
         value = getattr(struct, one.name)
         if isinstance(value, dict):
             tables.append((f"{section}.{one.name}", value))

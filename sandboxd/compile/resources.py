@@ -74,7 +74,7 @@ def quotas(policy: Policy, host: Host) -> tuple[tuple[str, int], ...]:
     caller, whatever their uid inside. So each gets a share, where its filter lets it have any.
     """
     own = (("max_user_namespaces", 0),)
-    if host.seccomp:
+    if host.seccomp and not policy.syscalls.oci:
         asked = [one for one in decisions(policy.syscalls, host.arch) if one.name in INOTIFY]
         if not any(one.otherwise == "allow" or one.rules for one in asked):
             return own

@@ -1,9 +1,8 @@
 """[syscalls] of a policy -> seccomp programs, in the kernel's own bytes.
 
-The program looks at the architecture, then finds the number by a balanced tree of `>=` (8 or 9
-comparisons), and only then, and only for calls with rules, at arguments. For every other allowed
-call the kernel finds out when loading that the answer is always ALLOW and does not run the program
-any more (seccomp_cache_prepare in kernel/seccomp.c, Linux 5.11).
+The lists and rules of a policy are one program (assemble.py says how it works). A profile of the
+OCI's is another (oci_filter.py): in place of the lists, with a third that closes what must stay
+closed for the sandbox's own sake; or on top of them. Of several the strictest answer counts.
 
 Why not libseccomp's own output: it compares whole 64-bit arguments where the kernel takes an int,
 drops a rule whose action is the default, has no rules in order, cannot name calls newer than
@@ -17,14 +16,28 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from itertools import count
 from math import prod
 from typing import Any
 
-from sandboxd.compile import bpf
-from sandboxd.compile.decisions import Action, Decision, decisions
+from sandboxd.compile import bpf, oci_filter
+from sandboxd.compile.assemble import (
+    ALLOW,
+    AUDIT_ARCH,
+    BASE,
+    M32,
+    M64,
+    OWN,
+    SKIPPED,
+    WHOLE,
+    Check,
+    Leaf,
+    Part,
+    Section,
+    fit,
+)
+from sandboxd.compile.decisions import Action, Decision, decisions, problems_of_profiles
 from sandboxd.compile.numbers import table
-from sandboxd.compile.syscalls import LAUNCH
+from sandboxd.compile.syscalls import rules
 from sandboxd.errors import PolicyError
 from sandboxd.policy import Argument, Rule, Syscalls
 
@@ -36,14 +49,9 @@ ACTIONS: dict[str, int] = {
     "eafnosupport": bpf.ERRNO | 97,
     "kill": bpf.KILL_PROCESS,
 }
-
-AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7, "i386": 0x40000003}  # linux/audit.h
-X32_BIT = 0x40000000
-"""__X32_SYSCALL_BIT: x32 calls say they are x86-64 and have this bit in their number."""
-SKIPPED = 0xFFFFFFFF
-"""Number -1: a tracer skipped the call. The program is still asked, and must not kill for it."""
-M32 = 0xFFFFFFFF
-M64 = 0xFFFFFFFFFFFFFFFF
+ABIS = {"x86_64": ("x86_64", "i386"), "aarch64": ("aarch64",)}
+GUARDS = "@guards"
+"""The group of rules that stays under a profile that takes the lists' place."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,179 +77,73 @@ class Difference:
     theirs: str
 
 
-@dataclass(frozen=True, slots=True)
-class _Leaf:
-    """What the tree ends in."""
+@cache
+def programs(syscalls: Syscalls, arch: str, kernel: str = "") -> tuple[bytes, ...]:
+    """The programs to load, all of them: one for the lists, unless its rules are longer than the
+    kernel takes, and what profiles add.
 
-    rules: tuple[Rule, ...]
-    otherwise: Action
-
-
-_KILL = _Leaf((), "kill")
-_ALLOW = _Leaf((), "allow")
-MAX_RANGES = 1 << 16
-_Range = tuple[int, _Leaf]
-_Section = tuple[int, tuple[_Range, ...]]
+    `kernel` is the release for which a profile's minKernel is decided; "" meets any.
+    """
+    return _make(syscalls, arch, kernel, WHOLE)
 
 
 @cache
-def programs(syscalls: Syscalls, arch: str) -> tuple[bytes, ...]:
-    """The programs to load, all of them: one, unless its rules are longer than the kernel takes."""
-    return _make(syscalls, arch, _Part(launch=True, rest=True))
-
-
-@cache
-def layers(syscalls: Syscalls, arch: str) -> tuple[tuple[bytes, ...], tuple[bytes, ...]]:
+def layers(
+    syscalls: Syscalls, arch: str, kernel: str = ""
+) -> tuple[tuple[bytes, ...], tuple[bytes, ...]]:
     """The same in two parts: what a tenant loads once, and what each of its sandboxes adds.
 
     A process has all filters of those it descends from (seccomp(2)), and the strictest answer
     counts. So the first part leaves open what a sandbox is made with, the second answers for just
     that: it is short, and is loaded in less than half the time.
     """
-    base, own = _Part(launch=False, rest=True), _Part(launch=True, rest=False)
-    return _make(syscalls, arch, base), _make(syscalls, arch, own)
+    return _make(syscalls, arch, kernel, BASE), _make(syscalls, arch, kernel, OWN)
 
 
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """Which calls a program answers for: those in LAUNCH, the rest. It allows the others."""
-
-    launch: bool
-    rest: bool
-
-
-def _make(syscalls: Syscalls, arch: str, part: _Part) -> tuple[bytes, ...]:
-    sections = [_section(syscalls, arch, part)]
-    if arch == "x86_64" and syscalls.abi32 == "allow":
-        sections.append(_section(syscalls, "i386", part))
-    found = tuple(_fit(sections))
+def _make(syscalls: Syscalls, arch: str, kernel: str, part: Part) -> tuple[bytes, ...]:
+    found = tuple(_sources(syscalls, arch, kernel, part))
     # MAX_INSNS_PER_PATH of kernel/seccomp.c: 256 KB, with four instructions' fee for each program.
     if sum(len(program) // bpf.INSTRUCTION.size + 4 for program in found) > 32768:
         raise PolicyError("syscalls.rules", "more rules than the kernel takes")
     return found
 
 
-def _section(syscalls: Syscalls, arch: str, part: _Part) -> _Section:
-    """All 2**32 numbers as ranges, in order: each with its first number."""
-    unknown = _Leaf((), syscalls.default) if part.rest else _ALLOW
-    leaves = {}
-    for one in decisions(syscalls, arch):
-        launch = one.name in LAUNCH and arch != "i386"  # nothing of ours makes 32-bit calls
-        mine = part.launch if launch else part.rest
-        leaves[one.number] = _Leaf(one.rules, one.otherwise) if mine else _ALLOW
-        leaves.setdefault(one.number + 1, unknown)
-    if arch == "x86_64":
-        leaves |= {X32_BIT: _KILL, SKIPPED: unknown}
-    ranges: list[_Range] = [(0, unknown)]
-    for number, leaf in sorted(leaves.items()):
-        if number == ranges[-1][0]:
-            ranges[-1] = (number, leaf)
-        elif leaf != ranges[-1][1]:
-            ranges.append((number, leaf))
-    return AUDIT_ARCH[arch], tuple(ranges)
+def _sources(syscalls: Syscalls, arch: str, kernel: str, part: Part) -> Iterator[bytes]:
+    """Programs of the lists, or of the profile in their place; of a profile on top of these."""
+    for wrong in problems_of_profiles(syscalls):
+        raise wrong
+    if syscalls.oci:
+        yield from fit([_guards(abi, part) for abi in ABIS[arch]], "syscalls.oci")
+    else:
+        sections = [_section(syscalls, arch, part)]
+        if arch == "x86_64" and syscalls.abi32 == "allow":
+            sections.append(_section(syscalls, "i386", part))
+        yield from fit(sections, "syscalls.rules")
+    for one in oci_filter.attached(syscalls):
+        yield from oci_filter.programs(one, arch, kernel, part)
 
 
-def _fit(sections: list[_Section]) -> Iterator[bytes]:
-    """One program, or several that share the numbers: each allows what is another's business."""
-    program = _assemble(sections)
-    if len(program) <= bpf.MAX_INSTRUCTIONS * bpf.INSTRUCTION.size:
-        yield program
-        return
-    heavy = [
-        place
-        for place, (_, leaf) in enumerate(one for _, ranges in sections for one in ranges)
-        if leaf.rules
-    ]
-    if len(heavy) < 2:
-        raise PolicyError("syscalls.rules", "more rules for one system call than the kernel takes")
-    middle = heavy[len(heavy) // 2]
-    yield from _fit(_part(sections, range(middle)))
-    yield from _fit(_part(sections, range(middle, MAX_RANGES)))
+def _guards(abi: str, part: Part) -> Section:
+    """What no profile opens; all else is left to it."""
+    found: dict[str, Leaf] = {}
+    every = rules(GUARDS, "")
+    for name in {call for rule in every for call in rule.calls} & set(table(abi)):
+        mine = [rule for rule in every if name in rule.calls]
+        end = next((at for at, rule in enumerate(mine) if not rule.args), len(mine))
+        checks = tuple(Check(rule.args, ACTIONS[rule.action]) for rule in mine[:end])
+        found[name] = Leaf(checks, ACTIONS[mine[end].action] if mine[end:] else bpf.ALLOW)
+    return part.section(abi, found, ALLOW)
 
 
-def _part(sections: list[_Section], kept: range) -> list[_Section]:
-    """The sections with every range allowed whose place, counted through all, is not kept."""
-    places = count()
-    return [
-        (
-            audit,
-            tuple((first, leaf if next(places) in kept else _ALLOW) for first, leaf in ranges),
+def _section(syscalls: Syscalls, arch: str, part: Part) -> Section:
+    leaves = {
+        one.name: Leaf(
+            tuple(Check(rule.args, ACTIONS[rule.action]) for rule in one.rules),
+            ACTIONS[one.otherwise],
         )
-        for audit, ranges in sections
-    ]
-
-
-def _assemble(sections: list[_Section]) -> bytes:
-    """Back to front: the trees, each after loading the number; before them, the architecture."""
-    w = bpf.Writer()
-    trees = []
-    for audit, ranges in reversed(sections):
-        _tree(w, ranges, {})
-        trees.append((audit, w.load(bpf.NUMBER)))
-    other = w.returning(bpf.KILL_PROCESS)
-    for audit, tree in trees:
-        other = w.branch(bpf.IF_EQUAL, audit, tree, other)
-    w.load(bpf.ARCH)
-    return w.program()
-
-
-def _tree(w: bpf.Writer, ranges: tuple[_Range, ...], places: dict[_Leaf, int]) -> int:
-    if len(ranges) == 1:
-        return _leaf(w, ranges[0][1], places)
-    middle = len(ranges) // 2
-    above = _tree(w, ranges[middle:], places)
-    below = _tree(w, ranges[:middle], places)
-    return w.branch(bpf.IF_AT_LEAST, ranges[middle][0], above, below)
-
-
-def _leaf(w: bpf.Writer, leaf: _Leaf, places: dict[_Leaf, int]) -> int:
-    if not leaf.rules:
-        return w.returning(ACTIONS[leaf.otherwise])
-    if leaf not in places:
-        place = w.returning(ACTIONS[leaf.otherwise])
-        for rule in reversed(leaf.rules):
-            no, place = place, w.returning(ACTIONS[rule.action])
-            for argument in reversed(rule.args):
-                place = _compare(w, argument, place, no)
-        places[leaf] = place
-    return places[leaf]
-
-
-_OPERATIONS = {
-    # operator: (instruction, whether its answer is turned round)
-    "eq": (bpf.IF_EQUAL, False), "ne": (bpf.IF_EQUAL, True),
-    "ge": (bpf.IF_AT_LEAST, False), "lt": (bpf.IF_AT_LEAST, True),
-    "gt": (bpf.IF_GREATER, False), "le": (bpf.IF_GREATER, True),
-    "any_bits": (bpf.IF_ANY_BIT, False), "no_bits": (bpf.IF_ANY_BIT, True),
-}  # fmt: skip
-
-
-def _compare(w: bpf.Writer, argument: Argument, yes: int, no: int) -> int:
-    """Go to `yes` if the comparison holds. For an int, its upper half is never even loaded."""
-    code, turned = _OPERATIONS[argument.op]
-    if turned:
-        yes, no = no, yes
-    mask = M64 if argument.mask is None else argument.mask & M64
-    value = argument.value & M64
-    place = w.branch(code, value & M32, yes, no)
-    place = _load(w, bpf.low(argument.index), mask & M32)
-    if argument.width == 32:
-        return place
-    upper = value >> 32
-    if code == bpf.IF_EQUAL:
-        w.branch(code, upper, place, no)
-    elif code == bpf.IF_ANY_BIT:
-        w.branch(code, upper, yes, place)
-    else:  # the lower halves decide only between equal upper ones
-        place = w.branch(bpf.IF_EQUAL, upper, place, no)
-        w.branch(bpf.IF_GREATER, upper, yes, place)
-    return _load(w, bpf.high(argument.index), mask >> 32)
-
-
-def _load(w: bpf.Writer, offset: int, mask: int) -> int:
-    if mask != M32:
-        w.mask(mask)
-    return w.load(offset)
+        for one in decisions(syscalls, arch)
+    }
+    return part.section(arch, leaves, Leaf((), ACTIONS[syscalls.default]))
 
 
 def summary(syscalls: Syscalls, arch: str) -> Summary:
@@ -262,8 +164,11 @@ def verify(syscalls: Syscalls, arch: str) -> list[Difference]:
     next to a boundary, with and without rubbish in the upper halves. libseccomp has no rules
     in order, so each comparison is a filter of its own; "in order" and "all of them" are decided
     here. Names that libseccomp does not know can only be checked on the machine's own architecture,
-    and calls that it maps to i386's socketcall and ipc not at all. ImportError without libseccomp.
+    and calls that it maps to i386's socketcall and ipc not at all. Profiles are not compared.
+    ImportError without libseccomp.
     """
+    if syscalls.oci:
+        return []
     oracle = _Oracle(syscalls, arch)
     ours = tuple(program for layer in layers(syscalls, arch) for program in layer)
     found = []

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from sandboxd.compile.load import load
@@ -19,6 +19,8 @@ from sandboxd.policy import Policy
 SYSTEM = Path("/etc/sandboxd/policies.d")
 LONGEST = 1 << 16
 """Bytes of a policy file; one that is longer was named by mistake."""
+LONGEST_PROFILE = 1 << 20
+"""The same of a seccomp profile."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +37,8 @@ def find(name: str) -> Policy:
 
     What such a file extends may lie beside it. PolicyErrors has all that is wrong.
     """
-    return load(name, _Files())
+    files = _Files()
+    return load(name, files, files.beside)
 
 
 def is_path(name: str) -> bool:
@@ -79,6 +82,8 @@ class _Files:
     """`read` for load(): remembers the last file, because it is what the next name stands in."""
 
     last: Path | None = None
+    folders: dict[str, Path] = field(default_factory=dict)
+    """Name of a file for messages -> where it lies."""
 
     def __call__(self, name: str) -> tuple[str, str]:
         if is_path(name):
@@ -87,7 +92,13 @@ class _Files:
             file = self._search(name)
         self.last = file
         label = file.name if file.parent == packaged() else os.path.normpath(file)
-        return label, _text(file)
+        self.folders[label] = file.parent
+        return label, _text(file, LONGEST)
+
+    def beside(self, label: str, path: str) -> tuple[str, str]:
+        """A seccomp profile that the policy file of this name names."""
+        file = Path(os.path.abspath(self.folders[label] / path))
+        return str(file), _text(file, LONGEST_PROFILE)
 
     def _search(self, name: str) -> Path:
         for place in self._places(name):
@@ -115,20 +126,21 @@ def _missing(name: str) -> PolicyError:
     return PolicyError("", f"no policy {name!r}", hint=f"{hint}there are: {', '.join(names)}")
 
 
-def _text(file: Path) -> str:
+def _text(file: Path, longest: int) -> str:
     try:
         with file.open("rb") as stream:
-            data = stream.read(LONGEST + 1)
+            data = stream.read(longest + 1)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise PolicyError(str(file), f"cannot be read: {reason}") from None
-    if len(data) > LONGEST:
-        raise PolicyError(str(file), f"more than {LONGEST} bytes: this is no policy")
+    if len(data) > longest:
+        what = "policy" if longest == LONGEST else "profile"
+        raise PolicyError(str(file), f"more than {longest} bytes: this is no {what}")
     try:
         return data.decode()
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise PolicyError(f"{file}:{line}", "not UTF-8, which TOML must be") from None
+        raise PolicyError(f"{file}:{line}", "not UTF-8, which it must be") from None
 
 
 def _listed(place: Path) -> list[Path]:

@@ -107,7 +107,7 @@ def make(job: Job, kept: Kind, seen: Observed, host: Host, waited: tuple[float, 
         artifacts=seen.artifacts,
         artifact_errors=seen.facts.artifact_errors,
         enforcement=kept.compiled.enforcement,
-        degraded=degraded(kept.compiled.degraded),
+        degraded=degraded(kept.compiled.degraded + job.ignored),
         quality=judge(seen.facts.usage, kept.compiled.cpus, crowded=seen.crowded),
         timing=Timing(
             queued=queued,

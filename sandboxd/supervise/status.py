@@ -298,6 +298,9 @@ def violations(facts: Facts, policy: Policy) -> tuple[Violation, ...]:
     if _signal_number(facts) != signals.SIGSYS:
         return ()
     syscalls = policy.syscalls
+    if syscalls.oci:
+        rule = policy.origin("syscalls.oci")
+        return (Violation(kind="syscall", name=None, count=1, rule=rule),)
     rules = any(isinstance(rule, Rule) and rule.action == "kill" for rule in syscalls.rules)
     keys = [
         key

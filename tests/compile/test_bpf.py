@@ -121,6 +121,6 @@ def test_printing() -> None:
         "6: return allow",
         "7: return errno 38",
         "8: return kill process",
-        "9: return 0x30000",
+        "9: return trap",
         "10: ? 0x61 1 2 0x3",
     ]

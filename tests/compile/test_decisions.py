@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sandboxd.compile import bpf, numbers, seccomp
+from sandboxd.compile import assemble, bpf, numbers, seccomp
 from sandboxd.compile.decisions import decisions, problems
 from sandboxd.errors import PolicyError, PolicyErrors
 from sandboxd.policy import Argument, Rule, Syscalls
@@ -12,7 +12,7 @@ from tests.compile.tiers import TIERS
 
 
 def by_name(policy: Syscalls, name: str, *args: int) -> str:
-    number, arch = numbers.table("x86_64")[name], seccomp.AUDIT_ARCH["x86_64"]
+    number, arch = numbers.table("x86_64")[name], assemble.AUDIT_ARCH["x86_64"]
     programs = seccomp.programs(policy, "x86_64")
     return bpf.action_name(bpf.decide(programs, number, arch, args))
 

@@ -15,7 +15,19 @@ from sandboxd.supervise.policies import available, find
 
 pytestmark = pytest.mark.root_ok
 
-NAMES = [*("agent", "base", "ci", "compile", "judge-java", "judge-native", "judge-python", "shell")]
+NAMES = [
+    *(
+        "agent",
+        "base",
+        "bundle",
+        "ci",
+        "compile",
+        "judge-java",
+        "judge-native",
+        "judge-python",
+        "shell",
+    )
+]
 
 
 @pytest.fixture(autouse=True)
