@@ -25,6 +25,7 @@ COMMANDS: Mapping[str, str] = MappingProxyType(
     {
         "run": "run one program in a sandbox",
         "judge": "judge submissions against a problem package",
+        "serve": "serve jobs over HTTP",
         "plan": "show what would be done to run a program",
         "image": "import, list, check and remove images",
         "policy": "list, show, check and explain policies",
