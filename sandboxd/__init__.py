@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from sandboxd.job import File, Job, Terminal
     from sandboxd.policy import Limits, Policy
     from sandboxd.result import Artifact, Event, Output, Result, Usage, to_json
+    from sandboxd.serve.client import Client, ClientRun, connect
     from sandboxd.supervise.oneshot import run, run_sync
     from sandboxd.supervise.policies import find as find_policy
     from sandboxd.supervise.run import Run
@@ -39,6 +40,7 @@ _HOMES = {
     "job": ("File", "Job", "Terminal"),
     "policy": ("Limits", "Policy"),
     "result": ("Artifact", "Event", "Output", "Result", "Usage", "to_json"),
+    "serve.client": ("Client", "ClientRun", "connect"),
     "supervise.oneshot": ("run", "run_sync"),
     "supervise.run": ("Run",),
     "supervise.runner": ("Runner", "RunnerStatistics", "open_runner"),
@@ -46,10 +48,11 @@ _HOMES = {
 _WHERE = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
-    "Artifact", "Busy", "Event", "File", "HostError", "ImageError", "InternalError", "Job",
-    "JobError", "LaunchError", "Limits", "Output", "Policy", "PolicyError", "PolicyErrors",
-    "Result", "Run", "Runner", "RunnerStatistics", "SandboxError", "Terminal", "Usage",
-    "WorkloadFailed", "__version__", "find_policy", "open_runner", "run", "run_sync", "to_json",
+    "Artifact", "Busy", "Client", "ClientRun", "Event", "File", "HostError", "ImageError",
+    "InternalError", "Job", "JobError", "LaunchError", "Limits", "Output", "Policy", "PolicyError",
+    "PolicyErrors", "Result", "Run", "Runner", "RunnerStatistics", "SandboxError", "Terminal",
+    "Usage", "WorkloadFailed", "__version__", "connect", "find_policy", "open_runner", "run",
+    "run_sync", "to_json",
 ]  # fmt: skip
 
 

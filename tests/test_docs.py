@@ -274,7 +274,10 @@ def members(kind: type) -> set[str]:
 
 @pytest.mark.parametrize(
     "kind",
-    [Job, File, Terminal, sandboxd.Run, sandboxd.Runner, sandboxd.RunnerStatistics],
+    [
+        *(Job, File, Terminal, sandboxd.Run, sandboxd.Runner, sandboxd.RunnerStatistics),
+        *(sandboxd.Client, sandboxd.ClientRun),
+    ],
     ids=lambda kind: kind.__name__,
 )
 def test_every_member_is_in_the_reference(kind: type) -> None:
@@ -283,7 +286,13 @@ def test_every_member_is_in_the_reference(kind: type) -> None:
 
 def test_every_parameter_is_in_the_reference() -> None:
     found = words("api.md")
-    for function in (sandboxd.run, sandboxd.run_sync, sandboxd.open_runner, sandboxd.find_policy):
+    for function in (
+        sandboxd.run,
+        sandboxd.run_sync,
+        sandboxd.open_runner,
+        sandboxd.find_policy,
+        sandboxd.connect,
+    ):
         assert not missing(set(inspect.signature(function).parameters), found)
 
 

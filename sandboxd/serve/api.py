@@ -112,7 +112,10 @@ ROUTES = (
         name="events",
         gives=NDJSON,
         text="what happens, as it happens, to the end",
-        query={"from": "the first event wanted; 0 by default"},
+        query={
+            "from": "the first event wanted; the oldest that is kept by default",
+            "follow": "0: no further than what is there now",
+        },
         headers={
             "Accept": f"{SSE}: server-sent events",
             "Last-Event-ID": "of server-sent events: the last one that arrived",

@@ -15,7 +15,8 @@ from sandboxd.errors import JobError, SandboxError
 from sandboxd.job import Job
 from sandboxd.result import Event, Result, Usage
 from sandboxd.serve import address
-from sandboxd.serve.link import Links, is_closed
+from sandboxd.serve.link import Links
+from sandboxd.serve.problems import is_closed
 from sandboxd.serve.sending import submission_of
 from sandboxd.serve.wire import FASTEST, Info, error_of, event_of, result_of
 from sandboxd.supervise.run import EVENTS_BUFFER
@@ -69,8 +70,8 @@ class Client:
     async def _follow(self, run: ClientRun, pieces: AsyncGenerator[bytes, None]) -> None:
         """Events from the wire to the run's channel, at the pace of who takes them."""
         try:
-            async with aclosing(pieces):
-                async for record in _records(pieces):
+            async with aclosing(pieces), aclosing(_records(pieces)) as records:
+                async for record in records:
                     await self._take(run, record)
             if run._result is None and run._error is None:
                 run._error = SandboxError(
@@ -122,7 +123,9 @@ class Client:
             return msgspec.json.decode(await answer.body(), type=Info)
 
 
-async def _records(pieces: AsyncGenerator[bytes, None]) -> AsyncIterator[dict[str, Any]]:
+async def _records(
+    pieces: AsyncGenerator[bytes, None],
+) -> AsyncGenerator[dict[str, Any], None]:
     rest = b""
     async for piece in pieces:
         *lines, rest = (rest + piece).split(b"\n")

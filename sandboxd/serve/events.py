@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from contextlib import ExitStack, aclosing
+from dataclasses import dataclass
 
 import trio
 
@@ -25,8 +26,18 @@ def wanted(request: Request) -> str | None:
     return next((kind for kind in (api.SSE, api.NDJSON) if kind in accepted), None)
 
 
-async def reply(book: Book, found: Live | Row, following: int | None, kind: str) -> Reply:
-    """Events from this number on, or all that are kept; Refusal 410 if that one is no more."""
+@dataclass(frozen=True, slots=True)
+class Want:
+    """Which events, and how: from a number on, or all that are kept; to the end, or to now."""
+
+    following: int | None = None
+    kind: str = api.NDJSON
+    follow: bool = True
+
+
+async def reply(book: Book, found: Live | Row, want: Want) -> Reply:
+    """The events; Refusal 410 if the first of them is kept no more."""
+    following, kind = want.following, want.kind
     if isinstance(found, Row):
         first = await _first(book, found)
         if following is not None and first is not None and following < first:
@@ -41,7 +52,9 @@ async def reply(book: Book, found: Live | Row, following: int | None, kind: str)
     async def ended() -> None:
         held.close()
 
-    return Reply(kind=kind, stream=_formed(found.log.read(reader), kind), ended=ended)
+    return Reply(
+        kind=kind, stream=_formed(found.log.read(reader, follow=want.follow), kind), ended=ended
+    )
 
 
 async def _first(book: Book, row: Row) -> int | None:

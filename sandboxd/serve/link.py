@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import select
-import socket
-import struct
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -15,9 +12,8 @@ import h11
 import msgspec
 import trio
 
-from sandboxd.errors import Busy, HostError, SandboxError
 from sandboxd.serve.address import Tcp, Unix
-from sandboxd.serve.wire import error_of
+from sandboxd.serve.problems import check_peer, lost, no_daemon, refused
 
 CHUNK = 64 << 10
 KEPT = 16
@@ -162,51 +158,3 @@ async def _send(
         async for piece in body:
             await stream.send_all(machine.send(h11.Data(data=piece)) or b"")
     await stream.send_all(data + (machine.send(h11.EndOfMessage()) or b""))
-
-
-def check_peer(handle: int, address: Unix) -> None:
-    """In a directory of everybody's anybody may listen: only ourselves and root are believed."""
-    with socket.socket(fileno=os.dup(handle)) as copy:
-        found = copy.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    uid = struct.unpack("3i", found)[1]
-    if uid not in (0, os.getuid()) and str(address.path).startswith("/tmp/"):
-        raise HostError(
-            "daemon",
-            f"{address}: uid {uid} listens there",
-            hint="set SANDBOXD_HOST to the daemon that you mean",
-        )
-
-
-def no_daemon(address: Unix | Tcp, error: OSError) -> HostError:
-    """Nobody listens there."""
-    reason = error.strerror or str(error)
-    return HostError(
-        "daemon",
-        f"no daemon at {address}: {reason}",
-        hint="start one with `sandboxd serve`, or set SANDBOXD_HOST",
-    )
-
-
-def lost(address: Unix | Tcp, error: BaseException) -> HostError:
-    """It listened, and has gone."""
-    return HostError(
-        "daemon",
-        f"the daemon at {address} broke off: {error}",
-        hint="its log says why; an accepted job goes on when it is back",
-    )
-
-
-def refused(status: int, body: bytes) -> SandboxError:
-    """The exception for a problem."""
-    try:
-        problem = msgspec.json.decode(body, type=dict[str, Any])
-    except msgspec.DecodeError:
-        problem = {"detail": f"status {status}"}
-    if status in (429, 503):
-        return Busy(str(problem.get("detail")), hint=str(problem.get("hint", "")))
-    return error_of(problem)
-
-
-def is_closed(error: SandboxError) -> bool:
-    """Whether what was to be fed or signalled is over."""
-    return getattr(error, "kind", "") == "closed"

@@ -192,8 +192,10 @@ class Log:
             self._readers.discard(reader)
             self._make_room()
 
-    async def read(self, reader: _Reader) -> AsyncGenerator[list[bytes], None]:
-        """Pieces of the log, up to its end."""
+    async def read(
+        self, reader: _Reader, *, follow: bool = True
+    ) -> AsyncGenerator[list[bytes], None]:
+        """Pieces of the log, up to its end, or to what is there now."""
         while True:
             changed = self._changed
             if self._lost and reader.following < self.first:
@@ -204,7 +206,7 @@ class Log:
                 reader.following = place(lines[-1])[0] + 1
                 self._read_up_to = max(self._read_up_to, reader.following - 1)
                 self._make_room()
-            elif self.over and reader.following > self.last:
+            elif not follow or (self.over and reader.following > self.last):
                 return
             else:
                 with trio.move_on_after(QUIET) as quiet:

@@ -208,7 +208,7 @@ class Routes:
             if not wait:
                 reply = Reply.of(view(found), 202 if new else 200)
             elif (kind := events.wanted(request)) is not None:
-                reply = await events.reply(self.book, found, None, kind)
+                reply = await events.reply(self.book, found, events.Want(kind=kind))
                 self._until_its_end(reply, found if asked.attached else None, stack.pop_all())
             else:
                 reply = Reply.of(view(await self._wait(request, found, attached=asked.attached)))
@@ -297,7 +297,9 @@ class Routes:
         if following is None and re.fullmatch(r"\d{1,16}", last, re.ASCII):
             following = int(last) + 1
         kind = events.wanted(call.request) or api.NDJSON
-        return await events.reply(self.book, await self._job(call), following, kind)
+        follow = call.query.get("follow") != "0"
+        want = events.Want(following, kind, follow)
+        return await events.reply(self.book, await self._job(call), want)
 
     async def _begun(self, call: Call) -> tuple[Live, Run]:
         """The job and its run; Refusal 409 where there is none."""

@@ -141,7 +141,8 @@ class Process:
         self.place = place
         self._argv = [
             *(sys.executable, "-P", "-m", "sandboxd", "serve", "--state", str(place / "state")),
-            *("--listen", f"unix://{place}/s", "--slots", "2", "--log-level", "warning", *flags),
+            *("--listen", f"unix://{place}/s", "--slots", "2", "--log-level", "warning"),
+            *("--drain", "0.5", *flags),
         ]
         self._errors = place / "errors"
         self.start()
@@ -179,4 +180,4 @@ def process(place: Path, *flags: str) -> Iterator[Process]:
         yield found
     finally:
         if found.process.poll() is None:
-            found.kill()
+            found.kill(signal.SIGTERM)
