@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from sandboxd.job import File, Job, Pattern, Tar, Terminal
     from sandboxd.policy import Artifacts, Limits, Policy
     from sandboxd.result import Artifact, Event, Kept, Output, Result, Usage, to_json
+    from sandboxd.serve.client import Client, ClientRun, connect
     from sandboxd.supervise.bundles import load_bundle
     from sandboxd.supervise.keeping import Change, KeptRoot, commit, find_kept, kept_roots
     from sandboxd.supervise.leavings import OpenArtifact
@@ -42,6 +43,7 @@ _HOMES = {
     "job": ("File", "Job", "Pattern", "Tar", "Terminal"),
     "policy": ("Artifacts", "Limits", "Policy"),
     "result": ("Artifact", "Event", "Kept", "Output", "Result", "Usage", "to_json"),
+    "serve.client": ("Client", "ClientRun", "connect"),
     "supervise.bundles": ("load_bundle",),
     "supervise.keeping": ("Change", "KeptRoot", "commit", "find_kept", "kept_roots"),
     "supervise.leavings": ("OpenArtifact",),
@@ -52,11 +54,12 @@ _HOMES = {
 _WHERE = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
-    "Artifact", "Artifacts", "Busy", "Change", "Event", "File", "HostError", "ImageError",
-    "InternalError", "Job", "JobError", "Kept", "KeptRoot", "LaunchError", "Limits", "OpenArtifact",
-    "Output", "Pattern", "Policy", "PolicyError", "PolicyErrors", "Result", "Run", "Runner",
-    "RunnerStatistics", "SandboxError", "Tar", "Terminal", "Usage", "WorkloadFailed", "__version__",
-    "commit", "find_kept", "find_policy", "kept_roots", "load_bundle", "open_runner", "run",
+    "Artifact", "Artifacts", "Busy", "Change", "Client", "ClientRun", "Event", "File", "HostError",
+    "ImageError", "InternalError", "Job", "JobError", "Kept", "KeptRoot", "LaunchError", "Limits",
+    "OpenArtifact", "Output", "Pattern", "Policy", "PolicyError", "PolicyErrors", "Result", "Run",
+    "Runner", "RunnerStatistics", "SandboxError", "Tar", "Terminal", "Usage", "WorkloadFailed",
+    "__version__", "commit", "connect", "find_kept", "find_policy", "kept_roots", "load_bundle",
+    "open_runner", "run",
     "run_sync", "to_json",
 ]  # fmt: skip
 

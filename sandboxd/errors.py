@@ -69,7 +69,7 @@ class LaunchError(SandboxError):
 
 
 class Busy(SandboxError):
-    """No slot is free and the caller asked not to wait."""
+    """A daemon has no room: its queue is full, a quota is used up, or it goes down."""
 
 
 class InternalError(SandboxError):

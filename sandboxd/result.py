@@ -11,6 +11,15 @@ from typing import Any, Literal
 
 import msgspec
 
+from sandboxd.errors import (
+    HostError,
+    ImageError,
+    JobError,
+    LaunchError,
+    PolicyError,
+    SandboxError,
+)
+
 SCHEMA = "sandboxd.result/1"
 
 Bytes = bytes
@@ -311,3 +320,25 @@ def event_json(event: Event) -> dict[str, Any]:
     if event.result is not None:
         record["result"] = to_json(event.result)
     return record
+
+
+def failure_json(error: SandboxError) -> dict[str, Any]:
+    """The record where sandboxd itself failed; docs/reference/result.md has its words."""
+    return {"schema": SCHEMA, "status": "error", "error": error_json(error)}
+
+
+def error_json(error: SandboxError) -> dict[str, Any]:
+    """Its kind, what it says, the details of its class, and the way out."""
+    kinds: dict[type[SandboxError], str] = {
+        LaunchError: "launch", HostError: "host", PolicyError: "policy", JobError: "job",
+        ImageError: "image",
+    }  # fmt: skip
+    kind = next((word for one, word in kinds.items() if isinstance(error, one)), "internal")
+    details = {
+        name: value
+        for name in ("where", "missing", "stage", "step", "errno")
+        if (value := getattr(error, name, None)) is not None
+    }
+    what = {"kind": kind, "message": str(error.args[0]), **details, "hint": error.hint}
+    found: dict[str, Any] = carried(what)
+    return found

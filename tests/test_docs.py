@@ -277,6 +277,7 @@ def members(kind: type) -> set[str]:
     [
         *(Job, File, Tar, Pattern, Artifacts, Terminal, sandboxd.OpenArtifact),
         *(sandboxd.Run, sandboxd.Runner, sandboxd.RunnerStatistics),
+        *(sandboxd.Client, sandboxd.ClientRun),
     ],
     ids=lambda kind: kind.__name__,
 )
@@ -286,7 +287,13 @@ def test_every_member_is_in_the_reference(kind: type) -> None:
 
 def test_every_parameter_is_in_the_reference() -> None:
     found = words("api.md")
-    for function in (sandboxd.run, sandboxd.run_sync, sandboxd.open_runner, sandboxd.find_policy):
+    for function in (
+        sandboxd.run,
+        sandboxd.run_sync,
+        sandboxd.open_runner,
+        sandboxd.find_policy,
+        sandboxd.connect,
+    ):
         assert not missing(set(inspect.signature(function).parameters), found)
 
 

@@ -25,6 +25,12 @@ COMMANDS: Mapping[str, str] = MappingProxyType(
     {
         "run": "run one program in a sandbox",
         "judge": "judge submissions against a problem package",
+        "serve": "serve jobs over HTTP",
+        "submit": "hand a job to the daemon",
+        "ps": "list the daemon's jobs",
+        "logs": "show the output of a job",
+        "wait": "wait for a job, and exit as it did",
+        "cancel": "cancel jobs",
         "plan": "show what would be done to run a program",
         "diff": "what a kept run changed in its root",
         "commit": "make an image of a kept run",

@@ -17,16 +17,9 @@ from sandboxd.cli import attach, committing, exitcodes, flags
 from sandboxd.cli.attach import STDERR, STDOUT, Ending, Output
 from sandboxd.cli.main import complain, first_error, say
 from sandboxd.cli.quantities import size, time
-from sandboxd.errors import (
-    HostError,
-    ImageError,
-    JobError,
-    LaunchError,
-    PolicyError,
-    SandboxError,
-)
+from sandboxd.errors import JobError, SandboxError
 from sandboxd.job import Pattern
-from sandboxd.result import SCHEMA, carried, event_json, to_json
+from sandboxd.result import event_json, failure_json, to_json
 
 if TYPE_CHECKING:
     from sandboxd.job import Job
@@ -238,22 +231,6 @@ def _deliver(args: argparse.Namespace, value: dict[str, Any]) -> None:
         attach.write_all(
             STDOUT, _line({"v": 1, "seq": args.following, "type": "exit", "result": value})
         )
-
-
-def failure_json(error: SandboxError) -> dict[str, Any]:
-    """The record where sandboxd itself failed; docs/reference/result.md has its words."""
-    kinds: dict[type[SandboxError], str] = {
-        LaunchError: "launch", HostError: "host", PolicyError: "policy", JobError: "job",
-        ImageError: "image",
-    }  # fmt: skip
-    kind = next((word for one, word in kinds.items() if isinstance(error, one)), "internal")
-    details = {
-        name: value
-        for name in ("where", "missing", "stage", "step", "errno")
-        if (value := getattr(error, name, None)) is not None
-    }
-    what = {"kind": kind, "message": str(error.args[0]), **details, "hint": error.hint}
-    return {"schema": SCHEMA, "status": "error", "error": carried(what)}
 
 
 # -- the accounting --------------------------------------------------------------------------

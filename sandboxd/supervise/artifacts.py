@@ -12,7 +12,7 @@ import hashlib
 import os
 import secrets
 import stat
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import asynccontextmanager, suppress
 from itertools import groupby
 from pathlib import Path
@@ -23,7 +23,7 @@ import trio
 from sandboxd.errors import JobError
 from sandboxd.job import Job
 from sandboxd.linux import packets
-from sandboxd.linux.packets import Entry
+from sandboxd.linux.packets import FILE, Entry
 from sandboxd.linux.paths import open_beneath
 from sandboxd.result import Artifact
 
@@ -307,3 +307,15 @@ def check_place(job: Job) -> None:
     else:
         return
     raise JobError(f"collect_to: {there}: {os.strerror(reason)}")
+
+
+def save(artifacts: Iterable[Artifact], path: Path) -> None:
+    """Files that came with a result, to where a run would have written them."""
+    folder = Folder(path)
+    try:
+        folder.open()
+        for artifact in artifacts:
+            folder.take(Entry(FILE, os.fsencode(artifact.path), artifact.mode, artifact.data), None)
+        folder.publish()
+    finally:
+        folder.close()

@@ -162,6 +162,15 @@ class Runner:
         policy = self._policy(job)
         return build.build(job, policy, host_for(policy, self.host), os.environb)
 
+    def policy(self, job: Job) -> Policy:
+        """The policy it would run under: found, and tightened by the job's limits."""
+        return self._policy(job)
+
+    def never_started(self, job: Job, queued: float) -> Result:
+        """The record of a job that its caller cancelled after `queued` seconds of waiting."""
+        seen, waited = record.never_started(trio.current_time() - queued)
+        return record.make(job, self._ready(job).kind, seen, self.host, waited)
+
     def statistics(self) -> RunnerStatistics:
         waiting = self._limiter.statistics()
         return RunnerStatistics(
@@ -371,6 +380,7 @@ class Runner:
             return kept
         key = msgspec.msgpack.encode((policy, keep))
         if key not in self._kept:
+            self._forget()
             host = host_for(policy, self.host)
             prepared = Prepared.of(build.compile_policy(policy, host, keep=keep), host)
             home = self._homes.setdefault(prepared.compiled.tenant, Home())
@@ -379,6 +389,16 @@ class Runner:
         if kept.policy is policy:  # so that the id stays this policy's
             self._recent[id(policy), keep] = kept
         return kept
+
+    def _forget(self) -> None:
+        """Leave room for another policy: who asks for a new one each time must not fill memory."""
+        for key, kept in list(self._kept.items()):
+            if len(self._kept) < POLICIES_KEPT:
+                break
+            if not kept.spares and not kept.refilling:
+                del self._kept[key]
+                for keep in (False, True):
+                    self._recent.pop((id(kept.policy), keep), None)
 
     async def _tenant(self, kept: Kept) -> Tenant:
         home = kept.home

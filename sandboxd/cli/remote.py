@@ -1,0 +1,49 @@
+"""What the commands share that talk to a daemon: which one, and what it says of jobs."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sandboxd.serve.plain import Plain
+
+
+def add(
+    subparsers: argparse._SubParsersAction[argparse.ArgumentParser],
+    name: str,
+    line: str,
+    description: str,
+    example: str,
+) -> argparse.ArgumentParser:
+    """A command with --host."""
+    parser = subparsers.add_parser(
+        name,
+        help=line,
+        description=description,
+        epilog=f"example:\n  sandboxd {name} {example}".rstrip(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "-H", "--host", metavar="ADDRESS",
+        help="the daemon: unix:///path or http://HOST:PORT (default: $SANDBOXD_HOST, else yours)",
+    )  # fmt: skip
+    return parser
+
+
+def daemon(args: argparse.Namespace) -> Plain:
+    """A client without trio. The token is in $SANDBOXD_TOKEN: a flag would show in ps(1)."""
+    from sandboxd.serve import address
+    from sandboxd.serve.plain import Plain
+
+    where = address.parse(args.host) if args.host else address.named(os.environ)
+    return Plain(where, os.environ.get("SANDBOXD_TOKEN"))
+
+
+def path(job: str) -> str:
+    """The job's path; an id that is none leads nowhere and not elsewhere."""
+    from urllib.parse import quote
+
+    return f"/v1/jobs/{quote(job, safe='')}"

@@ -1,0 +1,68 @@
+"""`sandboxd wait`: until a job is over; then as `sandboxd run` would have ended."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from sandboxd.cli import exitcodes, remote
+from sandboxd.cli.main import say
+
+_DESCRIPTION = """\
+Waits for a job of the daemon and exits as it did, with the exit status of `sandboxd run`. Output
+is not shown; `sandboxd logs` does that."""
+LONGEST = 300
+
+
+def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds the command to the command line."""
+    parser = remote.add(
+        subparsers, "wait", "wait for a job, and exit as it did", _DESCRIPTION, "--json ID"
+    )
+    parser.add_argument("--json", action="store_true", help="print its record")
+    parser.add_argument(
+        "--collect-to", type=Path, metavar="DIR", help="where collected files are written to"
+    )
+    parser.add_argument("-q", "--quiet", action="store_true", help="no accounting on stderr")
+    parser.add_argument("job", metavar="ID", help="the job")
+    parser.set_defaults(func=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Waits; returns the exit status."""
+    daemon = remote.daemon(args)
+    view: dict[str, Any] = {}
+    while view.get("state") != "done":
+        view = daemon.ask("GET", f"{remote.path(args.job)}?wait={LONGEST}")
+    record = view["result"]
+    if args.json:
+        print(json.dumps(record))
+    if record["status"] == "error":
+        from sandboxd.serve.wire import error_of
+
+        raise error_of(record["error"])
+    from sandboxd.cli.run import accounting
+    from sandboxd.serve.wire import result_of
+
+    result = result_of(record, _collected(args, record))
+    if args.collect_to is not None:
+        from sandboxd.supervise.artifacts import save
+
+        save(result.artifacts, args.collect_to)
+    if not args.quiet and not args.json:
+        for line in accounting(result):
+            say(line)
+    return exitcodes.exit_code(result)
+
+
+def _collected(args: argparse.Namespace, record: dict[str, Any]) -> dict[str, bytes]:
+    found: dict[str, bytes] = {}
+    if args.collect_to is None:
+        return found
+    for artifact in record["artifacts"]:
+        target = f"/v1/files/{artifact['sha256']}"
+        with remote.daemon(args).asking("GET", target) as answer:
+            found[artifact["sha256"]] = answer.body()
+    return found

@@ -1,0 +1,1 @@
+"""The daemon: HTTP, the journal, who is next, events; and its client."""

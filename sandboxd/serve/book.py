@@ -1,0 +1,357 @@
+"""The jobs: taken on, waiting, running, done. One task starts them, and each has one of its own.
+
+Theory of operation. An accepted job is in the journal before its caller hears of it; one whose
+caller waits on the connection (`attached`) is not, for nothing was promised before its end. A job
+is marked as running in the journal before it gets a sandbox, and its result is there before
+anybody is told. So whatever moment the daemon dies at, the next one knows what it may have started,
+and starts nothing a second time that did not ask for that.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import logging
+import os
+import shutil
+import time
+from collections.abc import AsyncIterator, Mapping
+from contextlib import ExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+import msgspec
+import trio
+
+from sandboxd.errors import SandboxError
+from sandboxd.job import Job
+from sandboxd.policy import Policy
+from sandboxd.result import SCHEMA, error_json
+from sandboxd.serve import carry
+from sandboxd.serve.callers import Caller
+from sandboxd.serve.files import Files
+from sandboxd.serve.journal import Journal, Row
+from sandboxd.serve.live import About, Asked, Live
+from sandboxd.serve.log import Log
+from sandboxd.serve.metrics import Metrics
+from sandboxd.serve.quotas import Quotas, Spending
+from sandboxd.serve.share import Need, Share, Waiting
+from sandboxd.serve.wire import (
+    Refusal,
+    Submission,
+    digests,
+    encode,
+    job_of,
+    refusal_of,
+    submission,
+    words,
+)
+from sandboxd.supervise.policies import is_path
+from sandboxd.supervise.runner import Runner
+
+MOST_ATTEMPTS = 3
+SMALL = 4096
+"""Bytes of a request that is kept in memory while its job waits; a larger one is read again."""
+EXPIRE_EVERY = 60.0
+LOST = MappingProxyType(
+    {
+        "kind": "lost",
+        "message": "the daemon ended while the job ran",
+        "hint": 'submit it again; with "on_lost": "retry" the daemon does so itself',
+    }
+)
+
+logger = logging.getLogger("sandboxd.serve")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What whoever started the daemon decided."""
+
+    state: Path
+    quotas: Quotas
+    room: Need
+    """CPUs and memory of all running jobs together."""
+    events: int = 16 << 20
+    """Bytes of a job's events that are kept."""
+    age: float = 7 * 86400.0
+    """Seconds that results and files are kept."""
+    size: int = 4 << 30
+    """Bytes of results that are kept."""
+
+
+class Book:
+    """All jobs that are not over, and the way to those that are. Made by `open_book`."""
+
+    def __init__(self, runner: Runner, journal: Journal, settings: Settings) -> None:
+        self.runner = runner
+        self.journal = journal
+        self.settings = settings
+        self.metrics = Metrics()
+        self.files = Files(settings.state / "files", settings.quotas.stored)
+        self.share = Share(runner.slots, settings.room, settings.quotas.running)
+        self.spending = Spending(settings.quotas)
+        self.draining = False
+        self.replying = 0
+        """Requests whose replies are not sent."""
+        self.live: dict[tuple[str, str], Live] = {}
+        self._coming: set[tuple[str, str]] = set()
+        self._keys: dict[tuple[str, str], Live] = {}
+        self._queue: dict[Waiting, Live] = {}
+        self._changed = trio.Event()
+
+    # -- taking on
+
+    async def submit(self, caller: Caller, asked: Asked) -> tuple[Live | Row, bool]:
+        """The job, and whether it is new; Refusal if it is not taken on."""
+        try:
+            self._check(caller, asked.wanted.policy)
+            return await self._submit(caller, asked)
+        except Refusal as refusal:
+            self.metrics.refused.add(why=refusal.kind)
+            raise
+
+    async def _submit(self, caller: Caller, asked: Asked) -> tuple[Live | Row, bool]:
+        job_id = asked.wanted.id or os.urandom(16).hex()
+        names = {(caller.name, f"id {job_id}")}
+        if asked.key is not None:
+            names.add((caller.name, f"key {asked.key}"))
+        if self._coming & names:
+            raise Refusal(
+                409,
+                "conflict",
+                "the same is being submitted at this moment",
+                hint="ask again in a moment",
+            ).with_header("Retry-After", "1")
+        self._coming |= names
+        try:
+            if (known := await self._known(caller, asked)) is not None:
+                return known, False
+            if asked.wanted.id and await self.find(caller, job_id) is not None:
+                raise Refusal(409, "conflict", f"there is a job {job_id!r}", hint="another id")
+            return await self._take_on(caller, asked, job_id), True
+        finally:
+            self._coming -= names
+
+    def _check(self, caller: Caller, policy: str | Policy) -> None:
+        if self.draining:
+            raise carry.going_down()
+        if isinstance(policy, Policy):
+            if not caller.operator:
+                raise Refusal(
+                    403,
+                    "denied",
+                    "a policy of one's own is for the daemon's own user",
+                    hint="name one of GET /v1/policies",
+                )
+        elif is_path(policy):
+            raise Refusal(
+                422,
+                "policy",
+                f"policy {policy!r} is a path",
+                hint="over the wire a policy is named, or sent whole",
+            )
+
+    async def _known(self, caller: Caller, asked: Asked) -> Live | Row | None:
+        """The job that was submitted with this key before."""
+        if asked.key is None:
+            return None
+        found: Live | Row | None = self._keys.get((caller.name, asked.key))
+        found = found or await self.journal.find_key(caller.name, asked.key)
+        if found is None:
+            return None
+        digest = found.asked.digest if isinstance(found, Live) else found.body
+        if digest != asked.digest:
+            raise Refusal(
+                422,
+                "conflict",
+                "this Idempotency-Key came with another job before",
+                hint="a new job needs a new key",
+            )
+        return found if isinstance(found, Live) else await self.find(caller, found.id)
+
+    async def _take_on(self, caller: Caller, asked: Asked, job_id: str) -> Live:
+        self.spending.check(caller.name, self.share)
+        with ExitStack() as held:
+            live = self._make(caller, asked, job_id, held)
+            if not asked.attached:
+                await self.journal.accept(live.row(asked.body))
+                if len(asked.body) > SMALL:
+                    live.job = None
+            live.held = held.pop_all()
+        self._enqueue(live)
+        self.metrics.accepted.add()
+        return live
+
+    def _make(self, caller: Caller, asked: Asked, job_id: str, held: ExitStack) -> Live:
+        """Refusal if it cannot be right."""
+        wanted = asked.wanted
+        held.enter_context(self.files.pinned(caller.name, digests(wanted)))
+        try:
+            job = self.job(caller.name, wanted, job_id)
+            policy = self.runner.policy(job)
+        except SandboxError as error:
+            raise refusal_of(error, error_json(error)) from None
+        name, trace = policy.name, asked.traceparent
+        folder = None if asked.attached else self.folder(caller.name, job_id)
+        return Live(
+            caller=caller,
+            id=job_id,
+            about=About(
+                argv=words(wanted), policy=name, priority=wanted.priority, traceparent=trace
+            ),
+            asked=asked,
+            log=Log(folder, self.settings.events, stall=wanted.overflow == "stall"),
+            waiting=Waiting(caller.name, wanted.priority, need_of(policy)),
+            created=time.time(),
+            job=job,
+        )
+
+    def job(self, caller: str, wanted: Submission, job_id: str) -> Job:
+        return job_of(wanted, job_id, lambda digest: self.files.path(caller, digest))
+
+    def folder(self, caller: str, job_id: str) -> Path:
+        """Where a job's events go when there are many."""
+        name = hashlib.sha256(f"{caller}\0{job_id}".encode()).hexdigest()[:40]
+        return self.settings.state / "logs" / name
+
+    def _enqueue(self, live: Live) -> None:
+        self.live[live.caller.name, live.id] = live
+        if live.asked.key is not None:
+            self._keys[live.caller.name, live.asked.key] = live
+        self._queue[live.waiting] = live
+        self.share.add(live.waiting)
+        self.changed()
+
+    def changed(self) -> None:
+        """Something was queued, or is over."""
+        self._changed.set()
+        self._changed = trio.Event()
+
+    # -- asking for
+
+    async def find(self, caller: Caller, job_id: str) -> Live | Row | None:
+        """A job of this caller's."""
+        found = self.live.get((caller.name, job_id))
+        return found if found is not None else await self.journal.find(caller.name, job_id)
+
+    async def cancel(self, live: Live) -> None:
+        """It ends, or never begins. Its record comes in a moment."""
+        live.cancelled = True
+        if self.share.remove(live.waiting):
+            self._queue.pop(live.waiting, None)
+            await carry.never_started(self, live)
+        elif live.run is not None:
+            live.log.hurry()
+            live.run.kill()
+
+    # -- starting
+
+    async def _start_jobs(self, nursery: trio.Nursery) -> None:
+        while True:
+            changed = self._changed
+            while not self.draining and (waiting := self.share.next()) is not None:
+                live = self._queue.pop(waiting)
+                nursery.start_soon(carry.carry_out, self, live)
+            await changed.wait()
+
+    def over(self, live: Live) -> None:
+        """It is neither waiting nor running any more."""
+        self.live.pop((live.caller.name, live.id), None)
+        if live.asked.key is not None:
+            self._keys.pop((live.caller.name, live.asked.key), None)
+        live.held.close()
+        live.begun.set()
+        live.done.set()
+        self.changed()
+
+    # -- before and after
+
+    async def recover(self) -> None:
+        """Go on where the last daemon stopped."""
+        await trio.to_thread.run_sync(self.files.open)
+        for row in await self.journal.unfinished():
+            caller = Caller(row.caller)
+            wanted = submission(row.request or b"")
+            retry = wanted.on_lost == "retry" and row.attempts < MOST_ATTEMPTS
+            if row.state == "running" and not retry:
+                self.metrics.lost.add()
+                logger.warning("job lost", extra={"caller": row.caller, "job": row.id})
+                await self._close(row, LOST)
+                continue
+            if row.state == "running":
+                self.metrics.retried.add()
+                folder = self.folder(row.caller, row.id)
+                await trio.to_thread.run_sync(_remove, folder)
+            try:
+                with ExitStack() as held:
+                    trace = msgspec.json.decode(row.about, type=About).traceparent
+                    asked = Asked(
+                        wanted, row.request or b"", key=row.key, digest=row.body, traceparent=trace
+                    )
+                    live = self._make(caller, asked, row.id, held)
+                    live.held = held.pop_all()
+            except Refusal as refusal:  # its policy has gone, or its files
+                what = {"kind": refusal.kind, "message": str(refusal), "hint": refusal.hint}
+                await self._close(row, what)
+                continue
+            live.created, live.attempts, live.job = row.created, row.attempts, None
+            self._enqueue(live)
+
+    async def _close(self, row: Row, error: Mapping[str, str]) -> None:
+        """A job of the last daemon's that ends here, without having run."""
+        record = {"schema": SCHEMA, "status": "error", "error": dict(error)}
+        data = encode(record)
+        ended = dataclasses.replace(row, status="error", result=data, ended=time.time())
+        await self.journal.finish(ended, len(data), known=True)
+
+    async def _expire(self) -> None:
+        while True:
+            settings = self.settings
+            while gone := await self.journal.expire(settings.age, settings.size):
+                for caller, job_id in gone:
+                    await trio.to_thread.run_sync(_remove, self.folder(caller, job_id))
+            await trio.to_thread.run_sync(self.files.expire, settings.age)
+            await trio.sleep(EXPIRE_EVERY)
+
+    async def replied(self) -> None:
+        """Returns when no request waits for its reply any more."""
+        while self.replying:
+            await self._changed.wait()
+
+    async def drain(self, seconds: float) -> bool:
+        """Start nothing more and let what runs end; whether all of it did in this time."""
+        self.draining = True
+        for waiting, live in list(self._queue.items()):
+            if live.asked.attached and self.share.remove(waiting):
+                del self._queue[waiting]
+                live.refused = carry.going_down()
+                self.over(live)
+        with trio.move_on_after(seconds):
+            while self.share.running:
+                await self._changed.wait()
+        return not self.share.running
+
+
+def need_of(policy: Policy) -> Need:
+    """What a job is counted for: its limits; a CPU, and no memory, where it has none."""
+    return Need(max(1.0, policy.limits.cpus or 1.0), policy.limits.memory or 0)
+
+
+def _remove(folder: Path) -> None:
+    """In a thread: a log, if there is one."""
+    with suppress(FileNotFoundError):
+        shutil.rmtree(folder)
+
+
+@asynccontextmanager
+async def open_book(runner: Runner, journal: Journal, settings: Settings) -> AsyncIterator[Book]:
+    """The book, going on where the last daemon stopped; leaving it cancels what runs."""
+    book = Book(runner, journal, settings)
+    await book.recover()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(book._start_jobs, nursery)
+        nursery.start_soon(book._expire)
+        yield book
+        nursery.cancel_scope.cancel()

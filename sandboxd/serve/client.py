@@ -1,0 +1,246 @@
+"""A Runner that is elsewhere: the same methods, carried out by a daemon."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from contextlib import aclosing, asynccontextmanager, suppress
+from typing import Any
+
+import msgspec
+import trio
+
+from sandboxd.errors import JobError, SandboxError
+from sandboxd.job import Job
+from sandboxd.result import Event, Result, Usage
+from sandboxd.serve import address
+from sandboxd.serve.link import Links
+from sandboxd.serve.problems import is_closed
+from sandboxd.serve.sending import submission_of
+from sandboxd.serve.wire import FASTEST, Info, error_of, event_of, result_of
+from sandboxd.supervise.run import EVENTS_BUFFER
+from sandboxd.supervise.runner import one_error
+
+NDJSON = "application/x-ndjson"
+
+
+class Client:
+    """Made by `connect`; may be used by many tasks at once."""
+
+    def __init__(self, links: Links) -> None:
+        self._links = links
+
+    async def run(self, job: Job) -> Result:
+        """Carry a job out. Cancelling it closes the connection, which ends the job."""
+        if job.stdin is None:
+            raise JobError("stdin=None: there is nobody to feed it", hint="use Client.start")
+        body = msgspec.json.encode(await submission_of(job, self._store))
+        async with self._links.asking("POST", "/v1/jobs?wait=1", body) as answer:
+            view = await answer.json()
+        return await self._result(view["result"])
+
+    @asynccontextmanager
+    async def start(
+        self, job: Job, *, usage_every: float | None = None
+    ) -> AsyncIterator[ClientRun]:
+        """Carry a job out while its events are read; leaving the block kills what is left."""
+        if usage_every is not None and not FASTEST <= usage_every < math.inf:
+            raise JobError(f"usage_every={usage_every!r}", hint=f"{FASTEST:g} seconds or more")
+        wanted = await submission_of(job, self._store)
+        wanted |= {"overflow": "stall", "usage_every": usage_every}
+        body, headers = msgspec.json.encode(wanted), {"Accept": NDJSON}
+        with one_error():
+            async with (
+                self._links.asking("POST", "/v1/jobs?wait=1", body, headers) as answer,
+                trio.open_nursery() as nursery,
+            ):
+                name = answer.headers["location"].rpartition("/")[2]
+                feeds = job.stdin is None or job.terminal is not None
+                run = ClientRun(name, self._links, nursery, feeds=feeds)
+                nursery.start_soon(self._follow, run, answer.pieces)
+                try:
+                    yield run
+                finally:
+                    run.events.close()
+                    nursery.cancel_scope.cancel()
+            if run._error is not None and not run._error_told:
+                raise run._error
+
+    async def _follow(self, run: ClientRun, pieces: AsyncGenerator[bytes, None]) -> None:
+        """Events from the wire to the run's channel, at the pace of who takes them."""
+        try:
+            async with aclosing(pieces), aclosing(_records(pieces)) as records:
+                async for record in records:
+                    await self._take(run, record)
+            if run._result is None and run._error is None:
+                run._error = SandboxError(
+                    "the daemon ended before the job did",
+                    hint="submit the job without waiting to outlive it",
+                )
+        except SandboxError as error:
+            run._error = error
+        finally:
+            run._done.set()
+            run._send.close()
+
+    async def _take(self, run: ClientRun, record: Mapping[str, Any]) -> None:
+        if record["type"] == "exit":
+            run._result = await self._result(record["result"])
+        event = event_of(record, run._result)
+        run._usage = event.usage or run._usage
+        if run._deaf:
+            return
+        try:
+            await run._send.send(event)
+        except trio.BrokenResourceError:  # the reader has gone: so has the reason to run
+            run._deaf = True
+            run.kill()
+
+    async def _result(self, record: Mapping[str, Any]) -> Result:
+        """The result, with what was collected; the exception where there is none."""
+        if record["status"] == "error":
+            raise error_of(record["error"])
+        refused = {one["path"] for one in record["artifact_errors"]}
+        data = {}
+        for artifact in record["artifacts"]:
+            if artifact["path"] not in refused:
+                target = f"/v1/files/{artifact['sha256']}"
+                async with self._links.asking("GET", target) as answer:
+                    data[artifact["sha256"]] = await answer.body()
+        return result_of(record, data)
+
+    async def _store(self, digest: str, pieces: AsyncGenerator[bytes, None]) -> None:
+        async with (
+            aclosing(pieces),
+            self._links.asking("PUT", f"/v1/files/{digest}", pieces) as answer,
+        ):
+            await answer.body()
+
+    async def info(self) -> Info:
+        """What the daemon says of itself and of its caller."""
+        async with self._links.asking("GET", "/v1/info") as answer:
+            return msgspec.json.decode(await answer.body(), type=Info)
+
+
+async def _records(
+    pieces: AsyncGenerator[bytes, None],
+) -> AsyncGenerator[dict[str, Any], None]:
+    rest = b""
+    async for piece in pieces:
+        *lines, rest = (rest + piece).split(b"\n")
+        for line in lines:
+            yield msgspec.json.decode(line)
+
+
+class Stdin(trio.abc.SendStream):
+    """What an interactive job reads."""
+
+    def __init__(self, links: Links, job: str) -> None:
+        self._links = links
+        self._target = f"/v1/jobs/{job}/stdin"
+        self._closed = False
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        if self._closed:
+            raise trio.ClosedResourceError
+        try:
+            async with self._links.asking("POST", self._target, bytes(data)) as answer:
+                await answer.body()
+        except SandboxError as error:
+            if is_closed(error):
+                raise trio.BrokenResourceError(str(error)) from None
+            raise
+
+    async def wait_send_all_might_not_block(self) -> None:
+        await trio.lowlevel.checkpoint()
+
+    async def aclose(self) -> None:
+        if self._closed:
+            await trio.lowlevel.checkpoint()
+            return
+        self._closed = True
+        with suppress(SandboxError):
+            async with self._links.asking("POST", f"{self._target}?eof=1", b"") as answer:
+                await answer.body()
+
+
+class ClientRun:
+    """One run in progress, as supervise.run.Run is."""
+
+    def __init__(self, job: str, links: Links, nursery: trio.Nursery, *, feeds: bool) -> None:
+        self.id = job
+        self.stdin: trio.abc.SendStream | None = Stdin(links, job) if feeds else None
+        self._send, self.events = trio.open_memory_channel[Event](EVENTS_BUFFER)
+        self._links = links
+        self._nursery = nursery
+        self._done = trio.Event()
+        self._usage: Usage | None = None
+        self._result: Result | None = None
+        self._error: SandboxError | None = None
+        self._error_told = False
+        self._deaf = False
+
+    def kill(self) -> None:
+        """End it; its status will be `cancelled`."""
+        self._nursery.start_soon(self._quietly, "DELETE", f"/v1/jobs/{self.id}", None)
+
+    async def _quietly(self, method: str, target: str, body: bytes | None) -> None:
+        with suppress(SandboxError):  # it is over, or the daemon: wait() says which
+            async with self._links.asking(method, target, body) as answer:
+                await answer.body()
+
+    async def _signal(self, name: str, **more: int) -> None:
+        body = msgspec.json.encode({"signal": name, **more})
+        async with self._links.asking("POST", f"/v1/jobs/{self.id}/signal", body) as answer:
+            await answer.body()
+
+    def usage(self) -> Usage:
+        """What the last event of type `usage` said; SandboxError if there was none yet."""
+        if self._usage is None:
+            raise SandboxError("no usage yet", hint="Client.start(job, usage_every=...)")
+        return self._usage
+
+    async def pause(self) -> None:
+        """Freeze the whole run; HostError where the daemon has no cgroup for it."""
+        await self._signal("STOP")
+
+    def resume(self) -> None:
+        """Let it go on."""
+        body = msgspec.json.encode({"signal": "CONT"})
+        target = f"/v1/jobs/{self.id}/signal"
+        self._nursery.start_soon(self._quietly, "POST", target, body)
+
+    def resize(self, rows: int, columns: int) -> None:
+        """Tell the job's terminal its new size."""
+        body = msgspec.json.encode({"signal": "WINCH", "rows": rows, "columns": columns})
+        target = f"/v1/jobs/{self.id}/signal"
+        self._nursery.start_soon(self._quietly, "POST", target, body)
+
+    async def wait(self) -> Result:
+        """The result. Someone must read `events` meanwhile."""
+        await self._done.wait()
+        if self._error is not None:
+            self._error_told = True
+            raise self._error
+        if self._result is None:
+            raise SandboxError("the run was left before it ended", hint="wait inside the block")
+        return self._result
+
+
+@asynccontextmanager
+async def connect(url: str | None = None, *, token: str | None = None) -> AsyncIterator[Client]:
+    """A daemon's client; leaving the block ends the runs that are still followed.
+
+    `url` is "unix:///path" or "http://host:port" (default: $SANDBOXD_HOST, else this user's
+    daemon), `token` one of the daemon's (default: $SANDBOXD_TOKEN). HostError if none is there.
+    """
+    where = address.named(os.environ) if url is None else address.parse(url)
+    links = Links(where, token if token is not None else os.environ.get("SANDBOXD_TOKEN"))
+    try:
+        client = Client(links)
+        await client.info()
+        yield client
+    finally:
+        with trio.CancelScope(shield=True):
+            await links.close()

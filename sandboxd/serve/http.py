@@ -1,0 +1,352 @@
+"""One HTTP/1.1 connection: requests in, replies out, and noticing that the other side has gone.
+
+Theory of operation. h11 knows the protocol; here are the bytes, the clocks and the bounds. A head
+must come within HEAD_TIME and is at most HEAD_SIZE; a body comes at no less than SLOWEST bytes a
+second and is at most what its route takes. One request is answered at a time. While it is, what
+the peer sends ahead (a pipelined request) is held up to AHEAD bytes, and more ends the connection:
+the socket must be read all along, because its end is how we learn that nobody waits any more.
+
+Whoever breaks the protocol gets an answer if one can still be sent, and is disconnected.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import math
+import socket
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+import h11
+import trio
+
+from sandboxd.serve.wire import Refusal, encode
+from sandboxd.supervise.runner import one_error
+
+HEAD_SIZE = 32 << 10
+HEAD_TIME = 10.0
+"""Seconds in which a head must be complete, from its first byte."""
+IDLE_TIME = 60.0
+"""Seconds in which the next request must begin."""
+BODY_TIME = 20.0
+"""Seconds that a body may take on top of what its size takes at SLOWEST."""
+SLOWEST = 4096
+"""Bytes a second that a body comes at, at least."""
+STALL_TIME = 300.0
+"""Seconds in which a reader takes something of a reply, at least."""
+AHEAD = 64 << 10
+CHUNK = 64 << 10
+LINGER = 1.0
+"""Seconds in which what is still on its way to us is thrown away, so that our answer arrives."""
+
+JSON = "application/json"
+PROBLEM = "application/problem+json"
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """Who is on the other end of a connection: a uid on a Unix socket, else an address."""
+
+    uid: int | None = None
+    address: str = ""
+
+
+@dataclass(slots=True)
+class Reply:
+    """An answer: a body, or a stream of pieces that lasts as long as it takes."""
+
+    status: int = 200
+    body: bytes = b""
+    kind: str = JSON
+    headers: list[tuple[str, str]] = field(default_factory=list)
+    stream: AsyncGenerator[bytes, None] | None = None
+    ended: Callable[[], Awaitable[None]] | None = None
+    """Called in every ending of a stream, also where it never began."""
+
+    @classmethod
+    def of(cls, value: object, status: int = 200) -> Reply:
+        return cls(status, encode(value))
+
+    @classmethod
+    def no(cls, refusal: Refusal) -> Reply:
+        return cls(refusal.status, encode(refusal.json()), PROBLEM, list(refusal.headers))
+
+
+Handler = Callable[["Request"], Awaitable[Reply]]
+
+
+class Gone(Exception):
+    """The other side closed the connection, or broke off."""
+
+
+class Conversation:
+    """The bytes of one connection, and h11's view of them."""
+
+    def __init__(self, stream: trio.SocketStream, peer: Peer) -> None:
+        self.peer = peer
+        self.stream = stream
+        self.machine = h11.Connection(h11.SERVER, max_incomplete_event_size=HEAD_SIZE)
+        self._ahead = bytearray()
+        self._ended = False
+        self._receiving = trio.Lock()
+
+    async def _receive(self) -> None:
+        """Give h11 what comes next."""
+        if self._ahead:
+            data = bytes(self._ahead)
+            self._ahead.clear()
+        elif self._ended:
+            data = b""
+        else:
+            data = await self._read()
+        self.machine.receive_data(data)
+
+    async def _read(self) -> bytes:
+        async with self._receiving:
+            try:
+                data = await self.stream.receive_some(CHUNK)
+            except trio.BrokenResourceError:
+                data = b""
+            self._ended = not data
+            return bytes(data)
+
+    async def next_event(self, deadline: float = math.inf) -> h11.Event | type[h11.PAUSED]:
+        """trio.TooSlowError after the deadline."""
+        while True:
+            event = self.machine.next_event()
+            if not isinstance(event, type) or event is h11.PAUSED:
+                return event
+            if self.machine.they_are_waiting_for_100_continue:
+                await self.send(h11.InformationalResponse(status_code=100, headers=[]))
+            with trio.fail_at(deadline):
+                await self._receive()
+
+    async def send(self, *events: h11.Event) -> None:
+        """Gone if the peer has, or takes nothing for STALL_TIME."""
+        data = b"".join(self.machine.send(event) or b"" for event in events)
+        rest = memoryview(data)
+        try:
+            while rest:
+                with trio.fail_after(STALL_TIME):
+                    await self.stream.send_all(rest[:CHUNK])
+                rest = rest[CHUNK:]
+        except (trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError):
+            raise Gone from None
+
+    async def wait_gone(self) -> None:
+        """Returns when the peer has closed its side, or sends too much ahead."""
+        while not self._ended:
+            data = await self._read()
+            self._ahead += data
+            if len(self._ahead) > AHEAD:
+                return
+
+    async def next_request(self) -> Request | None:
+        """The next one; None at the connection's end. Refusal for what is none."""
+        with trio.move_on_after(IDLE_TIME) as idle:
+            while not self.machine.trailing_data[0]:
+                await self._receive()
+                if self._ended:
+                    break
+        if idle.cancelled_caught:
+            return None
+        try:
+            event = await self.next_event(trio.current_time() + HEAD_TIME)
+        except trio.TooSlowError:
+            raise Refusal(408, "request", "the head did not come to its end") from None
+        if not isinstance(event, h11.Request):
+            return None
+        return Request(self, event)
+
+    async def linger(self) -> None:
+        """Throw away what is still coming: closing with unread data would take our answer back."""
+        with contextlib.suppress(OSError), trio.move_on_after(LINGER):
+            self.stream.socket.shutdown(socket.SHUT_WR)
+            for _ in range(256):
+                if self._ended or not await self._read():
+                    break
+
+
+class Request:
+    """A request whose head is here; its body is read when somebody asks for it."""
+
+    def __init__(self, conversation: Conversation, head: h11.Request) -> None:
+        self.conversation = conversation
+        self.method = head.method.decode("ascii")
+        self.headers = {
+            name.decode("ascii"): value.decode("latin-1") for name, value in head.headers
+        }
+        try:
+            target = urlsplit(head.target.decode("ascii"))
+            pairs = parse_qsl(target.query, keep_blank_values=True, max_num_fields=32)
+        except ValueError as error:
+            raise Refusal(400, "request", f"the target cannot be read: {error}") from None
+        self.path = tuple(unquote(part) for part in target.path.split("/")[1:])
+        self.query = dict(pairs)
+        self.body_read = False
+
+    @property
+    def peer(self) -> Peer:
+        return self.conversation.peer
+
+    @property
+    def length(self) -> int | None:
+        """What the head says of the body's size; None where it comes in chunks."""
+        if "transfer-encoding" in self.headers:
+            return None
+        return int(self.headers.get("content-length", "0"))
+
+    async def chunks(self, most: int, *, patient: bool = False) -> AsyncGenerator[bytes, None]:
+        """The body, piece by piece; 413 above `most`. A patient reader lets it come slowly."""
+        if self.length is not None and self.length > most:
+            raise Refusal(413, "request", f"a body of {self.length} bytes, and {most} is the most")
+        count, began = 0, trio.current_time()
+        while True:
+            deadline = math.inf if patient else began + BODY_TIME + count / SLOWEST
+            try:
+                event = await self.conversation.next_event(deadline)
+            except trio.TooSlowError:
+                raise Refusal(408, "request", "the body came too slowly") from None
+            if isinstance(event, h11.EndOfMessage):
+                self.body_read = True
+                return
+            if not isinstance(event, h11.Data):
+                raise Gone
+            count += len(event.data)
+            if count > most:
+                raise Refusal(413, "request", f"a body of more than {most} bytes")
+            ours = trio.current_time()
+            yield bytes(event.data)
+            began += trio.current_time() - ours
+
+    async def body(self, most: int) -> bytes:
+        async with contextlib.aclosing(self.chunks(most)) as pieces:
+            return b"".join([piece async for piece in pieces])
+
+    @contextlib.asynccontextmanager
+    async def until_gone(self) -> AsyncIterator[trio.CancelScope]:
+        """Cancels the block when the peer goes away; the scope says whether it did."""
+        with one_error():
+            async with trio.open_nursery() as nursery:
+                scope = trio.CancelScope()
+
+                async def watch() -> None:
+                    await self.conversation.wait_gone()
+                    scope.cancel()
+
+                nursery.start_soon(watch)
+                with scope:
+                    yield scope
+                nursery.cancel_scope.cancel()
+
+
+# -- replies ---------------------------------------------------------------------------------
+
+
+async def converse(conversation: Conversation, handle: Handler, date: Callable[[], str]) -> None:
+    """Answer requests until the connection ends."""
+    try:
+        while await _exchange(conversation, handle, date):
+            pass
+    except (Gone, trio.BrokenResourceError, trio.ClosedResourceError):
+        return
+    except h11.LocalProtocolError:  # what we say does not fit what was said before: hang up
+        return
+
+
+async def _exchange(conversation: Conversation, handle: Handler, date: Callable[[], str]) -> bool:
+    """One request and its reply; whether another may follow."""
+    request = None
+    try:
+        request = await conversation.next_request()
+        if request is None:
+            return False
+        reply = await handle(request)
+    except Refusal as refusal:
+        reply = Reply.no(refusal)
+    except h11.RemoteProtocolError as error:
+        status = error.error_status_hint
+        reply = Reply.no(Refusal(status, "request", f"no HTTP/1.1: {error}"))
+        request = None
+    if request is not None and not request.body_read and await _has_no_body(request):
+        request.body_read = True
+    closing = request is None or not request.body_read
+    try:
+        await _send(conversation, reply, (date(), closing, request))
+    finally:
+        if reply.ended is not None:
+            with trio.CancelScope(shield=True):
+                await reply.ended()
+    if closing or conversation.machine.our_state is h11.MUST_CLOSE:
+        if closing:
+            await conversation.linger()
+        return False
+    if conversation.machine.their_state is h11.DONE:
+        conversation.machine.start_next_cycle()
+        return True
+    return False
+
+
+async def _has_no_body(request: Request) -> bool:
+    """Whether there is nothing to read; its end is then taken from h11."""
+    if request.length != 0:
+        return False
+    try:
+        async with contextlib.aclosing(request.chunks(0)) as pieces:
+            return [piece async for piece in pieces] == []
+    except (Refusal, h11.RemoteProtocolError):
+        return False
+
+
+async def _send(
+    conversation: Conversation, reply: Reply, how: tuple[str, bool, Request | None]
+) -> None:
+    date, closing, request = how
+    if conversation.machine.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
+        raise Gone
+    headers = [("Date", date), ("Content-Type", reply.kind), *reply.headers]
+    headers += [("Cache-Control", "no-store"), ("X-Content-Type-Options", "nosniff")]
+    if closing:
+        headers.append(("Connection", "close"))
+    silent = request is not None and request.method == "HEAD"
+    if reply.stream is None:
+        if reply.status != 204:
+            headers.append(("Content-Length", str(len(reply.body))))
+        body = [] if silent or not reply.body else [h11.Data(data=reply.body)]
+        await conversation.send(_head(reply.status, headers), *body, h11.EndOfMessage())
+        return
+    async with contextlib.aclosing(reply.stream):
+        if silent or request is None:
+            await conversation.send(_head(reply.status, headers), h11.EndOfMessage())
+            return
+        async with request.until_gone() as scope:
+            await conversation.send(_head(reply.status, headers))
+            async for piece in reply.stream:
+                await conversation.send(h11.Data(data=piece))
+            await conversation.send(h11.EndOfMessage())
+        if scope.cancelled_caught:
+            raise Gone
+
+
+def _head(status: int, headers: Iterable[tuple[str, str]]) -> h11.Response:
+    reason = HTTPStatus(status).phrase
+    return h11.Response(status_code=status, headers=list(headers), reason=reason)
+
+
+# -- who is there ----------------------------------------------------------------------------
+
+
+def peer_of(stream: trio.SocketStream) -> Peer:
+    """SO_PEERCRED of unix(7): the uid that connected, as the kernel saw it then."""
+    if stream.socket.family == socket.AF_UNIX:
+        credentials = stream.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+        return Peer(uid=int.from_bytes(credentials[4:8], "little", signed=False))
+    try:
+        return Peer(address=stream.socket.getpeername()[0])
+    except OSError as error:
+        if error.errno != errno.ENOTCONN:
+            raise
+        return Peer(address="gone")

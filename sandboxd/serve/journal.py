@@ -1,0 +1,317 @@
+"""What the daemon must not forget: accepted jobs, which of them were started, and results.
+
+Theory of operation. One sqlite database in WAL mode with synchronous=FULL, so that what is
+committed survives a power cut (sqlite.org/pragma.html#pragma_synchronous). One task writes: it
+takes all that waits to be written and commits it together, in a thread; who must be sure waits for
+that commit. A job is `running` in the journal before its sandbox is made, and `done` before anybody
+hears of its result. So after a crash `queued` jobs were never started, and `running` ones may have
+been.
+
+The lock on the directory is held by the open file: it goes with the process, however that ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import sqlite3
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from sandboxd.errors import HostError
+
+VERSION = 1
+MOST_AT_ONCE = 512
+"""Changes of one commit, and those that may wait without anybody waiting for them."""
+
+_SCHEMA = """
+PRAGMA auto_vacuum=INCREMENTAL;
+BEGIN;
+CREATE TABLE jobs(
+  number INTEGER PRIMARY KEY AUTOINCREMENT, caller TEXT NOT NULL, id TEXT NOT NULL,
+  state TEXT NOT NULL, about BLOB NOT NULL, request BLOB, key TEXT, body BLOB,
+  created REAL NOT NULL, started REAL, ended REAL, attempts INTEGER NOT NULL,
+  status TEXT, result BLOB, events BLOB, size INTEGER NOT NULL DEFAULT 0,
+  UNIQUE(caller, id));
+CREATE UNIQUE INDEX jobs_key ON jobs(caller, key) WHERE key IS NOT NULL;
+CREATE INDEX jobs_state ON jobs(state, ended);
+PRAGMA user_version=1;
+COMMIT;
+"""
+_COLUMNS = """number, caller, id, state, about, request, key, body, created, started, ended,
+ attempts, status, result, events"""
+_BRIEF = """number, caller, id, state, about, NULL, key, body, created, started, ended,
+ attempts, status, NULL, NULL"""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A job as the journal has it. Times are seconds since 1970."""
+
+    number: int
+    caller: str
+    id: str
+    state: str
+    about: bytes
+    request: bytes | None
+    key: str | None
+    body: bytes | None
+    created: float
+    started: float | None
+    ended: float | None
+    attempts: int
+    status: str | None
+    result: bytes | None
+    events: bytes | None
+
+
+@dataclass(slots=True)
+class _Change:
+    sql: str
+    values: tuple[Any, ...]
+    written: trio.Event
+    error: Exception | None = None
+
+
+class Journal:
+    """Made by `open_journal`."""
+
+    def __init__(self, database: sqlite3.Connection) -> None:
+        self._database = database
+        self._using = trio.CapacityLimiter(1)
+        self._waiting: list[_Change] = []
+        self._more = trio.Event()
+        self._committing = False
+
+    # -- writing
+
+    async def write(self, sql: str, *values: Any) -> None:
+        """Returns when it is on disk; HostError if that cannot be had."""
+        change = self._add(sql, values)
+        await change.written.wait()
+        if change.error is not None:
+            raise HostError(
+                "journal",
+                f"the journal cannot be written: {change.error}",
+                hint="is there room on its disk?",
+            ) from change.error
+
+    async def note(self, sql: str, *values: Any) -> None:
+        """It will be on disk in a moment; waits only while too much is on its way there."""
+        change = self._add(sql, values)
+        if len(self._waiting) > MOST_AT_ONCE:
+            await change.written.wait()
+
+    def _add(self, sql: str, values: tuple[Any, ...]) -> _Change:
+        change = _Change(sql, values, trio.Event())
+        self._waiting.append(change)
+        self._more.set()
+        return change
+
+    async def accept(self, row: Row) -> None:
+        values = (row.caller, row.id, row.state, row.about, row.request, row.key, row.body)
+        await self.write(
+            "INSERT INTO jobs(caller, id, state, about, request, key, body, created, attempts,"
+            " size) VALUES(?,?,?,?,?,?,?,?,0,?)",
+            *values,
+            row.created,
+            len(row.request or b""),
+        )
+
+    async def start(self, caller: str, job: str, attempts: int) -> None:
+        await self.write(
+            "UPDATE jobs SET state='running', started=?, attempts=? WHERE caller=? AND id=?",
+            time.time(),
+            attempts,
+            caller,
+            job,
+        )
+
+    async def finish(self, row: Row, size: int, *, known: bool) -> None:
+        """The end of a job; one that is not `known` here yet is only noted."""
+        end = (row.started, row.ended, row.attempts, row.status, row.result, row.events, size)
+        if known:
+            await self.write(
+                "UPDATE jobs SET state='done', request=NULL, started=?, ended=?, attempts=?,"
+                " status=?, result=?, events=?, size=? WHERE caller=? AND id=?",
+                *end,
+                row.caller,
+                row.id,
+            )
+            return
+        await self.note(
+            "INSERT INTO jobs(caller, id, state, about, created, started, ended, attempts, status,"
+            " result, events, size) VALUES(?,?,'done',?,?,?,?,?,?,?,?,?)",
+            row.caller,
+            row.id,
+            row.about,
+            row.created,
+            *end,
+        )
+
+    async def flush(self) -> None:
+        """Everything noted up to now is on disk."""
+        await self.write("SELECT 1")
+
+    async def _write_all(self) -> None:
+        while True:
+            await self._more.wait()
+            batch, self._waiting = self._waiting[:MOST_AT_ONCE], self._waiting[MOST_AT_ONCE:]
+            if not self._waiting:
+                self._more = trio.Event()
+            self._committing = True
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(self._commit, batch, limiter=self._using)
+            self._committing = False
+            for change in batch:
+                change.written.set()
+
+    def _commit(self, batch: list[_Change]) -> None:
+        """All of them at once; where that fails each alone, so that one takes no other with it."""
+        try:
+            self._apply(batch)
+        except sqlite3.Error:
+            for change in batch:
+                try:
+                    self._apply([change])
+                except sqlite3.Error as error:
+                    change.error = error
+
+    def _apply(self, batch: list[_Change]) -> None:
+        try:
+            self._database.execute("BEGIN IMMEDIATE")
+            for change in batch:
+                self._database.execute(change.sql, change.values)
+            self._database.execute("COMMIT")
+        except sqlite3.Error:
+            with contextlib.suppress(sqlite3.Error):
+                self._database.execute("ROLLBACK")
+            raise
+
+    # -- reading
+
+    async def select(self, sql: str, *values: Any) -> list[Any]:
+        """What was written or noted before is seen."""
+        if self._waiting or self._committing:
+            await self.flush()
+
+        def look() -> list[Any]:
+            return self._database.execute(sql, values).fetchall()
+
+        return await trio.to_thread.run_sync(look, limiter=self._using)
+
+    async def find(self, caller: str, job: str) -> Row | None:
+        sql = f"SELECT {_COLUMNS} FROM jobs WHERE caller=? AND id=?"
+        return next((Row(*one) for one in await self.select(sql, caller, job)), None)
+
+    async def find_key(self, caller: str, key: str) -> Row | None:
+        sql = f"SELECT {_BRIEF} FROM jobs WHERE caller=? AND key=?"
+        return next((Row(*one) for one in await self.select(sql, caller, key)), None)
+
+    async def unfinished(self) -> list[Row]:
+        """What a daemon that is gone left, oldest first."""
+        sql = f"SELECT {_COLUMNS} FROM jobs WHERE state IN ('queued', 'running') ORDER BY number"
+        return [Row(*one) for one in await self.select(sql)]
+
+    async def page(
+        self, caller: str, state: str | None, before: int | None, most: int
+    ) -> list[Row]:
+        """The newest first."""
+        sql = (
+            f"SELECT {_BRIEF} FROM jobs WHERE caller=? AND (? IS NULL OR state=?)"
+            " AND (? IS NULL OR number<?) ORDER BY number DESC LIMIT ?"
+        )
+        rows = await self.select(sql, caller, state, state, before, before, most)
+        return [Row(*one) for one in rows]
+
+    # -- getting rid of what is old
+
+    async def expire(self, age: float, most: int) -> list[tuple[str, str]]:
+        """Forget results older than `age` seconds, and the oldest above `most` bytes in all."""
+        doomed = await self.select(
+            "SELECT number, caller, id FROM (SELECT number, caller, id, ended,"
+            " SUM(size) OVER (ORDER BY ended DESC, number DESC) AS so_far FROM jobs"
+            " WHERE state='done') WHERE ended < ? OR so_far > ? LIMIT ?",
+            time.time() - age,
+            most,
+            MOST_AT_ONCE,
+        )
+        for number, _, _ in doomed:
+            await self.note("DELETE FROM jobs WHERE number=?", number)
+        if doomed:
+            await self.flush()
+            await self.select("PRAGMA incremental_vacuum")
+        return [(caller, job) for _, caller, job in doomed]
+
+
+@asynccontextmanager
+async def open_journal(folder: Path) -> AsyncIterator[Journal]:
+    """The journal in this directory, which no other daemon may have open: HostError."""
+    with _locked(folder), contextlib.closing(_connect(folder / "journal.sqlite")) as database:
+        journal = Journal(database)
+        async with trio.open_nursery() as nursery:
+            writing = trio.CancelScope(shield=True)
+
+            async def write() -> None:
+                with writing:
+                    await journal._write_all()
+
+            nursery.start_soon(write)
+            try:
+                yield journal
+            finally:
+                with trio.CancelScope(shield=True):
+                    await journal.flush()
+                writing.cancel()
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise HostError(
+            "state", f"{folder}: {error.strerror}", hint="name another: --state DIR"
+        ) from None
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise HostError(
+                "state",
+                f"{folder}: another daemon has it",
+                hint="stop that one, or name another: --state DIR",
+            ) from None
+        yield
+    finally:
+        os.close(lock)
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    try:
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        database = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        version = database.execute("PRAGMA user_version").fetchone()[0]
+        if version == 0:
+            database.executescript(_SCHEMA)
+        elif version != VERSION:
+            database.close()
+            raise HostError(
+                "state",
+                f"{path}: of another version ({version}) of sandboxd",
+                hint="name another directory: --state DIR",
+            )
+        database.execute("PRAGMA journal_mode=WAL")
+        database.execute("PRAGMA synchronous=FULL")
+        database.execute("PRAGMA journal_size_limit=67108864")
+    except (OSError, sqlite3.Error) as error:
+        raise HostError("state", f"{path}: {error}", hint="name another: --state DIR") from None
+    return database

@@ -1,0 +1,116 @@
+"""A job that is not over, and how jobs are told of."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+
+import msgspec
+import trio
+
+from sandboxd.job import Job
+from sandboxd.serve.callers import Caller
+from sandboxd.serve.journal import Row
+from sandboxd.serve.log import Log
+from sandboxd.serve.share import Waiting
+from sandboxd.serve.wire import JobView, Refusal, State, Submission, encode
+from sandboxd.supervise.run import Run
+
+
+class About(msgspec.Struct, frozen=True, kw_only=True):
+    """What the journal keeps of a submission for as long as it keeps the job."""
+
+    argv: tuple[str, ...]
+    policy: str
+    priority: int
+    traceparent: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A submission and how it came."""
+
+    wanted: Submission
+    body: bytes
+    attached: bool = False
+    """Its caller waits on the connection: it ends with that, and is in the journal afterwards."""
+    key: str | None = None
+    """Idempotency-Key."""
+    digest: bytes | None = None
+    """SHA-256 of the body, where there is a key."""
+    traceparent: str | None = None
+
+
+@dataclass(eq=False, slots=True)
+class Live:
+    """A job that is not over."""
+
+    caller: Caller
+    id: str
+    about: About
+    asked: Asked
+    log: Log
+    waiting: Waiting
+    created: float
+    held: ExitStack = field(default_factory=ExitStack)
+    """What it keeps from being removed."""
+    job: Job | None = None
+    """None while it waits and is large: it is read from the journal when it is started."""
+    attempts: int = 0
+    state: State = "queued"
+    started: float | None = None
+    ended: float | None = None
+    run: Run | None = None
+    record: bytes | None = None
+    status: str | None = None
+    refused: Refusal | None = None
+    """Why there will be no result: the daemon is going down."""
+    cancelled: bool = False
+    begun: trio.Event = field(default_factory=trio.Event)
+    """It runs, or will not any more."""
+    done: trio.Event = field(default_factory=trio.Event)
+
+    def row(self, request: bytes | None = None) -> Row:
+        return Row(
+            0,
+            self.caller.name,
+            self.id,
+            self.state,
+            encode(self.about),
+            request,
+            self.asked.key,
+            self.asked.digest,
+            self.created,
+            self.started,
+            self.ended,
+            self.attempts,
+            self.status,
+            self.record,
+            None,
+        )
+
+
+def view(found: Live | Row, *, brief: bool = False) -> JobView:
+    """How a job is told of; `brief` is without its record."""
+    row = found.row() if isinstance(found, Live) else found
+    about = msgspec.json.decode(row.about, type=About)
+    return JobView(
+        id=row.id,
+        state=row.state,  # type: ignore[arg-type]
+        argv=about.argv,
+        policy=about.policy,
+        priority=about.priority,
+        attempts=row.attempts,
+        created_at=moment(row.created),
+        started_at=None if row.started is None else moment(row.started),
+        ended_at=None if row.ended is None else moment(row.ended),
+        status=row.status,
+        traceparent=about.traceparent,
+        result=None if row.result is None or brief else msgspec.Raw(row.result),
+    )
+
+
+def moment(seconds: float) -> str:
+    """RFC 3339, in UTC."""
+    return datetime.fromtimestamp(seconds, UTC).isoformat()

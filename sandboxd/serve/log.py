@@ -1,0 +1,266 @@
+"""The events of one job: kept within bounds, read from any number on, by any number of readers.
+
+Theory of operation. Lines are gathered in memory. When there are CHUNK bytes of them they are
+sealed: a job that may spill appends them to a file of its own and keeps their place; one that may
+not keeps them in memory. Sealed chunks beyond the bound are given up, oldest first, but never one
+that an attached reader has still to read: then whoever appends waits, which stalls the job and
+nothing else. With `stall` what nobody has read yet is not given up either. What was read stays as
+long as there is room, for a reader whose connection broke. A job that was killed has little left to
+say, and no longer waits for anybody (`hurry`).
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import trio
+
+from sandboxd.serve.wire import place
+
+CHUNK = 64 << 10
+MEMORY = 256 << 10
+"""Bytes of events of a job that does not spill."""
+SEGMENTS = 8
+"""Files that a spilled log has, at most and one more."""
+LAST_WORDS = 4 << 20
+"""Bytes above the bound that a job in a hurry may still add before readers lose the oldest."""
+BLOCK = 256 << 10
+QUIET = 15.0
+"""Seconds after which a reader learns that nothing has happened."""
+
+
+class TooOld(Exception):
+    """The event asked for is kept no more; `first` is the oldest that is."""
+
+    def __init__(self, first: int) -> None:
+        super().__init__(f"events before {first} are gone")
+        self.first = first
+
+
+@dataclass(slots=True)
+class _Chunk:
+    first: int
+    last: int
+    size: int
+    lines: list[bytes] | None
+    """None: they are in the file."""
+    segment: int = 0
+    offset: int = 0
+
+
+class _Reader:
+    def __init__(self, following: int) -> None:
+        self.following = following
+
+
+class Log:
+    """A job's events while it lives. `folder` is made when there is something to spill."""
+
+    def __init__(self, folder: Path | None, most: int, *, stall: bool) -> None:
+        self.folder = folder
+        self._most = most if folder is not None else min(most, MEMORY)
+        self._stall = stall
+        self._sealed: deque[_Chunk] = deque()
+        self._open: list[bytes] = []
+        self._open_size = 0
+        self._first_open = 0
+        self._size = 0
+        self._lost = False
+        self._read_up_to = -1
+        self._hurried = False
+        self._readers: set[_Reader] = set()
+        self._changed = trio.Event()
+        self._room = trio.Event()
+        self.last = -1
+        self.over = False
+
+    # -- the job's side
+
+    async def append(self, seq: int, line: bytes) -> None:
+        """Waits while there is no room; never once `finish` was called."""
+        if not self._open:
+            self._first_open = seq
+        self._open.append(line)
+        self._open_size += len(line) + 1
+        self.last = seq
+        self._wake()
+        if self._open_size >= CHUNK:
+            await self._seal()
+            while self._size > self._most and self._sealed and not self._give_up_oldest():
+                if self._hurried:
+                    break
+                await self._room.wait()
+
+    def hurry(self) -> None:
+        """From now on nobody is waited for: the job has been killed."""
+        self._hurried = True
+        self._make_room()
+
+    async def settle(self) -> None:
+        """What the job said is complete; if some of it is in files, all of it shall be."""
+        if self.spilled and self._open:
+            await self._seal()
+
+    def finish(self, seq: int, line: bytes) -> None:
+        """The last event; it always has room."""
+        if not self._open:
+            self._first_open = seq
+        self._open.append(line)
+        self.last = seq
+        self.over = True
+        self._wake()
+
+    def _wake(self) -> None:
+        self._changed.set()
+        self._changed = trio.Event()
+
+    async def _seal(self) -> None:
+        lines, size = self._open, self._open_size
+        chunk = _Chunk(self._first_open, self.last, size, lines)
+        self._sealed.append(chunk)
+        self._size += size
+        self._open, self._open_size = [], 0
+        if self.folder is not None:
+            await trio.to_thread.run_sync(self._spill, chunk)
+
+    def _spill(self, chunk: _Chunk) -> None:
+        """In a thread: a disk that is slow must hold up nobody else."""
+        assert self.folder is not None
+        assert chunk.lines is not None
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        before = self._sealed[-2] if len(self._sealed) > 1 else None
+        segment = before.segment if before else 0
+        offset = before.offset + before.size if before else 0
+        if offset >= self._most // SEGMENTS:
+            segment, offset = segment + 1, 0
+        with open(self.folder / f"{segment:08}", "ab") as file:
+            file.truncate(offset)
+            file.write(b"".join(line + b"\n" for line in chunk.lines))
+        chunk.segment, chunk.offset, chunk.lines = segment, offset, None
+
+    def _give_up_oldest(self) -> bool:
+        """Whether the oldest chunk was given up; a file goes when all of it is."""
+        oldest = self._sealed[0]
+        wanted = any(reader.following <= oldest.last for reader in self._readers)
+        unread = self._stall and self._read_up_to < oldest.last
+        if (wanted or unread) and not (self._hurried and self._size > self._most + LAST_WORDS):
+            return False
+        self._sealed.popleft()
+        self._size -= oldest.size
+        self._lost = True
+        still = self._sealed and self._sealed[0].segment == oldest.segment
+        if self.folder is not None and oldest.lines is None and not still:
+            with suppress(FileNotFoundError):
+                os.unlink(self.folder / f"{oldest.segment:08}")
+        return True
+
+    # -- the readers' side
+
+    @property
+    def first(self) -> int:
+        """The oldest event that is kept."""
+        return self._sealed[0].first if self._sealed else self._first_open
+
+    @property
+    def spilled(self) -> bool:
+        return any(chunk.lines is None for chunk in self._sealed)
+
+    def lines(self) -> list[bytes] | None:
+        """What is kept, if all of that is in memory."""
+        if self.spilled:
+            return None
+        sealed = [line for chunk in self._sealed for line in chunk.lines or ()]
+        return sealed + self._open
+
+    @contextmanager
+    def reading(self, following: int | None) -> Iterator[_Reader]:
+        """A reader from this event on, or of all that are kept; TooOld if it is kept no more."""
+        if following is None:
+            following = self.first if self._lost else 0
+        if self._lost and following < self.first:
+            raise TooOld(self.first)
+        reader = _Reader(following)
+        self._readers.add(reader)
+        try:
+            yield reader
+        finally:
+            self._readers.discard(reader)
+            self._make_room()
+
+    async def read(
+        self, reader: _Reader, *, follow: bool = True
+    ) -> AsyncGenerator[list[bytes], None]:
+        """Pieces of the log, up to its end, or to what is there now."""
+        while True:
+            changed = self._changed
+            if self._lost and reader.following < self.first:
+                raise TooOld(self.first)
+            lines = await self._piece(reader.following)
+            if lines:
+                yield lines
+                reader.following = place(lines[-1])[0] + 1
+                self._read_up_to = max(self._read_up_to, reader.following - 1)
+                self._make_room()
+            elif not follow or (self.over and reader.following > self.last):
+                return
+            else:
+                with trio.move_on_after(QUIET) as quiet:
+                    await changed.wait()
+                if quiet.cancelled_caught:
+                    yield []
+
+    def _make_room(self) -> None:
+        self._room.set()
+        self._room = trio.Event()
+
+    async def _piece(self, following: int) -> list[bytes]:
+        chunk = next((one for one in self._sealed if one.last >= following), None)
+        if chunk is None:
+            lines = self._open
+        elif chunk.lines is not None:
+            lines = chunk.lines
+        else:
+            lines = await trio.to_thread.run_sync(self._load, chunk)
+        return [line for line in lines if place(line)[0] >= following]
+
+    def _load(self, chunk: _Chunk) -> list[bytes]:
+        assert self.folder is not None
+        with open(self.folder / f"{chunk.segment:08}", "rb") as file:
+            return os.pread(file.fileno(), chunk.size, chunk.offset).splitlines()
+
+
+async def read_finished(folder: Path) -> AsyncGenerator[list[bytes], None]:
+    """What a job that is over left in its files."""
+    for file in await trio.to_thread.run_sync(_segments, folder):
+        rest = b""
+        offset = 0
+        while data := await trio.to_thread.run_sync(_block, file, offset):
+            offset += len(data)
+            *whole, rest = (rest + data).split(b"\n")
+            if whole:
+                yield whole
+
+
+def first_of_finished(folder: Path) -> int | None:
+    """The oldest event in the files; None if there are none."""
+    for file in _segments(folder):
+        with suppress(ValueError):
+            return place(_block(file, 0).partition(b"\n")[0])[0]
+    return None
+
+
+def _segments(folder: Path) -> list[Path]:
+    return sorted(folder.iterdir()) if folder.is_dir() else []
+
+
+def _block(file: Path, offset: int) -> bytes:
+    try:
+        with file.open("rb") as opened:
+            return os.pread(opened.fileno(), BLOCK, offset)
+    except FileNotFoundError:  # it got too old meanwhile
+        return b""

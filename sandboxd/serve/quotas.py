@@ -1,0 +1,72 @@
+"""How much one caller may have, and how much all of them: beyond that, 429 and when again."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from dataclasses import dataclass
+
+from sandboxd.serve.share import Share
+from sandboxd.serve.wire import Refusal
+
+HOUR = 3600.0
+MINUTE = 60.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quotas:
+    """Of one caller, but for `queue`; None is no bound."""
+
+    queue: int = 10_000
+    """Jobs of all callers that wait."""
+    queued: int = 5_000
+    running: int | None = None
+    cpu: float | None = None
+    """CPU seconds an hour."""
+    stored: int = 1 << 30
+    """Bytes of files."""
+
+
+class Spending:
+    """What each caller has used in the last hour, by the minute; a new daemon counts anew."""
+
+    def __init__(self, quotas: Quotas) -> None:
+        self.quotas = quotas
+        self._minutes: dict[str, deque[tuple[float, float]]] = {}
+
+    def check(self, caller: str, share: Share) -> None:
+        """Refusal 429 if the caller, or the queue, has enough."""
+        if share.queued >= self.quotas.queue:
+            raise _later("the queue is full", 1.0)
+        if share.queued_of(caller) >= self.quotas.queued:
+            raise _later(f"{self.quotas.queued} jobs of yours are waiting already", 1.0)
+        if self.quotas.cpu is not None:
+            minutes = self._recent(caller)
+            if sum(cpu for _, cpu in minutes) >= self.quotas.cpu:
+                wait = minutes[0][0] + MINUTE + HOUR - time.monotonic()
+                raise _later(f"{self.quotas.cpu:g} CPU seconds in an hour are used up", wait)
+
+    def spent(self, caller: str, cpu: float) -> None:
+        if self.quotas.cpu is None:
+            return
+        minutes = self._recent(caller)
+        now = time.monotonic()
+        if minutes and minutes[-1][0] > now - MINUTE:
+            minutes[-1] = (minutes[-1][0], minutes[-1][1] + cpu)
+        else:
+            minutes.append((now, cpu))
+        self._minutes[caller] = minutes
+
+    def _recent(self, caller: str) -> deque[tuple[float, float]]:
+        minutes = self._minutes.get(caller, deque())
+        while minutes and minutes[0][0] + MINUTE + HOUR < time.monotonic():
+            minutes.popleft()
+        if not minutes:
+            self._minutes.pop(caller, None)
+        return minutes
+
+
+def _later(why: str, seconds: float) -> Refusal:
+    after = str(max(1, round(seconds)))
+    refusal = Refusal(429, "busy", why, hint=f"ask again in {after} seconds")
+    return refusal.with_header("Retry-After", after)

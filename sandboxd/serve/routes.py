@@ -1,0 +1,419 @@
+"""What is done for each request: from the routes of api.py to the jobs of the book."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+
+import h11
+import trio
+
+import sandboxd
+from sandboxd.errors import HostError, SandboxError
+from sandboxd.result import error_json
+from sandboxd.serve import api, events
+from sandboxd.serve.api import ROUTES, Route
+from sandboxd.serve.book import Book
+from sandboxd.serve.callers import Caller, Callers
+from sandboxd.serve.files import pieces_of
+from sandboxd.serve.http import Gone, Reply, Request
+from sandboxd.serve.journal import Row
+from sandboxd.serve.live import Asked, Live, view
+from sandboxd.serve.metrics import TEXT
+from sandboxd.serve.wire import (
+    DIGEST,
+    FileView,
+    Info,
+    JobList,
+    PolicyView,
+    Refusal,
+    SignalRequest,
+    decode,
+    refusal_of,
+    submission,
+    traceparent,
+)
+from sandboxd.supervise import policies
+from sandboxd.supervise.run import Run
+
+MOST_SMALL = 64 << 10
+MOST_STDIN = 1 << 40
+PAGE, MOST_ON_PAGE = 100, 500
+LONGEST_WAIT = 300.0
+STARTING = 30.0
+"""Seconds that stdin and signals wait for a job to begin."""
+
+logger = logging.getLogger("sandboxd.serve")
+
+
+class Budget:
+    """Bytes of bodies that are in memory at once, of all callers together."""
+
+    def __init__(self, most: int) -> None:
+        self._left = most
+
+    @contextlib.contextmanager
+    def hold(self, size: int) -> Iterator[None]:
+        if size > self._left:
+            raise Refusal(
+                503, "busy", "too many large requests at once", hint="ask again in a moment"
+            ).with_header("Retry-After", "1")
+        self._left -= size
+        try:
+            yield
+        finally:
+            self._left += size
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """Of what is taken over the wire, in bytes."""
+
+    body: int = 16 << 20
+    bodies: int = 256 << 20
+    """Of all requests that are being read, and of jobs whose callers wait for them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A request whose route and caller are known."""
+
+    request: Request
+    caller: Caller
+    names: dict[str, str]
+
+    @property
+    def query(self) -> dict[str, str]:
+        return self.request.query
+
+    def number(self, name: str, default: int | None, most: int) -> int | None:
+        """A number in the query; Refusal 400 if it is none."""
+        text = self.query.get(name)
+        if text is None:
+            return default
+        if not re.fullmatch(r"\d{1,18}", text, re.ASCII):
+            raise Refusal(400, "request", f"{name}={text[:40]!r}: not a number")
+        return min(int(text), most)
+
+    def flag(self, name: str) -> bool:
+        return self.query.get(name, "0") not in ("0", "")
+
+
+class Routes:
+    """The handler of every connection."""
+
+    def __init__(self, book: Book, callers: Callers, bounds: Bounds) -> None:
+        self.book = book
+        self.callers = callers
+        self.bounds = bounds
+        self.budget = Budget(bounds.bodies)
+        self._openapi = Reply.of(api.openapi()).body
+
+    async def handle(self, request: Request) -> Reply:
+        """The reply, whatever happens; Gone where nobody waits for one."""
+        self.book.replying += 1
+        reply = None
+        try:
+            reply = await self._answer(request)
+        finally:
+            if reply is None:
+                self._replied()
+        following = reply.ended
+
+        async def ended() -> None:
+            try:
+                if following is not None:
+                    await following()
+            finally:
+                self._replied()
+
+        reply.ended = ended
+        return reply
+
+    def _replied(self) -> None:
+        self.book.replying -= 1
+        if self.book.draining:
+            self.book.changed()
+
+    async def _answer(self, request: Request) -> Reply:
+        try:
+            reply = await self._handle(request)
+        except Refusal as refusal:
+            reply = Reply.no(refusal)
+        except SandboxError as error:
+            reply = Reply.no(refusal_of(error, error_json(error)))
+        except (Gone, trio.BrokenResourceError, h11.ProtocolError):  # the connection's own affair
+            raise
+        except Exception as error:
+            logger.exception("request failed", extra={"path": "/".join(request.path)[:200]})
+            told = Refusal(
+                500,
+                "internal",
+                f"{type(error).__name__}: a bug in sandboxd",
+                hint="the daemon's log says more",
+            )
+            reply = Reply.no(told)
+        self.book.metrics.requests.add(status=str(reply.status))
+        return reply
+
+    async def _handle(self, request: Request) -> Reply:
+        route, names = self._find(request)
+        caller = Caller("")
+        if not route.open:
+            caller = self.callers.find(request.peer, request.headers)
+        reply: Reply = await getattr(self, route.name)(Call(request, caller, names))
+        return reply
+
+    def _find(self, request: Request) -> tuple[Route, dict[str, str]]:
+        method = "GET" if request.method == "HEAD" else request.method
+        there = [(one, names) for one in ROUTES if (names := one.match(request.path)) is not None]
+        for route, names in there:
+            if route.method == method:
+                return route, names
+        if not there:
+            raise Refusal(404, "request", "no such path", hint="GET /openapi.json has all")
+        allowed = ", ".join(sorted({route.method for route, _ in there}))
+        refusal = Refusal(
+            405, "request", f"{request.method[:20]} is not for this path", hint=allowed
+        )
+        raise refusal.with_header("Allow", allowed)
+
+    # -- jobs
+
+    async def submit(self, call: Call) -> Reply:
+        request, wait = call.request, call.flag("wait")
+        key = request.headers.get("idempotency-key")
+        if key is not None and not re.fullmatch(r"[\x21-\x7e ]{1,255}", key):
+            raise Refusal(400, "request", "Idempotency-Key: 1 to 255 characters of ASCII")
+        async with AsyncExitStack() as stack:
+            most = self.bounds.body
+            size = most if request.length is None else min(request.length, most)
+            stack.enter_context(self.budget.hold(size))
+            body = await request.body(most)
+            asked = Asked(
+                submission(body),
+                body,
+                attached=wait and key is None,
+                key=key,
+                digest=hashlib.sha256(body).digest() if key is not None else None,
+                traceparent=traceparent(request.headers.get("traceparent")),
+            )
+            found, new = await self.book.submit(call.caller, asked)
+            where = ("Location", f"/v1/jobs/{found.id}")
+            if not wait:
+                reply = Reply.of(view(found), 202 if new else 200)
+            elif (kind := events.wanted(request)) is not None:
+                reply = await events.reply(self.book, found, events.Want(kind=kind))
+                self._until_its_end(reply, found if asked.attached else None, stack.pop_all())
+            else:
+                reply = Reply.of(view(await self._wait(request, found, attached=asked.attached)))
+        reply.headers.append(where)
+        return reply
+
+    def _until_its_end(self, reply: Reply, live: Live | Row | None, held: AsyncExitStack) -> None:
+        """With the end of the reply the job ends, and what is `held` is let go."""
+        following = reply.ended
+
+        async def ended() -> None:
+            async with held:
+                if following is not None:
+                    await following()
+                if isinstance(live, Live) and not live.done.is_set():
+                    await self.book.cancel(live)
+
+        reply.ended = ended
+
+    async def _wait(self, request: Request, found: Live | Row, *, attached: bool) -> Live | Row:
+        if isinstance(found, Row):
+            return found
+        try:
+            async with request.until_gone() as scope:
+                await found.done.wait()
+        finally:
+            if attached and not found.done.is_set():
+                with trio.CancelScope(shield=True):
+                    await self.book.cancel(found)
+        if scope.cancelled_caught:
+            raise Gone
+        if found.refused is not None:
+            raise found.refused
+        return found
+
+    async def _job(self, call: Call) -> Live | Row:
+        found = await self.book.find(call.caller, call.names["id"])
+        if found is None:
+            raise Refusal(404, "job", "no such job", hint="GET /v1/jobs lists yours")
+        return found
+
+    async def jobs(self, call: Call) -> Reply:
+        state = call.query.get("state")
+        if state not in (None, "queued", "running", "done"):
+            raise Refusal(400, "request", "state: queued, running or done")
+        most = call.number("limit", PAGE, MOST_ON_PAGE) or PAGE
+        before = call.number("before", None, 1 << 62)
+        rows = await self.book.journal.page(call.caller.name, state, before, most)
+        live = self.book.live
+        mine = (
+            []
+            if before is not None
+            else [
+                one
+                for (caller, _), one in live.items()
+                if caller == call.caller.name and one.asked.attached
+            ]
+        )
+        every = [*reversed(mine), *(live.get((row.caller, row.id), row) for row in rows)]
+        views = [view(one, brief=True) for one in every]
+        following = rows[-1].number if len(rows) == most else None
+        shown = tuple(one for one in views if state in (None, one.state))
+        return Reply.of(JobList(jobs=shown, next=following))
+
+    async def job(self, call: Call) -> Reply:
+        found = await self._job(call)
+        wait = call.number("wait", 0, int(LONGEST_WAIT))
+        if wait and isinstance(found, Live):
+            async with call.request.until_gone() as scope:
+                with trio.move_on_after(wait):
+                    await found.done.wait()
+            if scope.cancelled_caught:
+                raise Gone
+        return Reply.of(view(found))
+
+    async def cancel(self, call: Call) -> Reply:
+        found = await self._job(call)
+        if isinstance(found, Row):
+            return Reply.of(view(found))
+        await self.book.cancel(found)
+        return Reply.of(view(found), 202)
+
+    async def events(self, call: Call) -> Reply:
+        last = call.request.headers.get("last-event-id", "")
+        following = call.number("from", None, 1 << 62)
+        if following is None and re.fullmatch(r"\d{1,16}", last, re.ASCII):
+            following = int(last) + 1
+        kind = events.wanted(call.request) or api.NDJSON
+        follow = call.query.get("follow") != "0"
+        want = events.Want(following, kind, follow)
+        return await events.reply(self.book, await self._job(call), want)
+
+    async def _begun(self, call: Call) -> tuple[Live, Run]:
+        """The job and its run; Refusal 409 where there is none."""
+        found = await self._job(call)
+        if isinstance(found, Live):
+            with trio.move_on_after(STARTING):
+                await found.begun.wait()
+            if found.run is not None and not found.done.is_set():
+                return found, found.run
+            if not found.begun.is_set():
+                raise Refusal(
+                    409, "state", "the job still waits for a slot", hint="ask again later"
+                )
+        raise Refusal(409, "closed", "the job is over")
+
+    async def stdin(self, call: Call) -> Reply:
+        _, run = await self._begun(call)
+        if run.stdin is None:
+            raise Refusal(
+                409, "state", "the job is not interactive", hint='submit "interactive": true'
+            )
+        try:
+            async with contextlib.aclosing(call.request.chunks(MOST_STDIN, patient=True)) as pieces:
+                async for piece in pieces:
+                    await run.stdin.send_all(piece)
+            if call.flag("eof"):
+                await run.stdin.aclose()
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            raise Refusal(409, "closed", "the program has closed its stdin") from None
+        except trio.BusyResourceError:
+            raise Refusal(409, "conflict", "somebody else feeds it at this moment") from None
+        return Reply(204)
+
+    async def signal(self, call: Call) -> Reply:
+        wanted: SignalRequest = decode(await call.request.body(MOST_SMALL), SignalRequest)
+        if wanted.signal == "KILL":
+            found = await self._job(call)
+            if isinstance(found, Row):
+                raise Refusal(409, "closed", "the job is over")
+            await self.book.cancel(found)
+            return Reply(204)
+        _, run = await self._begun(call)
+        try:
+            if wanted.signal == "STOP":
+                await run.pause()
+            elif wanted.signal == "CONT":
+                run.resume()
+            else:
+                run.resize(wanted.rows or 24, wanted.columns or 80)
+        except SandboxError as error:
+            refusal = refusal_of(error, error_json(error))
+            refusal.status = 501 if isinstance(error, HostError) else 409
+            raise refusal from None
+        return Reply(204)
+
+    # -- files, and the rest
+
+    async def put_file(self, call: Call) -> Reply:
+        digest = _digest(call)
+        pieces = call.request.chunks(self.book.settings.quotas.stored)
+        async with contextlib.aclosing(pieces):
+            size = await self.book.files.put(call.caller, digest, pieces)
+        return Reply.of(FileView(sha256=digest, bytes=size), 201)
+
+    async def get_file(self, call: Call) -> Reply:
+        path = self.book.files.path(call.caller.name, _digest(call))
+        return Reply(kind=api.BINARY, stream=pieces_of(path))
+
+    async def policies(self, call: Call) -> Reply:
+        found = await trio.to_thread.run_sync(policies.available)
+        return Reply.of([PolicyView(name=one.name, description=one.description) for one in found])
+
+    async def info(self, call: Call) -> Reply:
+        book, quotas = self.book, self.book.settings.quotas
+        limits: dict[str, int | float | None] = {
+            "body": self.bounds.body,
+            "queue": quotas.queue,
+            "queued": quotas.queued,
+            "running": quotas.running,
+            "cpu_per_hour": quotas.cpu,
+            "stored": quotas.stored,
+            "events": book.settings.events,
+        }
+        return Reply.of(
+            Info(
+                version=sandboxd.__version__,
+                caller=call.caller.name,
+                slots=book.runner.slots,
+                running=book.share.running,
+                queued=book.share.queued,
+                draining=book.draining,
+                limits=limits,
+            )
+        )
+
+    async def healthz(self, call: Call) -> Reply:
+        return Reply(body=b"ok\n", kind=TEXT)
+
+    async def readyz(self, call: Call) -> Reply:
+        if self.book.draining:
+            return Reply(503, b"draining\n", TEXT)
+        return Reply(body=b"ok\n", kind=TEXT)
+
+    async def metrics(self, call: Call) -> Reply:
+        return Reply(body=self.book.metrics.text(), kind=TEXT)
+
+    async def openapi(self, call: Call) -> Reply:
+        return Reply(body=self._openapi)
+
+
+def _digest(call: Call) -> str:
+    digest = call.names["sha256"]
+    if not re.fullmatch(DIGEST, digest, re.ASCII):
+        raise Refusal(
+            400, "file", "a file is named by its SHA-256: 64 hexadecimal digits, lower case"
+        )
+    return digest

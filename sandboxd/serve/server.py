@@ -1,0 +1,270 @@
+"""`sandboxd serve`: from a directory and addresses to a daemon that answers, until told to end.
+
+It ends in this order: no new jobs; those that run may end; then what is left is killed, which the
+journal has as running, so the next daemon reports them lost or starts them again; then the sockets.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import email.utils
+import errno
+import functools
+import logging
+import os
+import resource
+import signal
+import socket
+import stat
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import trio
+
+from sandboxd.errors import HostError
+from sandboxd.serve import systemd
+from sandboxd.serve.address import Tcp, Unix
+from sandboxd.serve.book import Book, Settings, open_book
+from sandboxd.serve.callers import Callers, is_loopback
+from sandboxd.serve.http import Conversation, converse, peer_of
+from sandboxd.serve.journal import open_journal
+from sandboxd.serve.routes import Bounds, Routes
+from sandboxd.supervise.runner import one_error, open_runner
+
+BACKLOG = 1024
+MOST_CONNECTIONS = 8192
+RESERVED = 256
+"""Descriptors that are not for connections; and on top for each slot PER_SLOT."""
+PER_SLOT = 16
+LAST_REPLIES = 2.0
+"""Seconds in which replies that are on their way are still sent, at the end."""
+_FULL = b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+
+logger = logging.getLogger("sandboxd.serve")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """All there is to decide."""
+
+    settings: Settings
+    addresses: Sequence[Unix | Tcp]
+    callers: Callers
+    bounds: Bounds = field(default_factory=Bounds)
+    slots: int | None = None
+    spares: int = 0
+    cgroup: str | None = None
+    drain: float = 30.0
+    """Seconds that running jobs get when the daemon is told to end."""
+
+
+class Connections:
+    """The connections there are, and how many of them wait for a reply."""
+
+    def __init__(self, routes: Routes, most: int) -> None:
+        self._routes = routes
+        self._most = most
+        self.count = 0
+        self._date = (0, "")
+
+    async def serve(self, stream: trio.SocketStream) -> None:
+        """One of them, to its end; what goes wrong here is nobody else's."""
+        self.count += 1
+        try:
+            if self.count > self._most:
+                with contextlib.suppress(OSError):
+                    stream.socket.send(_FULL)
+                return
+            await converse(Conversation(stream, peer_of(stream)), self._routes.handle, self._now)
+        except Exception:
+            logger.exception("connection failed")
+        finally:
+            self.count -= 1
+            await trio.aclose_forcefully(stream)
+
+    def _now(self) -> str:
+        """The Date of replies; made once a second."""
+        now = int(time.time())
+        if self._date[0] != now:
+            self._date = now, email.utils.formatdate(now, usegmt=True)
+        return self._date[1]
+
+
+async def serve(options: Options, *, ready: Callable[[Book], None] = lambda _: None) -> None:
+    """Serve until SIGTERM or SIGINT, or until cancelled. HostError if it cannot begin."""
+    with one_error(), trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        async with (
+            open_journal(options.settings.state) as journal,
+            open_runner(
+                slots=options.slots, spares=options.spares, cgroup=options.cgroup
+            ) as runner,
+            open_book(runner, journal, options.settings) as book,
+        ):
+            routes = Routes(book, options.callers, options.bounds)
+            connections = Connections(routes, most_connections(runner.slots))
+            _gauges(book, connections)
+            async with _listening(options) as listeners, trio.open_nursery() as nursery:
+                accept = functools.partial(trio.serve_listeners, connections.serve, listeners)
+                nursery.start_soon(accept)
+                systemd.notify("READY=1")
+                logger.info("ready")
+                ready(book)
+                await anext(aiter(signals))
+                await _end(book, signals, options.drain)
+                nursery.cancel_scope.cancel()
+
+
+async def _end(book: Book, signals: AsyncIterator[int], seconds: float) -> None:
+    """A second signal does not wait for anything."""
+    systemd.notify("STOPPING=1")
+    logger.info("draining")
+    async with trio.open_nursery() as nursery:
+
+        async def impatient() -> None:
+            await anext(signals)
+            nursery.cancel_scope.cancel()
+
+        nursery.start_soon(impatient)
+        drained = await book.drain(seconds)
+        if not drained:
+            logger.warning("jobs are left that had not ended in time")
+        with trio.move_on_after(LAST_REPLIES):
+            await book.replied()
+        nursery.cancel_scope.cancel()
+
+
+def most_connections(slots: int) -> int:
+    """As many as there are descriptors for; the soft limit is raised to the hard one."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return MOST_CONNECTIONS
+    return max(16, min(MOST_CONNECTIONS, soft - RESERVED - slots * PER_SLOT))
+
+
+def _gauges(book: Book, connections: Connections) -> None:
+    metrics, share, runner = book.metrics, book.share, book.runner
+    metrics.gauge("sandboxd_jobs_running", "jobs that have a slot", lambda: share.running)
+    metrics.gauge("sandboxd_jobs_queued", "jobs that wait for one", lambda: share.queued)
+    metrics.gauge("sandboxd_slots", "jobs that may run at once", lambda: runner.slots)
+    metrics.gauge("sandboxd_spares", "sandboxes made ahead", lambda: runner.statistics().spares)
+    metrics.gauge("sandboxd_connections", "connections", lambda: connections.count)
+    metrics.gauge("sandboxd_stored_bytes", "files of all callers", book.files.total)
+
+
+# -- listening -------------------------------------------------------------------------------
+
+
+@contextlib.asynccontextmanager
+async def _listening(options: Options) -> AsyncIterator[list[trio.SocketListener]]:
+    async with contextlib.AsyncExitStack() as stack:
+        given = systemd.activated(os.environ)
+        sockets = given or [
+            one for address in options.addresses for one in await _bound(address, options, stack)
+        ]
+        for one in sockets:
+            _check_open(one, options.callers)
+        listeners = []
+        for one in sockets:
+            one.setblocking(False)
+            listener = trio.SocketListener(trio.socket.from_stdlib_socket(one))
+            listeners.append(await stack.enter_async_context(listener))
+        yield listeners
+
+
+def _check_open(listening: socket.socket, callers: Callers) -> None:
+    """A socket that other machines reach needs tokens, wherever it came from."""
+    if listening.family == socket.AF_UNIX or callers.tokens:
+        return
+    host, port = listening.getsockname()[:2]
+    if not is_loopback(host):
+        raise HostError(
+            "tokens",
+            f"{host}:{port} can be reached from elsewhere",
+            hint="--token-file FILE, or a loopback address",
+        )
+
+
+async def _bound(
+    address: Unix | Tcp, options: Options, stack: contextlib.AsyncExitStack
+) -> list[socket.socket]:
+    if isinstance(address, Unix):
+        others = options.callers.uids - {os.getuid()}
+        return [stack.enter_context(_unix(address.path, 0o666 if others else 0o600))]
+    if not options.callers.tokens and not is_loopback(address.host):
+        raise HostError(
+            "tokens",
+            f"{address.host} can be reached from elsewhere",
+            hint="--token-file FILE, or a loopback address",
+        )
+    try:
+        listeners = await trio.open_tcp_listeners(address.port, host=address.host, backlog=BACKLOG)
+    except OSError as error:
+        where = f"{address.host}:{address.port}"
+        raise HostError("address", f"cannot listen on {where}: {error.strerror or error}") from None
+    return [socket.socket(fileno=one.socket.detach()) for one in listeners]
+
+
+@contextlib.contextmanager
+def _unix(path: Path, mode: int) -> Iterator[socket.socket]:
+    """A socket at this path; one that nobody listens on any more is replaced."""
+    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        try:
+            _make_place(path)
+            mask = os.umask(0o777 & ~mode)
+            try:
+                listening.bind(os.fspath(path))
+            finally:
+                os.umask(mask)
+            listening.listen(BACKLOG)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise HostError(
+                "address",
+                f"cannot listen on {path}: {reason}",
+                hint="name another: --listen unix:///path",
+            ) from None
+        made = os.stat(path)
+        yield listening
+        with contextlib.suppress(OSError):
+            found = os.stat(path)
+            if (found.st_dev, found.st_ino) == (made.st_dev, made.st_ino):
+                os.unlink(path)
+    finally:
+        listening.close()
+
+
+def _make_place(path: Path) -> None:
+    """Its directory, which must be ours alone if it is made here; and nothing dead in it."""
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    owner = os.stat(path.parent)
+    if owner.st_uid not in (0, os.getuid()) and not owner.st_mode & stat.S_ISVTX:
+        raise HostError(
+            "address",
+            f"{path.parent} belongs to uid {owner.st_uid}",
+            hint="name another: --listen unix:///path",
+        )
+    try:
+        is_socket = stat.S_ISSOCK(os.lstat(path).st_mode)
+    except FileNotFoundError:
+        return
+    if not is_socket:
+        raise HostError("address", f"{path} is there, and no socket", hint="name another")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as trial:
+        trial.settimeout(1.0)
+        try:
+            trial.connect(os.fspath(path))
+        except OSError as error:
+            if error.errno == errno.ECONNREFUSED:
+                os.unlink(path)
+                return
+        raise HostError(
+            "address",
+            f"{path}: somebody listens there already",
+            hint="stop that daemon, or name another: --listen unix:///path",
+        )

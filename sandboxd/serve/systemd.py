@@ -1,0 +1,36 @@
+"""What systemd and a service of its own say to one another: sockets in, notes out. No library."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from collections.abc import MutableMapping
+
+FIRST = 3
+"""SD_LISTEN_FDS_START, sd_listen_fds(3)."""
+
+
+def activated(environ: MutableMapping[str, str]) -> list[socket.socket]:
+    """The listening sockets we were started with; the variables go, lest a child believes them."""
+    pid, count = environ.pop("LISTEN_PID", ""), environ.pop("LISTEN_FDS", "")
+    environ.pop("LISTEN_FDNAMES", None)
+    if pid != str(os.getpid()) or not count.isdecimal():
+        return []
+    found = []
+    for number in range(FIRST, FIRST + int(count)):
+        os.set_inheritable(number, False)
+        found.append(socket.socket(fileno=number))
+    return found
+
+
+def notify(text: str) -> None:
+    """sd_notify(3): nothing happens where nobody asked for it, or nobody listens."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if not address.startswith(("/", "@")):
+        return
+    if address.startswith("@"):
+        address = "\0" + address[1:]
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+        sender.setblocking(False)
+        sender.sendto(text.encode(), address)

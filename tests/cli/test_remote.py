@@ -1,0 +1,127 @@
+"""submit, ps, logs, wait and cancel, against a daemon in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import trio
+
+from tests.serve.serving import ROOT, Process, folder, process
+
+
+@pytest.fixture
+def served() -> Iterator[Process]:
+    with folder() as place, process(place) as one:
+        links = trio.run(one.links)
+        trio.run(links.close)
+        yield one
+
+
+def sandboxd(served: Process, *argv: str) -> subprocess.CompletedProcess[bytes]:
+    environ = {**os.environ, "SANDBOXD_HOST": f"unix://{served.place}/s", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-P", "-m", "sandboxd", *argv]
+    return subprocess.run(command, env=environ, capture_output=True, timeout=50, check=False)
+
+
+def submit(served: Process, *argv: str) -> str:
+    done = sandboxd(served, "submit", *argv)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.decode().strip()
+
+
+def test_a_job_from_its_beginning_to_its_end(served: Process) -> None:
+    job = submit(served, "--", "sh", "-c", "echo out; echo err >&2; exit 7")
+    waited = sandboxd(served, "wait", job)
+    assert waited.returncode == 7
+    assert b"nonzero_exit 7" in waited.stderr
+    logs = sandboxd(served, "logs", job)
+    assert (logs.stdout, logs.stderr, logs.returncode) == (b"out\n", b"err\n", 0)
+    record = json.loads(sandboxd(served, "wait", "--json", job).stdout)
+    assert (record["status"], record["job"]) == ("nonzero_exit", job)
+
+
+def test_files_limits_variables_and_a_place(served: Process, tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"\xff" * 1_000_000)
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d/x").write_text("x")
+    script = 'test "$PWD" = /tmp && cat /box/d/x && wc -c && printf "$Y" && cp /box/a /box/out'
+    job = submit(
+        served, "--file", f"{tmp_path}/a", "--file", f"{tmp_path}/d", "--stdin", f"{tmp_path}/a",
+        "-w", "/tmp", "-e", "Y=y", "--collect", "out", "-m", "64M", "--", "sh", "-c", script,
+    )  # fmt: skip
+    done = sandboxd(served, "wait", "-q", "--collect-to", str(tmp_path / "got"), job)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert (tmp_path / "got/out").read_bytes() == (tmp_path / "a").read_bytes()
+    assert sandboxd(served, "logs", job).stdout == b"x1000000\ny"
+
+
+def test_following_ends_with_the_job(served: Process) -> None:
+    job = submit(served, "--", "sh", "-c", "for i in 1 2 3; do echo $i; sleep 0.1; done")
+    assert sandboxd(served, "logs", "-f", job).stdout == b"1\n2\n3\n"
+    lines = sandboxd(served, "logs", "--json", job).stdout.splitlines()
+    assert json.loads(lines[-1])["type"] == "exit"
+
+
+def test_without_follow_it_ends_now(served: Process) -> None:
+    job = submit(served, "--", "sleep", "100")
+    assert sandboxd(served, "logs", job).returncode == 0
+    assert sandboxd(served, "cancel", job).returncode == 0
+    assert sandboxd(served, "wait", job).returncode == 137
+
+
+def test_the_list(served: Process) -> None:
+    job = submit(served, "--name", "listed", "--priority", "9", "--", "sleep", "100")
+    assert job == "listed"
+    lines = sandboxd(served, "ps").stdout.decode().splitlines()
+    assert lines[0].split() == ["ID", "STATE", "STATUS", "AGE", "POLICY", "COMMAND"]
+    assert [line for line in lines if line.startswith("listed ") and line.endswith("sleep 100")]
+    sandboxd(served, "cancel", job)
+    sandboxd(served, "wait", job)
+    assert b"listed" not in sandboxd(served, "ps").stdout
+    found = [
+        json.loads(line) for line in sandboxd(served, "ps", "-a", "--json").stdout.splitlines()
+    ]
+    assert [one["status"] for one in found if one["id"] == "listed"] == ["cancelled"]
+    assert len(sandboxd(served, "ps", "-a", "-n", "1").stdout.splitlines()) == 2
+
+
+WRONG: dict[tuple[str, ...], str] = {
+    ("submit",): "no program to run",
+    ("submit", "-p", "nope", "--", "true"): "no policy 'nope'",
+    ("submit", "-m", "1024G", "--", "true"): "more than base.toml allows",
+    ("submit", "--file", "/nothing", "--", "true"): "/nothing: No such file",
+    ("wait", "nobody"): "no such job",
+    ("wait", "../info"): "no such job",
+    ("logs", "nobody"): "no such job",
+    ("cancel", "nobody"): "no such job",
+    ("ps", "--host", "ftp://x"): "no address",
+    ("ps", "--host", "unix:///nothing"): "no daemon at unix:///nothing",
+}
+
+
+def test_what_is_wrong_is_a_line(served: Process) -> None:
+    for argv, message in WRONG.items():
+        done = sandboxd(served, *argv)
+        assert done.returncode in (1, 125)
+        assert message in done.stderr.decode()
+        assert b"Traceback" not in done.stderr
+
+
+def test_it_starts_without_trio() -> None:
+    program = (
+        "import sys\n"
+        "from sandboxd.cli import main, submit, ps, logs, cancel, wait\n"
+        "from sandboxd.serve import plain, address\n"
+        "print(*{'trio', 'msgspec', 'asyncio', 'sandboxd.supervise'} & set(sys.modules))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", program], capture_output=True, check=True,
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.stdout.strip() == b""

@@ -1,0 +1,312 @@
+"""One suite for what runs jobs: a Runner of this process, and a client of a daemon."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import trio
+
+import sandboxd
+from sandboxd import Event, File, Job, JobError, Limits, PolicyError, SandboxError, Terminal
+from sandboxd.policy import Identity, Mount, Policy, Require
+from sandboxd.result import to_json
+from tests.serve.serving import daemon
+from tests.supervise.variants import policy
+
+Either = sandboxd.Runner | sandboxd.Client
+BOTH = pytest.mark.parametrize("where", ["runner", "client"])
+
+
+@asynccontextmanager
+async def opened(where: str) -> AsyncIterator[Either]:
+    if where == "runner":
+        async with sandboxd.open_runner(slots=2) as runner:
+            yield runner
+    else:
+        async with daemon() as served, sandboxd.connect(served.url) as client:
+            yield client
+
+
+async def events_of(run: sandboxd.Run | sandboxd.ClientRun) -> list[Event]:
+    return [event async for event in run.events]
+
+
+@BOTH
+async def test_streams_exit_code_and_the_rest_of_the_record(where: str) -> None:
+    async with opened(where) as either:
+        argv = ["sh", "-c", "cat; echo err >&2; exit 3"]
+        job = Job(argv=argv, stdin=b"\0\xff", policy=policy(), id="mine")
+        result = await either.run(job)
+    assert (result.stdout, result.stderr) == (b"\0\xff", b"err\n")
+    assert (result.status, result.exit_code, result.job) == ("nonzero_exit", 3, "mine")
+    assert result.policy.name == "test"
+    assert to_json(result)["schema"] == "sandboxd.result/1"
+    assert result.usage.wall_time is not None
+
+
+@BOTH
+async def test_words_that_are_no_text(where: str) -> None:
+    async with opened(where) as either:
+        argv = [b"sh", b"-c", b'printf %s "$0$X$PWD"', b"\xff"]
+        env = {"X": b"\xfe"}
+        result = await either.run(Job(argv=argv, env=env, policy=policy(), cwd="/tmp"))
+    assert result.stdout == b"\xff\xfe/tmp"
+
+
+@BOTH
+async def test_output_beyond_what_is_kept(where: str) -> None:
+    async with opened(where) as either:
+        result = await either.run(Job(argv=["seq", "100000"], policy=policy(), keep=100))
+    stream = result.streams["stdout"]
+    assert (stream.kept, stream.truncated, len(stream.tail)) == (100, True, 50)
+    assert stream.tail.endswith(b"99999\n100000\n")
+
+
+@BOTH
+async def test_files_go_in_and_out(where: str, tmp_path: Path) -> None:
+    large = bytes(range(256)) * 3000
+    (tmp_path / "large").write_bytes(large)
+    (tmp_path / "tree/below").mkdir(parents=True)
+    (tmp_path / "tree/below/x").write_text("x")
+    files: dict[str, bytes | Path | File] = {
+        "a": b"a",
+        "b": File(data=b"#!/bin/sh\necho b", mode=0o755),
+        "large": tmp_path / "large",
+        "tree": tmp_path / "tree",
+    }
+    script = "./b && cat a tree/below/x && cp large out && printf '\\377' > bytes"
+    job = Job(
+        argv=["sh", "-c", script], files=files, collect=["out", "bytes"],
+        policy=policy(identity=Identity()),
+    )  # fmt: skip
+    async with opened(where) as either:
+        result = await either.run(job)
+    assert result.stdout == b"b\nax"
+    assert {one.path: one.data for one in result.artifacts} == {"out": large, "bytes": b"\xff"}
+    assert result.artifacts[0].sha256 == hashlib.sha256(result.artifacts[0].data).hexdigest()
+
+
+@BOTH
+async def test_names_of_artifacts_that_are_no_text(where: str) -> None:
+    job = Job(argv=["sh", "-c", "printf x > $(printf '\\377')"], collect=["*"], policy=policy())
+    async with opened(where) as either:
+        result = await either.run(job)
+    assert [(one.path, one.data) for one in result.artifacts] == [("\udcff", b"x")]
+
+
+@BOTH
+async def test_stdin_from_a_file(where: str, tmp_path: Path) -> None:
+    (tmp_path / "in").write_bytes(b"z" * 1_000_000)
+    async with opened(where) as either:
+        job = Job(argv=["wc", "-c"], stdin=tmp_path / "in", policy=policy())
+        assert (await either.run(job)).stdout == b"1000000\n"
+
+
+@BOTH
+async def test_limits_are_enforced_and_may_only_be_lower(where: str) -> None:
+    async with opened(where) as either:
+        job = Job(argv=["sleep", "100"], limits=Limits(wall_time=0.2))
+        assert (await either.run(job)).status == "wall_time_limit"
+        with pytest.raises(PolicyError, match="more than base"):
+            await either.run(Job(argv=["true"], limits=Limits(wall_time=1e6)))
+
+
+@BOTH
+async def test_what_sandboxd_cannot_do_is_an_exception(where: str, tmp_path: Path) -> None:
+    async with opened(where) as either:
+        with pytest.raises(PolicyError, match="no policy 'nope'") as wrong:
+            await either.run(Job(argv=["true"], policy="nope"))
+        assert "base" in wrong.value.hint
+        with pytest.raises(JobError, match="No such file"):
+            await either.run(Job(argv=["true"], files={"x": tmp_path / "nothing"}))
+        with pytest.raises(JobError, match="use"):
+            await either.run(Job(argv=["true"], stdin=None))
+        needs = Policy(require=Require(landlock=9999))
+        with pytest.raises(SandboxError, match="landlock"):
+            await either.run(Job(argv=["true"], policy=needs))
+        mount = Mount(target="/x", source="/no/such/place")
+        with pytest.raises(SandboxError, match="/no/such/place") as failed:
+            await either.run(Job(argv=["true"], policy=Policy(mounts=(mount,))))
+        assert type(failed.value).__name__ == "LaunchError"
+
+
+@BOTH
+async def test_events_are_in_order_and_the_last_has_the_result(where: str) -> None:
+    async with opened(where) as either:
+        job = Job(argv=["sh", "-c", "echo 1; sleep 0.05; echo 2 >&2"], policy=policy())
+        async with either.start(job) as run:
+            events = await events_of(run)
+            result = await run.wait()
+    assert [one.type for one in events] == ["start", "stdout", "stderr", "exit"]
+    assert [one.seq for one in events] == list(range(4))
+    assert (events[1].data, events[-1].result) == (b"1\n", result)
+
+
+@BOTH
+async def test_stdin_is_fed_live(where: str) -> None:
+    async with opened(where) as either:
+        async with either.start(Job(argv=["cat"], stdin=None, policy=policy())) as run:
+            assert run.stdin is not None
+            assert (await run.events.receive()).type == "start"
+            for word in (b"one", b"two"):
+                await run.stdin.send_all(word)
+                assert (await run.events.receive()).data == word
+            await run.stdin.aclose()
+            assert [one.type for one in await events_of(run)] == ["exit"]
+
+
+@BOTH
+async def test_stdin_that_nobody_reads_any_more(where: str) -> None:
+    async with opened(where) as either:
+        job = Job(argv=["sh", "-c", "exec 0<&-; echo; sleep 100"], stdin=None, policy=policy())
+        async with either.start(job) as run:
+            assert run.stdin is not None
+            while (await run.events.receive()).type != "stdout":
+                pass
+            with pytest.raises(trio.BrokenResourceError):
+                await run.stdin.send_all(b"x" * 1_000_000)
+
+
+@BOTH
+async def test_a_terminal_has_the_size_it_is_given(where: str) -> None:
+    async with opened(where) as either:
+        job = Job(
+            argv=["sh", "-c", "stty size; read x; stty size"], stdin=None, policy=policy(),
+            terminal=Terminal(rows=10, columns=20),
+        )  # fmt: skip
+        async with either.start(job) as run:
+            assert run.stdin is not None
+            text = b""
+            while b"10 20" not in text:
+                text += (await run.events.receive()).data
+            run.resize(30, 40)
+            await trio.sleep(0.2)  # the resize is on its way; reading starts the rest
+            await run.stdin.send_all(b"\n")
+            async for event in run.events:
+                text += event.data
+    assert b"30 40" in text
+
+
+@BOTH
+async def test_killing_gives_a_result(where: str) -> None:
+    async with opened(where) as either:
+        async with either.start(Job(argv=["sleep", "100"], policy=policy())) as run:
+            assert (await run.events.receive()).type == "start"
+            run.kill()
+            await events_of(run)
+            assert (await run.wait()).status == "cancelled"
+
+
+@BOTH
+async def test_closing_the_events_ends_the_run(where: str) -> None:
+    async with opened(where) as either:
+        async with either.start(Job(argv=["yes"], policy=policy())) as run:
+            await run.events.receive()
+            run.events.close()
+            assert (await run.wait()).status == "cancelled"
+
+
+@BOTH
+async def test_leaving_the_block_kills_what_is_left(where: str) -> None:
+    async with opened(where) as either:
+        with trio.fail_after(30):
+            async with either.start(Job(argv=["sleep", "1000"], policy=policy())) as run:
+                await run.events.receive()
+            # Both slots must come free: the second run would wait for ever.
+            for _ in range(2):
+                assert (await either.run(Job(argv=["true"], policy=policy()))).ok
+
+
+@BOTH
+async def test_cancelling_leaves_nothing(where: str) -> None:
+    async with opened(where) as either:
+        with trio.move_on_after(0.5) as scope:
+            await either.run(Job(argv=["sleep", "1000"], policy=policy()))
+        assert scope.cancelled_caught
+        assert (await either.run(Job(argv=["true"], policy=policy()))).ok
+
+
+@BOTH
+async def test_a_reader_who_is_slow_loses_nothing(where: str) -> None:
+    async with opened(where) as either:
+        text = bytearray()
+        async with either.start(Job(argv=["seq", "200000"], policy=policy())) as run:
+            await trio.sleep(0.3)
+            async for event in run.events:
+                text += event.data
+            assert (await run.wait()).ok
+    assert bytes(text) == b"".join(b"%d\n" % number for number in range(1, 200_001))
+
+
+@BOTH
+async def test_usage_comes_while_it_lives(where: str) -> None:
+    async with opened(where) as either:
+        job = Job(argv=["sleep", "0.5"], policy=policy())
+        async with either.start(job, usage_every=0.05) as run:
+            usages = [one.usage async for one in run.events if one.type == "usage"]
+        with pytest.raises(JobError, match="usage_every"):
+            async with either.start(job, usage_every=0.0):
+                pass
+    assert usages
+    assert usages[0] is not None
+    assert usages[0].wall_time is not None
+
+
+@BOTH
+async def test_an_error_comes_out_of_wait_or_of_the_block(where: str) -> None:
+    broken = Policy(mounts=(Mount(target="/x", source="/no/such/place"),))
+    async with opened(where) as either:
+        with pytest.raises(SandboxError, match="/no/such/place"):
+            async with either.start(Job(argv=["true"], policy=broken)) as run:
+                await events_of(run)
+        async with either.start(Job(argv=["true"], policy=broken)) as run:
+            await events_of(run)
+            with pytest.raises(SandboxError, match="/no/such/place"):
+                await run.wait()
+
+
+@BOTH
+async def test_many_at_once(where: str) -> None:
+    async with opened(where) as either:
+        results = []
+
+        async def one(number: int) -> None:
+            job = Job(argv=["echo", str(number)], policy=policy())
+            results.append((await either.run(job)).stdout)
+
+        async with trio.open_nursery() as nursery:
+            for number in range(30):
+                nursery.start_soon(one, number)
+    assert sorted(results) == sorted(b"%d\n" % number for number in range(30))
+
+
+# -- what only a client has ------------------------------------------------------------------
+
+
+async def test_nobody_listens(tmp_path: Path) -> None:
+    with pytest.raises(sandboxd.HostError, match="no daemon at") as error:
+        async with sandboxd.connect(f"unix://{tmp_path}/s"):
+            pass
+    assert "sandboxd serve" in error.value.hint
+
+
+async def test_an_address_that_is_none() -> None:
+    for wrong in ("", "unix://", "unix://s", "https://x", "http://x/y", "http://x:y", "x"):
+        with pytest.raises(JobError, match="no address"):
+            async with sandboxd.connect(wrong):
+                pass
+
+
+async def test_what_has_no_place_in_a_submission(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("nowhere")
+    async with daemon() as served, sandboxd.connect(served.url) as client:
+        with pytest.raises(JobError, match="link is neither"):
+            await client.run(Job(argv=["true"], files={"x": tmp_path}))
+        with pytest.raises(JobError, match="no UTF-8"):
+            await client.run(Job(argv=["true"], env={b"\xff": "x"}))
+        with pytest.raises(JobError, match="id="):
+            await client.run(Job(argv=["true"], id="a/b"))

@@ -1,0 +1,38 @@
+"""docs/reference/http.md has every route, field and metric, and none that is not there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from sandboxd.serve.api import ROUTES
+from sandboxd.serve.metrics import Metrics
+from sandboxd.serve.wire import JobView, Submission
+from tests.serve.serving import daemon
+
+PAGE = (Path(__file__).resolve().parent.parent.parent / "docs/reference/http.md").read_text()
+SECTIONS = {part.split("\n")[0]: part for part in re.split(r"^##+ ", PAGE, flags=re.MULTILINE)}
+
+
+def first_cells(section: str) -> set[str]:
+    rows = re.findall(r"^\| (`[^|]*) \|", SECTIONS[section], re.MULTILINE)
+    return {word for row in rows for word in re.findall(r"`([^`]+)`", row)}
+
+
+def test_every_route_is_there() -> None:
+    assert first_cells("Routes") == {f"{route.method} {route.path}" for route in ROUTES}
+
+
+def test_every_field_of_a_submission_is_there() -> None:
+    assert first_cells("A job") == set(Submission.__struct_fields__)
+
+
+def test_every_field_of_a_view_is_there() -> None:
+    assert first_cells("A view") == set(JobView.__struct_fields__)
+
+
+async def test_every_metric_is_there() -> None:
+    async with daemon() as served:
+        names = set(re.findall(r"^# TYPE (\w+)", served.book.metrics.text().decode(), re.MULTILINE))
+    assert {one.partition("{")[0] for one in first_cells("Metrics")} == names
+    assert Metrics().text()
