@@ -25,9 +25,11 @@ from sandboxd.result import Event, Result
 from sandboxd.supervise import policies, record
 from sandboxd.supervise.cgroups import Cgroups, open_cgroups, slots_within
 from sandboxd.supervise.descriptors import Descriptors
+from sandboxd.supervise.netkeeper import Netkeeper, open_netkeeper
 from sandboxd.supervise.place import open_place
 from sandboxd.supervise.porter import Porter, open_porter
 from sandboxd.supervise.probe import kinds
+from sandboxd.supervise.resolver import with_way_out
 from sandboxd.supervise.run import FASTEST, Run
 from sandboxd.supervise.sandboxes import Sandbox, make
 from sandboxd.supervise.supervise import (
@@ -65,6 +67,7 @@ class Home:
         self.lock = trio.Lock()
         self.tenant: Tenant | None = None
         self.porter: Porter | None = None
+        self.netkeeper: Netkeeper | None = None
         self.stack = AsyncExitStack()
 
 
@@ -226,11 +229,15 @@ class Runner:
     ) -> Result:
         box = await self._take(kept, conduct.dispatch)
         try:
-            seen = await supervise(conduct, box)
+            if box.way_out is None:
+                seen = await supervise(conduct, box)
+            else:
+                with one_error():
+                    seen = await with_way_out(conduct, box, box.way_out)
         except BaseException:
             await box.end()
             raise
-        leaves_by_itself = box.reported and box.fuse is None
+        leaves_by_itself = box.reported and box.fuse is None and box.way_out is None
         if not leaves_by_itself:
             await box.end()
         result = record.make(conduct.job, kept.kind, seen, self.host, waited)
@@ -281,18 +288,29 @@ class Runner:
     async def _new(self, kept: Kept) -> Sandbox:
         """Made now; a tenant that has died is started anew, once."""
         for attempt in range(2):
-            tenant = await self._tenant(kept)
             try:
-                return await make(tenant, kept.prepared, self._cgroups)
+                return await self._make(kept)
             except LaunchError as error:
                 if error.stage != "tenant" or attempt:
                     raise
         raise InternalError("unreachable")
 
+    async def _make(self, kept: Kept) -> Sandbox:
+        tenant = await self._tenant(kept)
+        egress = kept.prepared.compiled.egress
+        way_out = None if egress is None else await (await self._netkeeper(kept)).take(egress)
+        return await make(tenant, kept.prepared, self._cgroups, way_out)
+
     def _lacks(self, kept: Kept) -> bool:
         """Whether there is something to make ahead."""
+        egress = kept.prepared.compiled.egress
+        if egress is not None and egress.published:
+            return False  # a port of the host's cannot be held ahead
         if len(kept.spares) < self._spares_wanted:
             return True
+        if egress is not None:
+            keeper = kept.home.netkeeper
+            return keeper is not None and keeper.ahead(egress) < self.slots
         tenant = kept.home.tenant
         again = kept.prepared.compiled.network_serves_again
         return tenant is not None and not again and tenant.networks_ahead < self.slots
@@ -300,12 +318,13 @@ class Runner:
     async def _refill(self, kept: Kept) -> None:
         """Make what a policy lacks of spares and networks: after a job, not while one starts."""
         try:
-            tenant = await self._tenant(kept)
-            if not kept.prepared.compiled.network_serves_again:
-                await tenant.refill_networks(self.slots)
+            compiled = kept.prepared.compiled
+            if compiled.egress is not None:
+                await (await self._netkeeper(kept)).refill(compiled.egress, self.slots)
+            elif not compiled.network_serves_again:
+                await (await self._tenant(kept)).refill_networks(self.slots)
             while len(kept.spares) < self._spares_wanted:
-                tenant = await self._tenant(kept)
-                box = await make(tenant, kept.prepared, self._cgroups)
+                box = await self._make(kept)
                 kept.spares.append(box)
                 await box.wait_known()
         except SandboxError:
@@ -366,10 +385,25 @@ class Runner:
                     home.porter = await home.stack.enter_async_context(opened)
             return home.porter
 
+    async def _netkeeper(self, kept: Kept) -> Netkeeper:
+        """What makes networks with a way out for this tenant; started when first needed."""
+        tenant = await self._tenant(kept)
+        home = kept.home
+        async with home.lock:
+            if home.netkeeper is None or home.netkeeper.dead:
+                path = tenant.user_namespace()
+                namespace = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                try:
+                    opened = open_netkeeper(namespace)
+                    home.netkeeper = await home.stack.enter_async_context(opened)
+                finally:
+                    os.close(namespace)
+            return home.netkeeper
+
     async def _leave(self, home: Home) -> None:
         with trio.CancelScope(shield=True):
             await home.stack.aclose()
-        home.tenant = home.porter = None
+        home.tenant = home.porter = home.netkeeper = None
         home.stack = AsyncExitStack()
 
     async def _close(self) -> None:

@@ -23,6 +23,7 @@ from sandboxd.script.record import Image
 from sandboxd.supervise.cgroups import Cgroups
 from sandboxd.supervise.fuse import FuseRoot, open_fuse_root
 from sandboxd.supervise.leaf import Leaf
+from sandboxd.supervise.netkeeper import UserNetwork
 from sandboxd.supervise.tenants import Clone, Prepared, Tenant, sandbox_script
 
 PATIENCE = 0.25
@@ -39,10 +40,12 @@ class Sandbox:
     socket: socket.socket
     image: Image
     uid: int | None
-    network: int
+    network: int | None
+    """Of the tenant's, lent; None with a way out, which has one of its own."""
     leaf: Leaf | None
     cgroups: Cgroups | None
     fuse: FuseRoot | None = None
+    way_out: UserNetwork | None = None
     signals: list[int] = field(default_factory=list)
     """What it is to get as soon as its pidfd is known."""
     ended: bool = False
@@ -137,6 +140,8 @@ class Sandbox:
         self._close()
         if self.fuse is not None:
             await self.fuse.close()
+        if self.way_out is not None:
+            await self.way_out.close()
         if not self.dead:  # in D state: nothing it had may be used again
             return False
         self._give_back()
@@ -157,24 +162,40 @@ class Sandbox:
             os.close(self.clone.pidfd)
 
     def _give_back(self) -> None:
-        self.tenant.return_network(self.network, again=self.network_serves_again)
-        if self.uid is not None:
-            self.tenant.return_uid(self.uid)
-        if self.leaf is not None and self.cgroups is not None:
-            self.cgroups.give_back(self.leaf)
+        again = self.network_serves_again
+        _return(self.tenant, self.cgroups, self.uid, self.network, self.leaf, again=again)
 
 
-async def make(tenant: Tenant, prepared: Prepared, cgroups: Cgroups | None) -> Sandbox:
+def _return(
+    tenant: Tenant, cgroups: Cgroups | None, uid: int | None, network: int | None,
+    leaf: Leaf | None, *, again: bool,
+) -> None:  # fmt: skip
+    """What was borrowed, by somebody who is dead."""
+    if network is not None:
+        tenant.return_network(network, again=again)
+    if uid is not None:
+        tenant.return_uid(uid)
+    if leaf is not None and cgroups is not None:
+        cgroups.give_back(leaf)
+
+
+async def make(
+    tenant: Tenant, prepared: Prepared, cgroups: Cgroups | None, way_out: UserNetwork | None = None
+) -> Sandbox:
     """Start the construction of a sandbox; it waits for its job, or reports why it failed.
 
-    What the caller does next happens while the kernel works.
+    What the caller does next happens while the kernel works. `way_out` is the sandbox's from here
+    on, also if nothing becomes of that.
     """
     compiled = prepared.compiled
     setup = compiled.setup
-    uid = tenant.take_uid() if setup.own_uid else None
-    network = leaf = fuse = None
+    uid = network = leaf = fuse = None
     try:
-        network = await tenant.take_network()
+        uid = tenant.take_uid() if setup.own_uid else None
+        if way_out is None:
+            namespace = network = await tenant.take_network()
+        else:
+            namespace = way_out.namespace
         leaf = cgroups.take(compiled.cgroup_files, compiled.cpu_sets) if cgroups else None
         if "fuse" in setup.descriptors:
             fuse = await open_fuse_root(tenant, prepared)
@@ -182,7 +203,7 @@ async def make(tenant: Tenant, prepared: Prepared, cgroups: Cgroups | None) -> S
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         with theirs:
             ours.setblocking(False)
-            offered = {"socket": theirs.fileno(), "network": network}
+            offered = {"socket": theirs.fileno(), "network": namespace}
             if leaf is not None:
                 offered["cgroup"] = leaf.fd
             if fuse is not None:
@@ -194,15 +215,12 @@ async def make(tenant: Tenant, prepared: Prepared, cgroups: Cgroups | None) -> S
                 ours.close()
                 raise
     except BaseException:
-        if network is not None:
-            tenant.return_network(network, again=False)
-        if uid is not None:
-            tenant.return_uid(uid)
-        if leaf is not None and cgroups is not None:
-            cgroups.give_back(leaf)
-        if fuse is not None:
-            await fuse.close()
+        for sidecar in (fuse, way_out):
+            if sidecar is not None:
+                await sidecar.close()
+        _return(tenant, cgroups, uid, network, leaf, again=False)
         raise
     box = Sandbox(tenant, clone, ours, prepared.image, uid, network, leaf, cgroups, fuse)
     box.network_serves_again = compiled.network_serves_again
+    box.way_out = way_out
     return box

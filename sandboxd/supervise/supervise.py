@@ -29,7 +29,7 @@ from sandboxd.job import Job, Terminal
 from sandboxd.linux import memfd
 from sandboxd.messages import ENDED, FILES, GO, Ended, Failure, StartHeader
 from sandboxd.plan import TENANT_UID
-from sandboxd.result import Artifact, ArtifactError, Usage
+from sandboxd.result import Artifact, ArtifactError, Usage, Violation
 from sandboxd.script.init import exec_script
 from sandboxd.script.record import Image
 from sandboxd.supervise import account, segments, stream
@@ -83,6 +83,8 @@ class Observed:
     ended: float
     crowded: bool = False
     """Another run was on the CPUs that it was pinned to."""
+    refused: tuple[Violation, ...] = ()
+    """Who was not to be reached."""
 
 
 class Dispatch:
