@@ -64,6 +64,14 @@ class Host:
     """Landlock ABI; 0 is none."""
     seccomp: bool = True
     time_namespaces: bool = True
+    slirp4netns: str | None = None
+    """Path of slirp4netns."""
+    pasta: str | None = None
+    """Path of pasta."""
+    tun: bool = False
+    """A TAP device can be made in a network namespace of ours (/dev/net/tun)."""
+    nftables: bool = False
+    """A filter of nftables can be loaded in a network namespace of ours."""
     proc_whole: bool = True
     """A new proc mounts in a user namespace; False where the visible one is partly masked."""
     proc_subset: bool = True

@@ -157,8 +157,17 @@ class Mount(Section, frozen=True):
 class Network(Section, frozen=True):
     """[network]: what the job can reach."""
 
-    mode: Literal["none"] = "none"
-    """"none": a network namespace of its own with loopback and nothing else."""
+    mode: Literal["none", "user"] = "none"
+    """"none": a network namespace of its own with loopback and nothing else; "user": in it a way
+    out through a program of the caller's, to what `allow` names and nothing else."""
+    helper: Literal["auto", "slirp4netns", "pasta"] = "auto"
+    """That program; "auto" is the first of the two that is there."""
+    allow: tuple[str, ...] = ()
+    """Who may be reached: "NAME:PORT", "*.NAME:PORT", "ADDRESS/BITS:PORT", "*:PORT" or "*"."""
+    resolvers: tuple[str, ...] = ()
+    """Addresses of name servers for allowed names; none: the host's (/etc/resolv.conf)."""
+    publish: tuple[str, ...] = ()
+    """TCP ports of the host's that lead into the sandbox: "[ADDRESS:]PORT:PORT_INSIDE"."""
 
 
 class Argument(Section, frozen=True):

@@ -90,6 +90,7 @@ class Usage(Record, frozen=True):
     inodes_used: int | None = None
     net_received: int | None = None
     net_sent: int | None = None
+    net_connections: int | None = None
     context_switches_voluntary: int | None = None
     context_switches_forced: int | None = None
     pressure: dict[str, float] | None = None
@@ -125,7 +126,11 @@ class LimitReport(Record, frozen=True):
 
 
 class Violation(Record, frozen=True):
-    """A rule that was broken. `name` is None where nobody can know it without being root."""
+    """A rule that was broken: "syscall", or "network", whose `name` is who was to be reached.
+
+    `name` is None where nobody can know it without being root, and for what came after the 256
+    destinations of a run that are told one by one.
+    """
 
     kind: str
     name: str | None

@@ -117,10 +117,10 @@ def describe(thing: Thing) -> str:
     return f"process {thing[1]} {name} state {stat(thing[1])[:1]} {where}: {argv[:200]}"
 
 
-def since(before: set[Thing]) -> list[str]:
+def since(before: set[Thing], ignored: Callable[[Thing], bool] = lambda _: False) -> list[str]:
     """What was not there before, once waiting no longer helps; [] is what one wants."""
     deadline = time.monotonic() + PATIENCE
-    while left := now() - before:
+    while left := {thing for thing in now() - before if not ignored(thing)}:
         if time.monotonic() > deadline:
             return [describe(thing) for thing in sorted(left)]
         time.sleep(PAUSE)

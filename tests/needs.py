@@ -21,6 +21,8 @@ PROGRAMS = {
     "go": ("go", "version"),
     "java": ("java", "-version"),
     "mmdebstrap": ("mmdebstrap", "--version"),
+    "ip": ("ip", "-V"),
+    "nft": ("nft", "--version"),
     "objdump": ("objdump", "--version"),
     "pasta": ("pasta", "--version"),
     "rustc": ("rustc", "--version"),

@@ -21,7 +21,7 @@ from sandboxd.cli import inputs, mounts, subtree
 from sandboxd.cli.quantities import count, cpus, or_unlimited, size, time
 from sandboxd.errors import JobError
 from sandboxd.job import Job, Terminal
-from sandboxd.policy import Identity, Limits, Mount, Policy, Root, Section
+from sandboxd.policy import Identity, Limits, Mount, Network, Policy, Root, Section
 
 Table = TypeVar("Table", bound=Section)
 
@@ -175,8 +175,17 @@ def _add_surroundings(group: argparse._ArgumentGroup) -> None:
     )  # fmt: skip
     group.add_argument("--hostname", type=_hostname, metavar="NAME", help="the host name inside")
     group.add_argument(
-        "--network", type=_network, metavar="none", help="none: loopback and nothing else"
-    )
+        "--network", type=_network, metavar="none|user",
+        help="none: loopback and nothing else; user: a way out, to what is allowed",
+    )  # fmt: skip
+    group.add_argument(
+        "--allow", action="append", default=[], metavar="WHO:PORT",
+        help="who may be reached: NAME, *.NAME, ADDRESS[/BITS] or *; --network user with it",
+    )  # fmt: skip
+    group.add_argument(
+        "--publish", action="append", default=[], metavar="[ADDRESS:]PORT:INSIDE",
+        help="a TCP port of this machine that leads inside; at 127.0.0.1 if nothing is said",
+    )  # fmt: skip
 
 
 def _job_name(text: str) -> str:
@@ -192,11 +201,32 @@ def _hostname(text: str) -> str:
 
 
 def _network(text: str) -> str:
-    if text != "none":
-        raise argparse.ArgumentTypeError(
-            f"{text!r}: a program reaches loopback and nothing else; there is only `none`"
-        )
+    if text not in ("none", "user"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither `none` nor `user`")
     return text
+
+
+def _way_out(args: argparse.Namespace, base: Network) -> tuple[dict[str, Network], dict[str, str]]:
+    """A [network] that differs; what is allowed comes on top of the policy's."""
+    wanted: dict[str, Any] = {
+        key: (*getattr(base, key), *getattr(args, key))
+        for key in ("allow", "publish")
+        if getattr(args, key)
+    }
+    if wanted and args.network == "none":
+        raise JobError("--network none lets nobody be reached", hint="leave --network out")
+    mode = "user" if wanted else args.network
+    if mode is not None and mode != base.mode:
+        wanted["mode"] = mode
+    if not wanted:
+        return {}, {}
+    from sandboxd.compile.egress import problems
+
+    network = _changed(base, **wanted)
+    if found := problems(network):
+        raise found[0]
+    flags = {key: "--network" if key == "mode" else f"--{key}" for key in wanted}
+    return {"network": network}, {f"network.{key}": flag for key, flag in flags.items()}
 
 
 def _ulimit(text: str) -> tuple[str, float | None]:
@@ -261,6 +291,9 @@ def policy(args: argparse.Namespace, base: Policy) -> Policy:
     if identity := _identity(args, base, changes.get("root", base.root)):
         changes["identity"] = _changed(base.identity, **identity)
         origins |= {f"identity.{key}": _identity_flag(args, key) for key in identity}
+    network, flags = _way_out(args, base.network)
+    changes |= network
+    origins |= flags
     if not changes:
         return base
     changes["name"] = f"{base.name}+flags"

@@ -14,6 +14,7 @@ import msgspec
 
 from sandboxd import plan
 from sandboxd.compile import enforce, idmap, landlock, network, resources, rootfs, seccomp
+from sandboxd.compile.egress import Egress
 from sandboxd.errors import HostError
 from sandboxd.host import Host
 from sandboxd.image import Config, Image
@@ -37,6 +38,8 @@ class Compiled:
     network: SetupPlan
     """A sandbox of one purpose: make a network namespace for the pool."""
     network_serves_again: bool
+    egress: Egress | None
+    """The way out of mode "user"."""
     cgroup_files: dict[str, str]
     cpu_sets: tuple[str, ...]
     """Where its leaf may be pinned to; nothing for anywhere."""
@@ -66,6 +69,7 @@ def compile_policy(policy: Policy, host: Host, *, keep: bool = False) -> Compile
     image = host.image if policy.root.image else None
     asked, policy = policy, with_user(policy, image)
     setup = setup_plan(policy, host, keep=keep)
+    egress = network.egress(policy, host)
     found = enforce.judge(policy, host, ids, setup)
     enforce.check_required(policy, host, found)
     cpu_sets = resources.cpu_sets(policy, host)
@@ -75,6 +79,7 @@ def compile_policy(policy: Policy, host: Host, *, keep: bool = False) -> Compile
         setup=setup,
         network=network.network_plan(),
         network_serves_again=network.serves_again(policy, host),
+        egress=egress,
         cgroup_files=resources.cgroup_files(policy, host),
         cpu_sets=cpu_sets,
         cpus=resources.cpus_at_once(policy, host, cpu_sets),

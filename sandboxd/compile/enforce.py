@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from sandboxd import plan
-from sandboxd.compile import oci_filter, rootfs
+from sandboxd.compile import carrying, oci_filter, rootfs
 from sandboxd.errors import HostError
 from sandboxd.host import Host
 from sandboxd.plan import IdMap, SetupPlan
@@ -42,7 +42,7 @@ def judge(policy: Policy, host: Host, ids: IdMap, setup: SetupPlan) -> Found:
         "user_namespace": "single" if ids.writer == "self" else "subuid",
         "uid": "own" if setup.own_uid else "shared",
         "root": _root(policy, host),
-        "network": policy.network.mode,
+        "network": _network(policy, host),
         "cpu_time": _pick(limits.cpu_time, host.cgroup is not None, "cgroup2 cpu.stat",
                           " and ".join([*sampled, "RLIMIT_CPU per process"])),
         "wall_time": _pick(limits.wall_time, True, "supervisor", NONE),
@@ -75,6 +75,12 @@ def _pick(limit: object, exact: bool, best: str, fallback: str) -> str:
     if limit is None:
         return NOT_LIMITED
     return best if exact else fallback
+
+
+def _network(policy: Policy, host: Host) -> str:
+    if policy.network.mode == "none":
+        return NONE
+    return f"user: {carrying.program(policy, host)[0]}, nftables"
 
 
 def _asks(policy: Policy, what: str) -> bool:

@@ -268,7 +268,16 @@ MEANINGS: Mapping[str, str | Callable[[Any], str]] = MappingProxyType(
             none="no proc: an empty directory",
         ),
         "root.etc": "each is bound read-only from the host's /etc if it is there",
-        "network.mode": "a network namespace of its own in which only lo is up",
+        "network.mode": _choice(
+            none="a network namespace of its own in which only lo is up",
+            user="the same with tap0, whose packets a program outside carries, and a filter"
+            " (nftables) that belongs to the tenant",
+        ),
+        "network.helper": "slirp4netns, or pasta, in the host's network, as the caller",
+        "network.allow": "rules of the filter; names by sandboxd's own name server, which puts"
+        " their addresses into sets of the filter; all else is refused and told in the result",
+        "network.resolvers": "asked by sandboxd, from the host's network; else those of the host",
+        "network.publish": "bound on the host while the job runs, at 127.0.0.1 if no other address",
         "syscalls.default": _choice(
             enosys="seccomp: every other call answers ENOSYS, as if the kernel were older",
             eperm="seccomp: every other call answers EPERM",

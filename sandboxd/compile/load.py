@@ -28,6 +28,7 @@ import msgspec
 
 from sandboxd import units
 from sandboxd.compile.decisions import problems, problems_of_profiles
+from sandboxd.compile.egress import problems as network_problems
 from sandboxd.compile.meaning import problems_of_file
 from sandboxd.compile.reading import Entries, File, Reading, limit_unit
 from sandboxd.errors import PolicyError, PolicyErrors
@@ -240,7 +241,7 @@ def _of_whole(policy: Policy, merged: _Merged) -> list[PolicyError]:
                 message = "something is mounted there already"
             hint = 'to replace what is inherited, write mounts = ["!reset", {...}]'
             found.append(PolicyError(key, message, hint=hint))
-    for error in problems(policy.syscalls):
+    for error in (*problems(policy.syscalls), *network_problems(policy.network)):
         if len(found) < PolicyErrors.MOST:
             message = str(error.args[0]).removeprefix(f"{error.where}: ")
             where = merged.where(error.where, _entry(policy, error.where))
@@ -251,8 +252,8 @@ def _of_whole(policy: Policy, merged: _Merged) -> list[PolicyError]:
 
 def _entry(policy: Policy, key: str) -> object:
     """The string that a key such as syscalls.allow[3] means."""
-    place = re.fullmatch(r"syscalls\.(\w+)\[(\d+)\]", key)
-    return getattr(policy.syscalls, place[1])[int(place[2])] if place else None
+    place = re.fullmatch(r"(syscalls|network)\.(\w+)\[(\d+)\]", key)
+    return getattr(getattr(policy, place[1]), place[2])[int(place[3])] if place else None
 
 
 # -- a job's limits --------------------------------------------------------------------------

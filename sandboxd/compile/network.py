@@ -7,9 +7,13 @@ no sockets but unix ones there is nothing it could do in it, and it may serve ag
 
 from __future__ import annotations
 
+import dataclasses
+
 from sandboxd import plan
-from sandboxd.compile import assemble, bpf, seccomp
+from sandboxd.compile import assemble, bpf, carrying, seccomp
+from sandboxd.compile.egress import Egress, understood
 from sandboxd.compile.numbers import table
+from sandboxd.errors import PolicyError
 from sandboxd.host import Host
 from sandboxd.plan import SetupPlan
 from sandboxd.policy import Policy
@@ -37,6 +41,18 @@ def serves_again(policy: Policy, host: Host) -> bool:
         if family != AF_UNIX
         for kind in KINDS
     )
+
+
+def egress(policy: Policy, host: Host) -> Egress | None:
+    """The way out under this policy here; None if there is to be none."""
+    if policy.network.mode == "none":
+        return None
+    if serves_again(policy, host):
+        where = policy.origin("syscalls.rules")
+        raise PolicyError(where, 'no rule admits a socket that network.mode = "user" is for',
+                          hint='"@sockets" among the rules does')  # fmt: skip
+    kind, path = carrying.program(policy, host)
+    return dataclasses.replace(understood(policy.network), kind=kind, program=path)
 
 
 def network_plan() -> SetupPlan:

@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sandboxd import plan
+from sandboxd.compile.carrying import RESOLV_CONF
 from sandboxd.errors import HostError
 from sandboxd.host import Host
 from sandboxd.plan import READ_ONLY, SAFE, Attributes, Step
@@ -299,7 +300,7 @@ def _etc_files(root: str, policy: Policy, *, anew: bool = False) -> list[Step]:
     files = {
         "hosts": f"127.0.0.1 localhost {identity.hostname}\n::1 localhost {identity.hostname}\n",
         "hostname": f"{identity.hostname}\n",
-        "resolv.conf": "",
+        "resolv.conf": RESOLV_CONF if policy.network.mode == "user" else "",
     }
     if of_host(policy):
         files["passwd"] = f"{others}{user}nobody:x:65534:65534::/:/bin/false\n"

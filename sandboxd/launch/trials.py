@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     Request = Mapping[str, Any]
 
 _HOUR = 3600
+_PATIENCE = 10.0
 _ANSWER = 7
 _MACHINE = os.uname().machine
 _GETPPID = {"x86_64": 110, "aarch64": 173}.get(_MACHINE)
@@ -265,6 +266,23 @@ def tun(_: Request) -> object:
     return True
 
 
+def nftables(request: Request) -> object:
+    """The filter of a network with a way out, as the supervisor loads it (nft(8))."""
+    import socket
+
+    with (
+        step("open a socket of nf_tables"),
+        socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 12) as link,
+    ):
+        link.settimeout(_PATIENCE)
+        with step("load a filter of nftables"):
+            link.send(bytes.fromhex(request["filter"]))
+            error = struct.unpack_from("=i", link.recv(65536), 16)[0]  # struct nlmsgerr
+            if error:
+                raise OSError(-error, os.strerror(-error))
+    return True
+
+
 def into_cgroup(request: Request) -> object:
     """CLONE_INTO_CGROUP (Linux 5.7, ef2c41cf38a7) asks for the permission that a move needs."""
     with step(f"open {request['cgroup']}"):
@@ -306,6 +324,7 @@ TRIALS: Mapping[str, Trial] = MappingProxyType(
         "time_namespace": Trial(time_namespace),
         "proc": Trial(proc, ns.CLONE_NEWNS | ns.CLONE_NEWPID),
         "tun": Trial(tun, ns.CLONE_NEWNET),
+        "nftables": Trial(nftables, ns.CLONE_NEWNET),
         "seccomp": Trial(seccomp, None),
         "memfd_exec": Trial(memfd_exec, None),
         "into_cgroup": Trial(into_cgroup, None),

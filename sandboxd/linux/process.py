@@ -10,6 +10,7 @@ from sandboxd.linux.syscalls import check
 # syscalls(2); -1 is a number no kernel has: ENOSYS.
 _PRCTL, _SECCOMP = {"x86_64": (157, 317), "aarch64": (167, 277)}.get(os.uname().machine, (-1, -1))
 _PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
 _PR_SET_NO_NEW_PRIVS = 38
 _SECCOMP_SET_MODE_FILTER = 1
 
@@ -23,6 +24,11 @@ class _Program(ctypes.Structure):
 def die_with_parent(signal: int) -> None:
     """PR_SET_PDEATHSIG: this signal when the thread that forked us ends."""
     check(_PRCTL, _PR_SET_PDEATHSIG, signal)
+
+
+def become_subreaper() -> None:
+    """PR_SET_CHILD_SUBREAPER: who loses its parent below us becomes our child, not init's."""
+    check(_PRCTL, _PR_SET_CHILD_SUBREAPER, 1)
 
 
 def no_new_privileges() -> None:

@@ -20,6 +20,13 @@ from sandboxd.launch.area import main
 main(int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])
 """
 
+_NETKEEPER = """\
+import sys
+sys.path.insert(0, sys.argv[1])
+from sandboxd.launch.netkeeper import main
+main(int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
+"""
+
 
 def command(root: str, fd: int, memory: int) -> list[str]:
     """The argv that carries out the image in descriptor `fd`, with `memory` bytes from BASE on.
@@ -42,6 +49,14 @@ def area_command(root: str, fd: int, namespace: int, words: list[str]) -> list[s
     return [
         *(sys.executable, "-I", "-S", "-B", "-c", _AREA),
         *(root, str(fd), str(namespace), *words),
+    ]
+
+
+def netkeeper_command(root: str, fd: int, namespace: int, server: str) -> list[str]:
+    """The argv of launch/netkeeper.py; `server` is where sandboxes have their name server."""
+    return [
+        *(sys.executable, "-I", "-S", "-B", "-c", _NETKEEPER),
+        *(root, str(fd), str(namespace), server),
     ]
 
 

@@ -59,7 +59,18 @@ def usage(box: Sandbox, ended: Ended | None, watch: Watch, wall_time: float) -> 
         context_switches_forced=ended.context_switches_forced if ended else None,
         **(counted(used, watch) if box.leaf is not None and box.leaf.controllers else {}),
         pressure=watch.pressure_at_end(box.leaf) if box.leaf is not None else None,
+        **carried(box),
     )
+
+
+def carried(box: Sandbox) -> dict[str, Any]:
+    """What went through its way out, where it has one."""
+    network = box.way_out
+    if network is None or (counted := network.carried()) is None:
+        return {}
+    received, sent = counted
+    opened = network.counters().get("connections")
+    return {"net_received": received, "net_sent": sent, "net_connections": opened}
 
 
 def without(used: Counters, own: float) -> tuple[float | None, float | None, float | None]:
@@ -144,6 +155,7 @@ def live(box: Sandbox, watch: Watch, wall_time: float) -> Usage:
         processes_peak_source=_processes_source(used) if processes else None,
         **(counted(used, watch) if leaf.controllers else {}),
         pressure=watch.pressure_since(leaf),
+        **carried(box),
     )
 
 
@@ -173,4 +185,5 @@ def _live_without(box: Sandbox, watch: Watch, wall_time: float) -> Usage:
         processes_current=len(tree.pids),
         processes_peak=watch.processes_peak,
         processes_peak_source=SAMPLED,
+        **carried(box),
     )

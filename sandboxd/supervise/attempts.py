@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sandboxd.compile import nftables
+from sandboxd.compile.egress import parse as parse_allowed
 from sandboxd.plan import IdMap
 
 _ROOT = Path(__file__).resolve().parents[2]
@@ -49,10 +51,13 @@ class Tools:
     newuidmap: str | None
     newgidmap: str | None
     fuse_overlayfs: str | None
+    slirp4netns: str | None = None
+    pasta: str | None = None
 
     @classmethod
     def in_path(cls) -> Tools:
-        return cls(*(shutil.which(name) for name in ("newuidmap", "newgidmap", "fuse-overlayfs")))
+        names = ("newuidmap", "newgidmap", "fuse-overlayfs", "slirp4netns", "pasta")
+        return cls(*map(shutil.which, names))
 
     def found(self) -> dict[str, str]:
         return {name: path for name, path in dataclasses.asdict(self).items() if path}
@@ -77,6 +82,7 @@ def attempt(
         "maps": maps,
         "fuse_overlayfs": tools.fuse_overlayfs,
         "cgroup": cgroup,
+        "filter": nftables.ruleset(parse_allowed(("*", "example.org:443"))).hex(),
     }
     try:
         said, complained, status = _ask(json.dumps(request), place)

@@ -16,6 +16,7 @@ from sandboxd.host import CgroupSubtree, Host
 from sandboxd.supervise import fixes, subtree, systemd
 from sandboxd.supervise.attempts import Outcome, attempt
 from sandboxd.supervise.ladder import RUNGS, Climb, climbed
+from sandboxd.supervise.netkeeper import has_ipv6
 from sandboxd.supervise.probe import Examination, examine
 
 State = Literal["ok", "warn", "FAIL"]
@@ -88,7 +89,10 @@ def _check(what: str, why_not: str, found: str, fix: str, bad: State = "warn") -
 
 
 _NEED_A_USER_NAMESPACE = frozenset(
-    {"id maps", "new /proc", "time namespace", "kernel overlay", "fuse-overlayfs", "TUN"}
+    {
+        *("id maps", "new /proc", "time namespace", "kernel overlay", "fuse-overlayfs", "TUN"),
+        "nftables",
+    }
 )
 
 
@@ -176,6 +180,12 @@ def _network(seen: Examination) -> Iterator[Check]:
         "a TAP device in a network namespace",
         fixes.device("/dev/net/tun", "tun"),
     )
+    why = seen.outcomes["nftables"].why
+    yield _check("nftables", why, "a filter loads in a user namespace", fixes.nftables())
+    carriers = [path for path in (seen.tools.slirp4netns, seen.tools.pasta) if path]
+    why = seen.why_not.get("carrier", "")
+    yield _check("user networking", why, " and ".join(carriers), fixes.carrier())
+    yield _check("IPv6", "", "out of here" if has_ipv6() else "no way out: none inside either", "")
 
 
 def _cgroups(seen: Examination, given: str | None) -> Iterator[Check]:
@@ -392,8 +402,14 @@ def _limits(host: Host) -> tuple[_Row, ...]:
 
 def _isolation(host: Host) -> tuple[_Row, ...]:
     overlay = "overlayfs of the kernel" if host.overlay else host.fuse_overlayfs or ""
+    carrier = host.slirp4netns or host.pasta
     return (
         ("network", True, "a namespace with loopback only", "none", ""),
+        (
+            *("way out", bool(carrier and host.tun and host.nftables)),
+            *(f"on request: {os.path.basename(carrier or '')}, a filter of nftables", "none"),
+            "there is none (network.mode = user)",
+        ),
         (
             *("writable root", bool(overlay), overlay, "partly"),
             "binds on a tmpfs: /usr stays as it is",

@@ -99,6 +99,14 @@ def fuse_overlayfs(found: bool) -> str:
     return device("/dev/fuse", "fuse")
 
 
+def carrier() -> str:
+    return admin("apt-get install slirp4netns")
+
+
+def nftables() -> str:
+    return f"boot a kernel with CONFIG_NF_TABLES_INET, or {admin('modprobe nf_tables')}"
+
+
 def device(path: str, module: str) -> str:
     if not os.path.exists(path):
         return admin(f"modprobe {module}")

@@ -27,7 +27,7 @@ _SYSCTLS = (
     "kernel/apparmor_restrict_unprivileged_userns",
     "vm/memfd_noexec",
 )
-_FILES = ("/", "/dev/fuse", "/etc/subuid", "/etc/subgid")
+_FILES = ("/", "/dev/fuse", "/dev/net/tun", "/etc/subuid", "/etc/subgid")
 _STATUS = ("CapEff", "CapBnd", "NoNewPrivs", "Seccomp", "Seccomp_filters")
 
 

@@ -43,6 +43,9 @@ COSTS: Mapping[str, str] = {
     "landlock": "no domain round the job: one layer of defence less",
     "seccomp": "system calls are not filtered",
     "time_namespaces": "[clock] offsets are not possible",
+    "tun": "no program has a way out (network.mode = 'user')",
+    "nftables": "no program has a way out (network.mode = 'user')",
+    "carrier": "no program has a way out (network.mode = 'user')",
     "proc": "no new proc can be mounted: only policies with root.proc = 'none' run",
     "processes": "without cgroups nothing is sampled: memory and idle time are not limited",
     "cgroup": "memory cannot be limited for a whole run, cpu time is a lower bound",
@@ -285,6 +288,7 @@ def _ranges(tools: Tools) -> tuple[IdRange, IdRange] | str:
 def _outcomes(host: Host, tools: Tools, cached: bool) -> dict[str, Outcome]:
     ids = tenant_ids(host) if host.subuid else None
     names = ["user_namespace", "overlay", "time_namespace", "proc", "seccomp", "memfd_exec"]
+    names += ["tun", "nftables"]
     if ids is not None:
         names.insert(1, "id_maps")
     if tools.fuse_overlayfs is not None:
@@ -317,11 +321,15 @@ def _with_outcomes(
         ("proc", "proc"),
         ("seccomp", "seccomp"),
         ("memfd_exec", "memfd_exec"),
+        ("tun", "tun"),
+        ("nftables", "nftables"),
     ):
         if trial in outcomes and not outcomes[trial].ok:
             notes[name] = outcomes[trial].why
     if tools.fuse_overlayfs is None:
         notes["fuse_overlayfs"] = "no fuse-overlayfs in PATH"
+    if tools.slirp4netns is None and tools.pasta is None:
+        notes["carrier"] = "no slirp4netns and no pasta in PATH"
     if "subuid" in notes:
         host = dataclasses.replace(host, subuid=None, subgid=None, direct_maps=False)
     procs = outcomes["proc"].found
@@ -333,6 +341,10 @@ def _with_outcomes(
         time_namespaces=outcomes["time_namespace"].ok,
         seccomp=outcomes["seccomp"].ok,
         memfd_exec=outcomes["memfd_exec"].ok,
+        slirp4netns=tools.slirp4netns,
+        pasta=tools.pasta,
+        tun=outcomes["tun"].ok,
+        nftables=outcomes["nftables"].ok,
         proc_whole=isinstance(procs, list) and "whole" in procs,
         proc_subset=isinstance(procs, list) and "subset" in procs,
     )

@@ -102,7 +102,12 @@ def make(job: Job, kept: Kind, seen: Observed, host: Host, waited: tuple[float, 
         streams={name: capture.output() for name, capture in seen.captures.items()},
         limits=words.limits,
         violations=(
-            violations(seen.facts, kept.compiled.policy) if "syscall_denied" in words.causes else ()
+            *(
+                violations(seen.facts, kept.compiled.policy)
+                if "syscall_denied" in words.causes
+                else ()
+            ),
+            *seen.refused,
         ),
         artifacts=seen.artifacts,
         artifact_errors=seen.facts.artifact_errors,

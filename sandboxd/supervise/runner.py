@@ -7,7 +7,6 @@ import math
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
-from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -19,7 +18,7 @@ from sandboxd.compile.idmap import tenant_ids
 from sandboxd.compile.load import tighten, tighten_artifacts
 from sandboxd.errors import InternalError, JobError, LaunchError, SandboxError
 from sandboxd.host import Host
-from sandboxd.images.store import find, using
+from sandboxd.images.store import find
 from sandboxd.job import Job
 from sandboxd.policy import Policy
 from sandboxd.result import Event, Result
@@ -27,10 +26,12 @@ from sandboxd.supervise import keeping, policies, record
 from sandboxd.supervise.artifacts import check_place
 from sandboxd.supervise.cgroups import Cgroups, open_cgroups, slots_within
 from sandboxd.supervise.descriptors import Descriptors
+from sandboxd.supervise.homes import Home
 from sandboxd.supervise.leavings import Leavings
 from sandboxd.supervise.place import open_place
-from sandboxd.supervise.porter import Porter, open_porter
+from sandboxd.supervise.porter import Porter
 from sandboxd.supervise.probe import kinds
+from sandboxd.supervise.resolver import with_way_out
 from sandboxd.supervise.run import FASTEST, Run
 from sandboxd.supervise.sandboxes import Sandbox, make
 from sandboxd.supervise.supervise import (
@@ -43,8 +44,7 @@ from sandboxd.supervise.supervise import (
     open_pipes,
     supervise,
 )
-from sandboxd.supervise.tenants import Prepared, Tenant, open_tenant
-from sandboxd.supervise.uppers import Uppers, open_uppers
+from sandboxd.supervise.tenants import Prepared
 from sandboxd.supervise.vigil import Vigil
 
 POLICIES_KEPT = 256
@@ -62,17 +62,6 @@ class RunnerStatistics:
     finished: int
     tenants: int
     spares: int
-
-
-class Home:
-    """A tenant's place: it is started when first needed, and anew when it died."""
-
-    def __init__(self) -> None:
-        self.lock = trio.Lock()
-        self.tenant: Tenant | None = None
-        self.porter: Porter | None = None
-        self.uppers: Uppers | None = None
-        self.stack = AsyncExitStack()
 
 
 class Kept:
@@ -178,7 +167,7 @@ class Runner:
             running=waiting.borrowed_tokens,
             waiting=waiting.tasks_waiting,
             finished=self._finished,
-            tenants=sum(home.tenant is not None for home in self._homes.values()),
+            tenants=sum(home.living is not None for home in self._homes.values()),
             spares=sum(len(kept.spares) for kept in self._kept.values()),
         )
 
@@ -214,7 +203,7 @@ class Runner:
             kept = self._ready(job)
             caps = tighten_artifacts(kept.policy, job.artifacts)
             with Descriptors() as fds:
-                porter = partial(self._porter, kept)
+                porter = kept.home.porter
                 conduct = Conduct(
                     job=job,
                     compiled=kept.prepared.compiled,
@@ -257,11 +246,15 @@ class Runner:
     ) -> Result:
         box = await self._take(kept, conduct.dispatch)
         try:
-            seen = await supervise(conduct, box)
+            if box.way_out is None:
+                seen = await supervise(conduct, box)
+            else:
+                with one_error():
+                    seen = await with_way_out(conduct, box, box.way_out)
         except BaseException:
             await box.end()
             raise
-        leaves_by_itself = box.reported and box.area is None
+        leaves_by_itself = box.reported and box.area is None and box.way_out is None
         keeps = bool(conduct.job.keep_root)
         if not leaves_by_itself and not keeps:
             await box.end()
@@ -279,7 +272,7 @@ class Runner:
     async def _keep_root(self, kept: Kept, job: Job, result: Result, box: Sandbox) -> Result:
         try:
             await box.finish()
-            porter = await self._porter(kept)
+            porter = await kept.home.porter()
             found = await keeping.keep(job, result, box, kept.prepared, porter)
         finally:
             await box.end()
@@ -324,32 +317,44 @@ class Runner:
     async def _new(self, kept: Kept) -> Sandbox:
         """Made now; a tenant that has died is started anew, once."""
         for attempt in range(2):
-            tenant = await self._tenant(kept)
             try:
-                return await make(tenant, kept.prepared, self._cgroups, await self._uppers(kept))
+                return await self._make(kept)
             except LaunchError as error:
                 if error.stage != "tenant" or attempt:
                     raise
         raise InternalError("unreachable")
 
+    async def _make(self, kept: Kept) -> Sandbox:
+        tenant = await kept.home.tenant()
+        egress = kept.prepared.compiled.egress
+        way_out = None if egress is None else await (await kept.home.netkeeper()).take(egress)
+        uppers = await kept.home.uppers() if kept.policy.root.upper == "directory" else None
+        return await make(tenant, kept.prepared, self._cgroups, uppers, way_out)
+
     def _lacks(self, kept: Kept) -> bool:
         """Whether there is something to make ahead."""
+        egress = kept.prepared.compiled.egress
+        if egress is not None and egress.published:
+            return False  # a port of the host's cannot be held ahead
         if len(kept.spares) < self._spares_wanted:
             return True
-        tenant = kept.home.tenant
+        if egress is not None:
+            keeper = kept.home.living_netkeeper
+            return keeper is not None and keeper.ahead(egress) < self.slots
+        tenant = kept.home.living
         again = kept.prepared.compiled.network_serves_again
         return tenant is not None and not again and tenant.networks_ahead < self.slots
 
     async def _refill(self, kept: Kept) -> None:
         """Make what a policy lacks of spares and networks: after a job, not while one starts."""
         try:
-            tenant = await self._tenant(kept)
-            if not kept.prepared.compiled.network_serves_again:
-                await tenant.refill_networks(self.slots)
+            compiled = kept.prepared.compiled
+            if compiled.egress is not None:
+                await (await kept.home.netkeeper()).refill(compiled.egress, self.slots)
+            elif not compiled.network_serves_again:
+                await (await kept.home.tenant()).refill_networks(self.slots)
             while len(kept.spares) < self._spares_wanted:
-                tenant = await self._tenant(kept)
-                uppers = await self._uppers(kept)
-                box = await make(tenant, kept.prepared, self._cgroups, uppers)
+                box = await self._make(kept)
                 kept.spares.append(box)
                 await box.wait_known()
         except SandboxError:
@@ -383,7 +388,9 @@ class Runner:
             self._forget()
             host = host_for(policy, self.host)
             prepared = Prepared.of(build.compile_policy(policy, host, keep=keep), host)
-            home = self._homes.setdefault(prepared.compiled.tenant, Home())
+            home = self._homes.setdefault(
+                prepared.compiled.tenant, Home(prepared, self.host, self._cgroups)
+            )
             self._kept[key] = Kept(policy, prepared, home)
         kept = self._kept[key]
         if kept.policy is policy:  # so that the id stays this policy's
@@ -400,55 +407,6 @@ class Runner:
                 for keep in (False, True):
                     self._recent.pop((id(kept.policy), keep), None)
 
-    async def _tenant(self, kept: Kept) -> Tenant:
-        home = kept.home
-        if home.tenant is not None and not home.tenant.dead:
-            return home.tenant
-        async with home.lock:
-            if home.tenant is not None and home.tenant.dead:
-                await self._leave(home)
-            if home.tenant is None:
-                if (image := kept.prepared.host.image) is not None:
-                    home.stack.enter_context(using(image))
-                opened = open_tenant(kept.prepared.compiled, self.host, self._cgroups)
-                home.tenant = await home.stack.enter_async_context(opened)
-            return home.tenant
-
-    async def _porter(self, kept: Kept) -> Porter:
-        """The process that carries files for this tenant's sandboxes; started when first needed."""
-        tenant = await self._tenant(kept)
-        home = kept.home
-        async with home.lock:
-            if home.porter is None:
-                with Descriptors() as fds:
-                    path = tenant.user_namespace()
-                    namespace = fds.own(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
-                    opened = open_porter(namespace)
-                    home.porter = await home.stack.enter_async_context(opened)
-            return home.porter
-
-    async def _uppers(self, kept: Kept) -> Uppers | None:
-        """Where the directories of this tenant's sandboxes are, if they write to some."""
-        if kept.policy.root.upper != "directory":
-            return None
-        tenant = await self._tenant(kept)
-        home = kept.home
-        async with home.lock:
-            if home.uppers is None:
-                with Descriptors() as fds:
-                    path = tenant.user_namespace()
-                    namespace = fds.own(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
-                    # Of its own: looking at how full they are must not wait for files.
-                    porter = await home.stack.enter_async_context(open_porter(namespace))
-                home.uppers = await home.stack.enter_async_context(open_uppers(porter))
-            return home.uppers
-
-    async def _leave(self, home: Home) -> None:
-        with trio.CancelScope(shield=True):
-            await home.stack.aclose()
-        home.tenant = home.porter = home.uppers = None
-        home.stack = AsyncExitStack()
-
     async def _close(self) -> None:
         with trio.CancelScope(shield=True):
             while self._dying:
@@ -457,7 +415,7 @@ class Runner:
                 while kept.spares:
                     await kept.spares.pop().end()
             for home in self._homes.values():
-                await self._leave(home)
+                await home.leave()
 
 
 def _forwarding(run: Run | None) -> Emit | None:

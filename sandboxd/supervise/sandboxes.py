@@ -23,6 +23,7 @@ from sandboxd.script.record import Image
 from sandboxd.supervise.areas import Area, open_area
 from sandboxd.supervise.cgroups import Cgroups
 from sandboxd.supervise.leaf import Leaf
+from sandboxd.supervise.netkeeper import UserNetwork
 from sandboxd.supervise.tenants import Clone, Prepared, Tenant, sandbox_script
 from sandboxd.supervise.uppers import Uppers
 
@@ -40,10 +41,12 @@ class Sandbox:
     socket: socket.socket
     image: Image
     uid: int | None
-    network: int
+    network: int | None
+    """Of the tenant's, lent; None with a way out, which has one of its own."""
     leaf: Leaf | None
     cgroups: Cgroups | None
     area: Area | None = None
+    way_out: UserNetwork | None = None
     signals: list[int] = field(default_factory=list)
     """What it is to get as soon as its pidfd is known."""
     ended: bool = False
@@ -156,8 +159,9 @@ class Sandbox:
     async def release(self) -> bool:
         """What it had goes, or goes back, if it is dead."""
         self._close()
-        if self.area is not None:
-            await self.area.close()
+        for sidecar in (self.area, self.way_out):
+            if sidecar is not None:
+                await sidecar.close()
         if not self.dead:  # in D state: nothing it had may be used again
             return False
         self._give_back()
@@ -178,26 +182,44 @@ class Sandbox:
             os.close(self.clone.pidfd)
 
     def _give_back(self) -> None:
-        self.tenant.return_network(self.network, again=self.network_serves_again)
-        if self.uid is not None:
-            self.tenant.return_uid(self.uid)
-        if self.leaf is not None and self.cgroups is not None:
-            self.cgroups.give_back(self.leaf)
+        again = self.network_serves_again
+        _return(self.tenant, self.cgroups, self.uid, self.network, self.leaf, again=again)
+
+
+def _return(
+    tenant: Tenant, cgroups: Cgroups | None, uid: int | None, network: int | None,
+    leaf: Leaf | None, *, again: bool,
+) -> None:  # fmt: skip
+    """What was borrowed, by somebody who is dead."""
+    if network is not None:
+        tenant.return_network(network, again=again)
+    if uid is not None:
+        tenant.return_uid(uid)
+    if leaf is not None and cgroups is not None:
+        cgroups.give_back(leaf)
 
 
 async def make(
-    tenant: Tenant, prepared: Prepared, cgroups: Cgroups | None, uppers: Uppers | None
+    tenant: Tenant,
+    prepared: Prepared,
+    cgroups: Cgroups | None,
+    uppers: Uppers | None,
+    way_out: UserNetwork | None = None,
 ) -> Sandbox:
     """Start the construction of a sandbox; it waits for its job, or reports why it failed.
 
-    What the caller does next happens while the kernel works.
+    What the caller does next happens while the kernel works. `way_out` is the sandbox's from here
+    on, also if nothing becomes of that.
     """
     compiled = prepared.compiled
     setup = compiled.setup
-    uid = tenant.take_uid() if setup.own_uid else None
-    network = leaf = area = None
+    uid = network = leaf = area = None
     try:
-        network = await tenant.take_network()
+        uid = tenant.take_uid() if setup.own_uid else None
+        if way_out is None:
+            namespace = network = await tenant.take_network()
+        else:
+            namespace = way_out.namespace
         leaf = cgroups.take(compiled.cgroup_files, compiled.cpu_sets) if cgroups else None
         if "area" in setup.descriptors:
             area = await open_area(tenant, prepared, uppers)
@@ -205,7 +227,7 @@ async def make(
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         with theirs:
             ours.setblocking(False)
-            offered = {"socket": theirs.fileno(), "network": network}
+            offered = {"socket": theirs.fileno(), "network": namespace}
             if leaf is not None:
                 offered["cgroup"] = leaf.fd
             if area is not None:
@@ -217,15 +239,12 @@ async def make(
                 ours.close()
                 raise
     except BaseException:
-        if network is not None:
-            tenant.return_network(network, again=False)
-        if uid is not None:
-            tenant.return_uid(uid)
-        if leaf is not None and cgroups is not None:
-            cgroups.give_back(leaf)
-        if area is not None:
-            await area.close()
+        for sidecar in (area, way_out):
+            if sidecar is not None:
+                await sidecar.close()
+        _return(tenant, cgroups, uid, network, leaf, again=False)
         raise
     box = Sandbox(tenant, clone, ours, prepared.image, uid, network, leaf, cgroups, area)
     box.network_serves_again = compiled.network_serves_again
+    box.way_out = way_out
     return box

@@ -30,7 +30,7 @@ from sandboxd.linux import memfd
 from sandboxd.messages import ENDED, FILES, GO, Ended, Failure, StartHeader
 from sandboxd.plan import TENANT_UID
 from sandboxd.policy import Artifacts
-from sandboxd.result import Artifact, ArtifactError, Usage
+from sandboxd.result import Artifact, ArtifactError, Usage, Violation
 from sandboxd.script.init import exec_script
 from sandboxd.script.record import Image
 from sandboxd.supervise import account, budgets, segments, stream
@@ -88,6 +88,8 @@ class Observed:
     ended: float
     crowded: bool = False
     """Another run was on the CPUs that it was pinned to."""
+    refused: tuple[Violation, ...] = ()
+    """Who was not to be reached."""
 
 
 class Dispatch:

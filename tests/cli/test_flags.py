@@ -148,7 +148,7 @@ def test_what_flags_did_not_set_keeps_its_origin() -> None:
         (["--inodes", "²"], "argument --inodes: '²' is not a number from 1 to"),
         (["--ulimit", "core=0"], "is not NAME=N, NAME being as, cpu, fsize, nofile, nproc, stack"),
         (["--ulimit", "nofile=5:9"], "soft and hard differ, and sandboxd has one value: write"),
-        (["--network", "host"], "argument --network: 'host': a program reaches loopback and"),
+        (["--network", "host"], "argument --network: 'host' is neither `none` nor `user`"),
         (["--hostname", "-x"], "argument --hostname"),
         (["--hostname", "a b"], "letters, digits, dots and hyphens"),
         (["--name", "a/b"], "argument --name: 'a/b': letters, digits"),

@@ -24,6 +24,7 @@ pytestmark = pytest.mark.root_ok
 WHAT = (
     *("machine", "memfd exec", "user namespace", "AppArmor", "id maps", "new /proc"),
     *("seeing processes", "time namespace", "kernel overlay", "fuse-overlayfs", "TUN"),
+    *("nftables", "user networking", "IPv6"),
     "cgroup v2 subtree",
     *("cgroup: given", "cgroup: own", "cgroup: systemd", "cgroup: prepared"),
     *("start in a cgroup", "cgroup memory", "cgroup pids", "cgroup cpu", "cgroup io"),
@@ -97,6 +98,15 @@ def test_it_agrees_with_the_probe(report: Report) -> None:
     ):
         assert (seen[what].state == "ok") == fact, what
     assert report.ok == (host.user_namespaces and (host.proc_whole or host.proc_subset))
+
+
+def test_a_way_out(report: Report) -> None:
+    carriers = [name for name in ("slirp4netns", "pasta") if not needs.missing(name)]
+    found = rows(report)["user networking"]
+    assert [name for name in carriers if name not in found.found] == []
+    assert (found.state == "ok") == bool(carriers)
+    able = report.ok and needs.missing("nft") == ""
+    assert (rows(report)["nftables"].state == "ok") >= able
 
 
 def test_tun(report: Report) -> None:
@@ -220,6 +230,7 @@ ALL = dataclasses.replace(
 )
 ONLY_CGROUP = dataclasses.replace(BARE, cgroup=CgroupSubtree(path="/x"))
 FUSE = dataclasses.replace(BARE, fuse_overlayfs="/usr/bin/fuse-overlayfs")
+CARRIED = dataclasses.replace(BARE, pasta="/usr/bin/pasta", tun=True, nftables=True)
 HIDDEN = dataclasses.replace(BARE, hides_processes=True)
 NO_FILTER = dataclasses.replace(BARE, seccomp=False)
 
@@ -241,6 +252,8 @@ NO_FILTER = dataclasses.replace(BARE, seccomp=False)
         (BARE, "nothing left", "kernel", "pid namespace"),
         (ALL, "nothing left", "kernel", "cgroup.kill"),
         (BARE, "network", "kernel", "loopback"),
+        (BARE, "way out", "none", "there is none"),
+        (CARRIED, "way out", "kernel", "pasta"),
         (BARE, "writable root", "partly", "binds"),
         (FUSE, "writable root", "kernel", "fuse-overlayfs"),
         (ALL, "writable root", "kernel", "overlayfs of the kernel"),

@@ -42,8 +42,8 @@ def descendants(pid: int) -> list[int]:
 def tenant_of(runner: Runner) -> int:
     """The process we started for the runner's only tenant; its child is the zygote."""
     (home,) = runner._homes.values()
-    assert home.tenant is not None
-    return home.tenant.pid
+    assert home.living is not None
+    return home.living.pid
 
 
 @contextmanager

@@ -1,0 +1,93 @@
+"""What lasts longer than a run: a tenant, and the processes that serve its sandboxes.
+
+Everything is started when it is first needed, and anew when it has died.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import AsyncExitStack
+
+import trio
+
+from sandboxd.host import Host
+from sandboxd.images.store import using
+from sandboxd.supervise.cgroups import Cgroups
+from sandboxd.supervise.descriptors import Descriptors
+from sandboxd.supervise.netkeeper import Netkeeper, open_netkeeper
+from sandboxd.supervise.porter import Porter, open_porter
+from sandboxd.supervise.tenants import Prepared, Tenant, open_tenant
+from sandboxd.supervise.uppers import Uppers, open_uppers
+
+
+class Home:
+    """A tenant's place. Policies whose tenants have equal plans share one."""
+
+    def __init__(self, prepared: Prepared, host: Host, cgroups: Cgroups | None) -> None:
+        self.living: Tenant | None = None
+        self.living_netkeeper: Netkeeper | None = None
+        self._prepared = prepared
+        self._host = host
+        self._cgroups = cgroups
+        self._porter: Porter | None = None
+        self._uppers: Uppers | None = None
+        self._lock = trio.Lock()
+        self._stack = AsyncExitStack()
+
+    async def tenant(self) -> Tenant:
+        """The tenant; LaunchError or HostError if it cannot be started."""
+        if self.living is not None and not self.living.dead:
+            return self.living
+        async with self._lock:
+            if self.living is not None and self.living.dead:
+                await self.leave()
+            if self.living is None:
+                if (image := self._prepared.host.image) is not None:
+                    self._stack.enter_context(using(image))
+                opened = open_tenant(self._prepared.compiled, self._host, self._cgroups)
+                self.living = await self._stack.enter_async_context(opened)
+            return self.living
+
+    async def porter(self) -> Porter:
+        """The process that carries files for this tenant's sandboxes."""
+        tenant = await self.tenant()
+        async with self._lock:
+            if self._porter is None:
+                self._porter = await self._open_porter(tenant)
+            return self._porter
+
+    async def uppers(self) -> Uppers:
+        """Where the directories are that this tenant's sandboxes write to."""
+        tenant = await self.tenant()
+        async with self._lock:
+            if self._uppers is None:
+                # A porter of its own: looking at how full they are must not wait for files.
+                porter = await self._open_porter(tenant)
+                self._uppers = await self._stack.enter_async_context(open_uppers(porter))
+            return self._uppers
+
+    async def netkeeper(self) -> Netkeeper:
+        """What makes networks with a way out for this tenant."""
+        tenant = await self.tenant()
+        async with self._lock:
+            if self.living_netkeeper is None or self.living_netkeeper.dead:
+                with Descriptors() as fds:
+                    opened = open_netkeeper(_namespace(tenant, fds))
+                    self.living_netkeeper = await self._stack.enter_async_context(opened)
+            return self.living_netkeeper
+
+    async def _open_porter(self, tenant: Tenant) -> Porter:
+        with Descriptors() as fds:
+            opened = open_porter(_namespace(tenant, fds))
+            return await self._stack.enter_async_context(opened)
+
+    async def leave(self) -> None:
+        """End all of it."""
+        with trio.CancelScope(shield=True):
+            await self._stack.aclose()
+        self.living = self.living_netkeeper = self._porter = self._uppers = None
+        self._stack = AsyncExitStack()
+
+
+def _namespace(tenant: Tenant, fds: Descriptors) -> int:
+    return fds.own(os.open(tenant.user_namespace(), os.O_RDONLY | os.O_CLOEXEC))

@@ -1,0 +1,220 @@
+"""The host of tests/network/world.py: carries out requests, one JSON object a line.
+
+{"id", "do": "run", "network": {...}, "argv"}: the result's JSON. {"do": "processes"}: the names of
+all processes of this little machine. {"do": "start"}: `sandboxd run`, in a process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import traceback
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import trio
+
+from sandboxd.job import Job
+from sandboxd.policy import Network, Policy
+from sandboxd.result import to_json
+from sandboxd.supervise import policies
+from sandboxd.supervise.runner import Runner, open_runner
+from tests.network.places import HOST, OUTSIDE
+from tests.network.world import answer_tcp, answer_udp, ip, name_server_udp, serve
+
+PATIENCE = 50.0
+LOCAL_PORT = 7777
+"""What listens on the host's loopback, and on all its addresses."""
+
+
+def policy(fields: dict[str, Any]) -> Policy:
+    base = policies.find(fields.pop("base", "base"))
+    network = msgspec.convert({"mode": "user", **fields}, Network)
+    return msgspec.structs.replace(base, network=network)
+
+
+def everybody() -> list[tuple[int, int, str, str]]:
+    """pid, parent, name and command line of all processes of this little machine."""
+    found = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            name, _, rest = Path(f"/proc/{pid}/stat").read_text().partition("(")[2].rpartition(")")
+            line = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ")
+        except OSError:
+            continue
+        if rest.split()[0] != "Z":
+            # pasta executes the variant of itself that suits the CPU: passt.avx2
+            short = "pasta" if name.startswith("passt") else name
+            found.append((int(pid), int(rest.split()[1]), short, line.decode(errors="replace")))
+    return found
+
+
+def processes() -> list[str]:
+    return sorted(name for _, _, name, _ in everybody())
+
+
+def here() -> list[object]:
+    """Processes, what we have open, interfaces, and what lies in our places."""
+    places = [os.environ.get(name, "/nowhere") for name in ("XDG_RUNTIME_DIR", "TMPDIR")]
+    return [
+        processes(),
+        len(os.listdir("/proc/self/fd")),
+        sorted(os.listdir("/sys/class/net")),
+        [sorted(os.listdir(place)) for place in places if os.path.isdir(place)],
+    ]
+
+
+class Host:
+    """What is asked of it."""
+
+    def __init__(self, runner: Runner) -> None:
+        self.runner = runner
+        self.started: dict[str, subprocess.Popen[bytes]] = {}
+
+    async def run(self, request: dict[str, Any]) -> Any:
+        job = Job(argv=tuple(request["argv"]), policy=policy(request["network"]))
+        if "kill" in request:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._kill, request["kill"])
+                result = await self.runner.run(job)
+                nursery.cancel_scope.cancel()
+        else:
+            result = await self.runner.run(job)
+        return to_json(result)
+
+    async def many(self, request: dict[str, Any]) -> Any:
+        """The same job many times in a runner of its own; what is there before and after that."""
+        job = Job(argv=tuple(request["argv"]), policy=policy(request["network"]))
+        before = here()
+        async with open_runner(slots=2, cgroup="none") as runner:
+            statuses = [(await runner.run(job)).status for _ in range(request["times"])]
+        with trio.move_on_after(10):
+            while here() != before:  # noqa: ASYNC110  nobody tells when the kernel is through
+                await trio.sleep(0.01)
+        return [statuses, before, here()]
+
+    async def _kill(self, what: str) -> None:
+        """End all who are called so, or are part of it, once the job says by a name: now."""
+        while not any(  # noqa: ASYNC110  nobody tells who has executed what
+            "ready-for-it" in line and name == "sh" for _, _, name, line in everybody()
+        ):
+            await trio.sleep(0.01)
+        for pid, _, name, line in everybody():
+            if name == what or f"sandboxd.launch.{what} " in line:
+                os.kill(pid, signal.SIGKILL)
+
+    async def processes(self, _: dict[str, Any]) -> Any:
+        return processes()
+
+    async def start(self, request: dict[str, Any]) -> Any:
+        command = [
+            sys.executable,
+            "-P",
+            "-m",
+            "sandboxd",
+            "run",
+            "--cgroup",
+            "none",
+            *request["argv"],
+        ]
+        self.started["it"] = started(command)
+        return self.started["it"].pid
+
+    async def end(self, request: dict[str, Any]) -> Any:
+        """Send a signal to what was started, or to its tenant; its exit status and output."""
+        process = self.started.pop("it")
+        victims = [process.pid]
+        if request["tenant"]:
+            victims = [
+                pid for pid, parent, _, line in everybody()
+                if parent == process.pid and line.startswith("sandboxd-tenant")
+            ]  # fmt: skip
+        for pid in victims:
+            os.kill(pid, request["signal"])
+        said, _ = await trio.to_thread.run_sync(process.communicate)
+        return [process.returncode, said.decode()]
+
+    async def until(self, request: dict[str, Any]) -> Any:
+        """Wait until there are so many processes of each name."""
+        wanted: dict[str, int] = request["names"]
+        with trio.move_on_after(20):
+            while any(  # noqa: ASYNC110  nobody tells who is there
+                processes().count(name) != many for name, many in wanted.items()
+            ):
+                await trio.sleep(0.005)
+        return processes()
+
+    async def connect(self, request: dict[str, Any]) -> Any:
+        """As somebody on the host."""
+        with trio.move_on_after(20):
+            while True:
+                try:
+                    stream = await trio.open_tcp_stream(request["address"], request["port"])
+                except OSError as error:
+                    if request.get("must_fail"):
+                        return str(error)
+                    await trio.sleep(0.01)
+                    continue
+                async with stream:
+                    await stream.send_all(b"hello")
+                    return (await stream.receive_some()).decode()
+        return "nobody"
+
+
+def started(command: list[str]) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+
+async def serve_requests(runner: Runner) -> None:
+    host = Host(runner)
+    async with trio.open_nursery() as nursery:
+        read = sys.stdin.buffer.readline
+        while line := await trio.to_thread.run_sync(read, abandon_on_cancel=True):
+            nursery.start_soon(carry_out, host, json.loads(line))
+
+
+async def carry_out(host: Host, request: dict[str, Any]) -> None:
+    does: Callable[[dict[str, Any]], Awaitable[Any]] = getattr(host, request["do"])
+    try:
+        with trio.fail_after(PATIENCE):
+            answer = {"answer": await does(request)}
+    except Exception as error:
+        answer = {"error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}
+    sys.stdout.write(json.dumps({"id": request["id"], **answer}) + "\n")
+    sys.stdout.flush()
+
+
+async def main() -> None:
+    async with open_runner(slots=2, cgroup="none") as runner:
+        await serve_requests(runner)
+
+
+def configure() -> None:
+    ip("link", "set", "lo", "up")
+    for address, bits in HOST:
+        where = "eth0" if bits in (24, 64) else "lo"
+        six = ["nodad"] if ":" in address else []
+        ip("addr", "add", f"{address}/{bits}", "dev", where, *six)
+    ip("link", "set", "eth0", "up")
+    for gateway, _ in OUTSIDE:
+        ip("-6" if ":" in gateway else "-4", "route", "add", "default", "via", gateway)
+    serve("0.0.0.0", LOCAL_PORT, socket.SOCK_STREAM, answer_tcp)
+    serve("::1", LOCAL_PORT, socket.SOCK_STREAM, answer_tcp)
+    serve("0.0.0.0", LOCAL_PORT, socket.SOCK_DGRAM, answer_udp)
+    serve("127.0.0.1", 53, socket.SOCK_DGRAM, name_server_udp)
+
+
+if __name__ == "__main__":
+    assert threading.active_count() == 1
+    first = sys.stdin.buffer.readline()  # the world is there
+    configure()
+    trio.run(main)
