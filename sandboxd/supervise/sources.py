@@ -41,6 +41,7 @@ class Sources:
             isinstance(value, Tar) and isinstance(value.source, int) for value in files.values()
         )
         """Whether somebody else may keep us waiting, for any time."""
+        self._threads = trio.CapacityLimiter(1) if self.waits else None  # not one of trio's 40
         self.packet = Packet(b"")
         self._owned: list[int] = []
 
@@ -57,7 +58,7 @@ class Sources:
         packets.close(self._owned)
         self._owned = []
         if self._slow:
-            await trio.to_thread.run_sync(self._fill, head, box)
+            await trio.to_thread.run_sync(self._fill, head, box, limiter=self._threads)
         else:
             self._fill(head, box)
         return not self.packet.empty

@@ -7,21 +7,27 @@ import stat
 from collections.abc import Sequence
 from pathlib import Path
 
+import msgspec
 import pytest
 import trio
 
+from sandboxd import Tar
 from tests.escape.attack import (
+    Identity,
     Job,
     JobError,
+    Mount,
     Policy,
     Result,
     achieved,
     any_uid,
     every_policy,
+    find,
     limited,
     open_runner,
     python,
 )
+from tests.images.making import END, file, folder, hard, link
 
 
 async def collected(
@@ -205,3 +211,63 @@ async def test_names_of_input_files() -> None:
     for name in ("/etc/x", "../x", "a/../../x", "", "a\0b", ".."):
         with pytest.raises(JobError):
             Job(argv=("true",), files={name: b"x"})
+
+
+PLANTED = """
+os.mkdir("out")
+for name in ("out/key", "key", "pipe"):
+    open(name, "w").write("mine")
+os.symlink(SECRET_FOLDER, "/shared/out")
+os.symlink(SECRET_FOLDER + "/key", "/shared/key")
+os.mkfifo("/shared/pipe")
+"""
+
+
+@pytest.mark.parametrize("pattern", ["out/*", "key", "pipe"])
+async def test_links_planted_where_collected_files_go(tmp_path: Path, pattern: str) -> None:
+    """A job may write to the directory that its files are collected to: CVE-2018-15664 (docker cp).
+
+    Countermeasures: the way to a file's place is looked up beneath the directory and through no
+    link (openat2(2)), what is there is replaced and never written to, and only if it is a file.
+    """
+    outside, shared = tmp_path / "outside", tmp_path / "shared"
+    for made in (outside, shared):
+        made.mkdir()
+    (outside / "key").write_text("correct-horse")
+    identity = Identity(user="caller")
+    policy = find("base", mounts=(Mount(target="/shared", source=str(shared), writable=True),))
+    policy = msgspec.structs.replace(policy, identity=identity)
+    body = f"SECRET_FOLDER = {str(outside)!r}\n{PLANTED}"
+    async with open_runner() as runner:
+        job = Job(argv=python(body), policy=policy, collect=[pattern], collect_to=shared)
+        with pytest.raises(JobError, match="collect_to"):
+            await runner.run(job)
+        assert sorted(os.listdir(shared)) == ["key", "out", "pipe"]  # it did plant them
+    assert (outside / "key").read_text() == "correct-horse"
+    assert os.listdir(outside) == ["key"]
+
+
+async def test_archives_among_the_input(tmp_path: Path) -> None:
+    """An archive of a stranger's as a job's input: zip slip, CVE-2007-4559, CVE-2001-1267.
+
+    Countermeasures: as for all input: names below their place, and no way through a link. Links to
+    the host's files are links into the sandbox's own root.
+    """
+    secret = tmp_path / "key"
+    secret.write_text("correct-horse")
+    out = link(b"out", os.fsencode(tmp_path))
+    for evil in (
+        out + file(b"out/key"),
+        link(b"key", os.fsencode(secret)) + hard(b"same", os.fsencode(secret)),
+        file(b"../" * 40 + os.fsencode(secret)[1:]),
+        out + folder(b"out/below"),
+    ):
+        with pytest.raises(JobError):
+            async with open_runner() as runner:
+                await runner.run(Job(argv=["true"], files={"t": Tar(evil + END)}))
+    async with open_runner() as runner:
+        job = Job(argv=["cat", "t/key"], files={"t": Tar(link(b"key", b"/etc/shadow") + END)})
+        result = await runner.run(job)
+    assert (result.status, result.stdout) == ("nonzero_exit", b"")
+    assert os.listdir(tmp_path) == ["key"]
+    assert secret.read_text() == "correct-horse"

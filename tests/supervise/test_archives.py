@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 
 from sandboxd.errors import HostError, JobError
 from sandboxd.images import streams
@@ -235,9 +236,12 @@ async def test_nobody_waits_for_a_silent_pipe(tenant: Tenant) -> None:
     try:
         async with open_porter(tenant.namespace) as porter, trio.open_nursery() as nursery:
             files = {"t": Tar(reading)}
-            nursery.start_soon(porter.copy_in, tenant.box, files, tenant.owner)
+            for _ in range(50):  # trio has 40 threads for everybody
+                nursery.start_soon(porter.copy_in, tenant.box, files, tenant.owner)
+            await trio.testing.wait_all_tasks_blocked()
             for number in range(20):
-                await porter.copy_in(tenant.box, {str(number): b""}, tenant.owner)
+                few = {f"{number}/{one}": Path("/etc/passwd") for one in range(3)}
+                await porter.copy_in(tenant.box, few, tenant.owner)
             nursery.cancel_scope.cancel()
     finally:
         os.close(reading)
