@@ -129,6 +129,7 @@ async def open_porter(user_namespace: int | None) -> AsyncIterator[Porter]:
     try:
         yield porter
     finally:
+        porter._closed = True
         await porter._stop()
         if namespace >= 0:
             os.close(namespace)
@@ -141,9 +142,12 @@ class Porter:
         self._namespace = namespace
         self._lock = trio.Lock()
         self._running: _Process | None = None
+        self._closed = False
 
     def start(self) -> None:
         """Start it now, so that the first request need not wait for it: 20 ms."""
+        if self._closed:
+            raise LaunchError("porter", _START, 0, "the porter's tenant is gone")
         if self._running is None:
             self._running = _Process.start(self._namespace)
 

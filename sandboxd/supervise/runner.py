@@ -23,8 +23,10 @@ from sandboxd.job import Job
 from sandboxd.policy import Policy
 from sandboxd.result import Event, Result
 from sandboxd.supervise import keeping, policies, record
+from sandboxd.supervise.areas import open_area
 from sandboxd.supervise.cgroups import Cgroups, open_cgroups, slots_within
 from sandboxd.supervise.descriptors import Descriptors
+from sandboxd.supervise.homes import Home, Kept
 from sandboxd.supervise.place import open_place
 from sandboxd.supervise.porter import Porter, open_porter
 from sandboxd.supervise.probe import kinds
@@ -57,29 +59,6 @@ class RunnerStatistics:
     finished: int
     tenants: int
     spares: int
-
-
-class Home:
-    """A tenant's place: it is started when first needed, and anew when it died."""
-
-    def __init__(self) -> None:
-        self.lock = trio.Lock()
-        self.tenant: Tenant | None = None
-        self.porter: Porter | None = None
-        self.uppers: Uppers | None = None
-        self.stack = AsyncExitStack()
-
-
-class Kept:
-    """A policy the runner has seen: prepared, with the tenant that serves it while it lives."""
-
-    def __init__(self, policy: Policy, prepared: Prepared, home: Home) -> None:
-        self.policy = policy
-        self.prepared = prepared
-        self.home = home
-        self.kind = record.Kind.of(prepared.compiled)
-        self.spares: list[Sandbox] = []
-        self.refilling = False
 
 
 class Runner:
@@ -205,6 +184,7 @@ class Runner:
                 )
                 result = await self._in_sandbox(kept, conduct, (asked, queued))
             self._finished += 1
+            kept.runs += 1
             if not kept.refilling and self._lacks(kept):
                 kept.refilling = True
                 self._nursery.start_soon(self._refill, kept)
@@ -297,7 +277,8 @@ class Runner:
         for attempt in range(2):
             tenant = await self._tenant(kept)
             try:
-                return await make(tenant, kept.prepared, self._cgroups, await self._uppers(kept))
+                uppers, area = await self._uppers(kept), await kept.take_area(tenant)
+                return await make(tenant, kept.prepared, self._cgroups, uppers, area)
             except LaunchError as error:
                 if error.stage != "tenant" or attempt:
                     raise
@@ -307,9 +288,16 @@ class Runner:
         """Whether there is something to make ahead."""
         if len(kept.spares) < self._spares_wanted:
             return True
+        if self._lacks_area(kept):
+            return True
         tenant = kept.home.tenant
         again = kept.prepared.compiled.network_serves_again
         return tenant is not None and not again and tenant.networks_ahead < self.slots
+
+    def _lacks_area(self, kept: Kept) -> bool:
+        """A sidecar takes long to start; but who runs one job only does not need another."""
+        wanted = kept.runs > 1 and not self._spares_wanted and kept.ahead is None
+        return wanted and "area" in kept.prepared.compiled.setup.descriptors
 
     async def _refill(self, kept: Kept) -> None:
         """Make what a policy lacks of spares and networks: after a job, not while one starts."""
@@ -317,6 +305,8 @@ class Runner:
             tenant = await self._tenant(kept)
             if not kept.prepared.compiled.network_serves_again:
                 await tenant.refill_networks(self.slots)
+            if self._lacks_area(kept):
+                kept.ahead = await open_area(tenant, kept.prepared, await self._uppers(kept))
             while len(kept.spares) < self._spares_wanted:
                 tenant = await self._tenant(kept)
                 uppers = await self._uppers(kept)
@@ -405,6 +395,8 @@ class Runner:
 
     async def _leave(self, home: Home) -> None:
         with trio.CancelScope(shield=True):
+            for kept in [one for one in self._kept.values() if one.home is home]:
+                await kept.forget()
             await home.stack.aclose()
         home.tenant = home.porter = home.uppers = None
         home.stack = AsyncExitStack()
@@ -413,9 +405,6 @@ class Runner:
         with trio.CancelScope(shield=True):
             while self._dying:
                 await self._dying.pop().end()
-            for kept in self._kept.values():
-                while kept.spares:
-                    await kept.spares.pop().end()
             for home in self._homes.values():
                 await self._leave(home)
 

@@ -186,20 +186,24 @@ class Sandbox:
 
 
 async def make(
-    tenant: Tenant, prepared: Prepared, cgroups: Cgroups | None, uppers: Uppers | None
+    tenant: Tenant,
+    prepared: Prepared,
+    cgroups: Cgroups | None,
+    uppers: Uppers | None,
+    area: Area | None = None,
 ) -> Sandbox:
     """Start the construction of a sandbox; it waits for its job, or reports why it failed.
 
-    What the caller does next happens while the kernel works.
+    What the caller does next happens while the kernel works. `area` is one made ahead.
     """
     compiled = prepared.compiled
     setup = compiled.setup
     uid = tenant.take_uid() if setup.own_uid else None
-    network = leaf = area = None
+    network = leaf = None
     try:
         network = await tenant.take_network()
         leaf = cgroups.take(compiled.cgroup_files, compiled.cpu_sets) if cgroups else None
-        if "area" in setup.descriptors:
+        if area is None and "area" in setup.descriptors:
             area = await open_area(tenant, prepared, uppers)
         script = sandbox_script(prepared.image, TENANT_UID if uid is None else uid)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
