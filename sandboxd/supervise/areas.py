@@ -33,6 +33,7 @@ PATIENCE = 5.0
 class Area:
     """A sandbox's area; `mounts` are descriptors, owned by this: "area", and "fuse" for a root."""
 
+    tenant: Tenant
     process: subprocess.Popen[bytes]
     link: socket.socket
     mounts: dict[str, int]
@@ -160,4 +161,4 @@ async def _open_area(tenant: Tenant, prepared: Prepared, directory: Path | None)
         with trio.CancelScope(shield=True):
             await reap(process)
         raise
-    return Area(process, ours, dict(zip(wanted, received, strict=True)))
+    return Area(tenant, process, ours, dict(zip(wanted, received, strict=True)))

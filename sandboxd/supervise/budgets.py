@@ -72,7 +72,7 @@ class Budget:
             if not (lost and now >= next_walk) and now < max(walked + WALK, next_walk):
                 continue
             free, nodes = left, left_nodes
-            await self.look()
+            await self.look(self._limits.inodes and self._limits.inodes + 1)
             if start - left > self.level.bytes and lost:
                 self.level.bytes += await trio.to_thread.run_sync(nameless, self._box.pid())
             walked = trio.current_time()
@@ -81,11 +81,10 @@ class Budget:
                 self._stop("disk_limit", why)
                 return
 
-    async def look(self) -> None:
-        """Count what is there."""
-        most = self._limits.inodes
+    async def look(self, most: int | None) -> None:
+        """Count what is there, and no more entries than need be."""
         with trio.CancelScope(shield=True):  # given up half-way it would cost the porter
-            self.level = await measured(self._area, MOST if most is None else most + 1)
+            self.level = await measured(self._area, MOST if most is None else most)
 
     def _free(self) -> tuple[int, int]:
         found = os.fstatvfs(self._file_system)
@@ -158,7 +157,7 @@ async def at_end(budget: Budget | None, ended: Ended | None, limits: Limits) -> 
     if budget is None or ended is None:
         return ended
     before = budget.level
-    await budget.look()
+    await budget.look(None)
     # What was seen without a name is gone with the processes, and was there when the run was ended.
     used = max(budget.level.bytes, before.bytes if budget.is_over(before) else 0)
     inodes = budget.level.inodes

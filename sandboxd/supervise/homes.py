@@ -1,4 +1,4 @@
-"""What lasts longer than a run: a tenant, and the processes that serve its sandboxes.
+"""What lasts longer than a run: policies made ready, tenants, and what serves their sandboxes.
 
 Everything is started when it is first needed, and anew when it has died.
 """
@@ -12,12 +12,17 @@ import trio
 
 from sandboxd.host import Host
 from sandboxd.images.store import using
+from sandboxd.policy import Policy
+from sandboxd.supervise import record
+from sandboxd.supervise.areas import Area
 from sandboxd.supervise.cgroups import Cgroups
 from sandboxd.supervise.descriptors import Descriptors
 from sandboxd.supervise.netkeeper import Netkeeper, open_netkeeper
 from sandboxd.supervise.porter import Porter, open_porter
+from sandboxd.supervise.sandboxes import Sandbox
 from sandboxd.supervise.tenants import Prepared, Tenant, open_tenant
 from sandboxd.supervise.uppers import Uppers, open_uppers
+from sandboxd.supervise.vigil import Vigil
 
 
 class Home:
@@ -26,6 +31,7 @@ class Home:
     def __init__(self, prepared: Prepared, host: Host, cgroups: Cgroups | None) -> None:
         self.living: Tenant | None = None
         self.living_netkeeper: Netkeeper | None = None
+        self.kept: list[Kept] = []
         self._prepared = prepared
         self._host = host
         self._cgroups = cgroups
@@ -84,6 +90,8 @@ class Home:
     async def leave(self) -> None:
         """End all of it."""
         with trio.CancelScope(shield=True):
+            for kept in self.kept:
+                await kept.forget()
             await self._stack.aclose()
         self.living = self.living_netkeeper = self._porter = self._uppers = None
         self._stack = AsyncExitStack()
@@ -91,3 +99,44 @@ class Home:
 
 def _namespace(tenant: Tenant, fds: Descriptors) -> int:
     return fds.own(os.open(tenant.user_namespace(), os.O_RDONLY | os.O_CLOEXEC))
+
+
+class Kept:
+    """A policy the runner has seen: prepared, with the home of the tenant that serves it."""
+
+    def __init__(self, policy: Policy, prepared: Prepared, home: Home) -> None:
+        self.policy = policy
+        self.prepared = prepared
+        self.home = home
+        self.kind = record.Kind.of(prepared.compiled)
+        self.spares: list[Sandbox] = []
+        self.ahead: Area | None = None
+        """Of the next sandbox, where one needs a sidecar's."""
+        self.runs = 0
+        self.refilling = False
+        self.vigil = Vigil()
+        home.kept.append(self)
+
+    @property
+    def has_some_ahead(self) -> bool:
+        """Whether something was made ahead, or is being made."""
+        return bool(self.spares or self.ahead or self.refilling)
+
+    async def uppers(self) -> Uppers | None:
+        """Where the directories are that its sandboxes write to, if they write to some."""
+        return await self.home.uppers() if self.policy.root.upper == "directory" else None
+
+    async def take_area(self, tenant: Tenant) -> Area | None:
+        area, self.ahead = self.ahead, None
+        if area is not None and (area.is_lost() or area.tenant is not tenant):
+            await area.close()
+            return None
+        return area
+
+    async def forget(self) -> None:
+        """End what was made ahead."""
+        while self.spares:
+            await self.spares.pop().end()
+        area, self.ahead = self.ahead, None
+        if area is not None:
+            await area.close()

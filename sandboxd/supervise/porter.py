@@ -150,6 +150,7 @@ async def open_porter(user_namespace: int | None) -> AsyncIterator[Porter]:
     try:
         yield porter
     finally:
+        porter._closed = True
         await porter._stop()
         if namespace >= 0:
             os.close(namespace)
@@ -164,9 +165,12 @@ class Porter:
         self._idle: list[_Process] = []
         self._turns = trio.Semaphore(0)
         """As many as are idle."""
+        self._closed = False
 
     def start(self) -> None:
         """Start it now, so that the first request need not wait for it: 20 ms."""
+        if self._closed:
+            raise LaunchError("porter", _START, 0, "the porter's tenant is gone")
         if not self._processes:
             self._give_back(self._new())
 

@@ -23,10 +23,11 @@ from sandboxd.job import Job
 from sandboxd.policy import Policy
 from sandboxd.result import Event, Result
 from sandboxd.supervise import keeping, policies, record
+from sandboxd.supervise.areas import open_area
 from sandboxd.supervise.artifacts import check_place
 from sandboxd.supervise.cgroups import Cgroups, open_cgroups, slots_within
 from sandboxd.supervise.descriptors import Descriptors
-from sandboxd.supervise.homes import Home
+from sandboxd.supervise.homes import Home, Kept
 from sandboxd.supervise.leavings import Leavings
 from sandboxd.supervise.place import open_place
 from sandboxd.supervise.porter import Porter
@@ -45,7 +46,6 @@ from sandboxd.supervise.supervise import (
     supervise,
 )
 from sandboxd.supervise.tenants import Prepared
-from sandboxd.supervise.vigil import Vigil
 
 POLICIES_KEPT = 256
 UNDERTAKER = 0.02
@@ -62,19 +62,6 @@ class RunnerStatistics:
     finished: int
     tenants: int
     spares: int
-
-
-class Kept:
-    """A policy the runner has seen: prepared, with the tenant that serves it while it lives."""
-
-    def __init__(self, policy: Policy, prepared: Prepared, home: Home) -> None:
-        self.policy = policy
-        self.prepared = prepared
-        self.home = home
-        self.kind = record.Kind.of(prepared.compiled)
-        self.spares: list[Sandbox] = []
-        self.refilling = False
-        self.vigil = Vigil()
 
 
 class Runner:
@@ -219,6 +206,7 @@ class Runner:
                 )
                 result = await self._in_sandbox(kept, conduct, (asked, queued))
             self._finished += 1
+            kept.runs += 1
             if not kept.refilling and self._lacks(kept):
                 kept.refilling = True
                 self._nursery.start_soon(self._refill, kept)
@@ -325,11 +313,16 @@ class Runner:
         raise InternalError("unreachable")
 
     async def _make(self, kept: Kept) -> Sandbox:
-        tenant = await kept.home.tenant()
-        egress = kept.prepared.compiled.egress
-        way_out = None if egress is None else await (await kept.home.netkeeper()).take(egress)
-        uppers = await kept.home.uppers() if kept.policy.root.upper == "directory" else None
-        return await make(tenant, kept.prepared, self._cgroups, uppers, way_out)
+        tenant, uppers = await kept.home.tenant(), await kept.uppers()
+        area, way_out = await kept.take_area(tenant), None
+        try:
+            if (egress := kept.prepared.compiled.egress) is not None:
+                way_out = await (await kept.home.netkeeper()).take(egress)
+        except BaseException:
+            if area is not None:
+                await area.close()
+            raise
+        return await make(tenant, kept.prepared, self._cgroups, uppers, area, way_out)
 
     def _lacks(self, kept: Kept) -> bool:
         """Whether there is something to make ahead."""
@@ -338,12 +331,19 @@ class Runner:
             return False  # a port of the host's cannot be held ahead
         if len(kept.spares) < self._spares_wanted:
             return True
+        if self._lacks_area(kept):
+            return True
         if egress is not None:
             keeper = kept.home.living_netkeeper
             return keeper is not None and keeper.ahead(egress) < self.slots
         tenant = kept.home.living
         again = kept.prepared.compiled.network_serves_again
         return tenant is not None and not again and tenant.networks_ahead < self.slots
+
+    def _lacks_area(self, kept: Kept) -> bool:
+        """A sidecar takes long to start; but who runs one job only does not need another."""
+        wanted = kept.runs > 1 and not self._spares_wanted and kept.ahead is None
+        return wanted and "area" in kept.prepared.compiled.setup.descriptors
 
     async def _refill(self, kept: Kept) -> None:
         """Make what a policy lacks of spares and networks: after a job, not while one starts."""
@@ -353,6 +353,9 @@ class Runner:
                 await (await kept.home.netkeeper()).refill(compiled.egress, self.slots)
             elif not compiled.network_serves_again:
                 await (await kept.home.tenant()).refill_networks(self.slots)
+            if self._lacks_area(kept):
+                tenant = await kept.home.tenant()
+                kept.ahead = await open_area(tenant, kept.prepared, await kept.uppers())
             while len(kept.spares) < self._spares_wanted:
                 box = await self._make(kept)
                 kept.spares.append(box)
@@ -402,8 +405,9 @@ class Runner:
         for key, kept in list(self._kept.items()):
             if len(self._kept) < POLICIES_KEPT:
                 break
-            if not kept.spares and not kept.refilling:
+            if not kept.has_some_ahead:
                 del self._kept[key]
+                kept.home.kept.remove(kept)
                 for keep in (False, True):
                     self._recent.pop((id(kept.policy), keep), None)
 
@@ -411,9 +415,6 @@ class Runner:
         with trio.CancelScope(shield=True):
             while self._dying:
                 await self._dying.pop().end()
-            for kept in self._kept.values():
-                while kept.spares:
-                    await kept.spares.pop().end()
             for home in self._homes.values():
                 await home.leave()
 

@@ -204,16 +204,17 @@ async def make(
     prepared: Prepared,
     cgroups: Cgroups | None,
     uppers: Uppers | None,
+    area: Area | None = None,
     way_out: UserNetwork | None = None,
 ) -> Sandbox:
     """Start the construction of a sandbox; it waits for its job, or reports why it failed.
 
-    What the caller does next happens while the kernel works. `way_out` is the sandbox's from here
-    on, also if nothing becomes of that.
+    What the caller does next happens while the kernel works. `area` is one made ahead; that and
+    `way_out` are the sandbox's from here on, also if nothing becomes of it.
     """
     compiled = prepared.compiled
     setup = compiled.setup
-    uid = network = leaf = area = None
+    uid = network = leaf = None
     try:
         uid = tenant.take_uid() if setup.own_uid else None
         if way_out is None:
@@ -221,7 +222,7 @@ async def make(
         else:
             namespace = way_out.namespace
         leaf = cgroups.take(compiled.cgroup_files, compiled.cpu_sets) if cgroups else None
-        if "area" in setup.descriptors:
+        if area is None and "area" in setup.descriptors:
             area = await open_area(tenant, prepared, uppers)
         script = sandbox_script(prepared.image, TENANT_UID if uid is None else uid)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)

@@ -165,3 +165,23 @@ async def test_one_limit_for_the_root_and_all_else() -> None:
     assert result.status == "disk_limit", result
     assert result.limits["disk"].exceeded
     assert "disk" not in [one.what for one in result.degraded]
+
+
+async def test_one_is_made_ahead() -> None:
+    """From the second run on there is one for the next; it ends with the runner, or is not used."""
+    async with open_runner(slots=1) as runner:
+        for _ in range(2):
+            assert (await runner.run(Job(argv=["true"], policy=FUSE))).ok
+        (kept,) = runner._kept.values()
+        while kept.ahead is None:  # noqa: ASYNC110
+            await trio.sleep(0.001)
+        (ahead,) = servers(os.getpid())
+        assert (await runner.run(Job(argv=["touch", "/etc/x"], policy=FUSE))).ok
+        while kept.ahead is None:  # noqa: ASYNC110  the next one
+            await trio.sleep(0.001)
+        (server,) = servers(os.getpid())
+        assert server != ahead
+        with all_end([server]):
+            os.kill(server, signal.SIGKILL)
+            await trio.lowlevel.wait_readable(kept.ahead.link)
+        assert (await runner.run(Job(argv=["test", "!", "-e", "/etc/x"], policy=FUSE))).ok
