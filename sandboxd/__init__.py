@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     )
     from sandboxd.job import File, Job, Terminal
     from sandboxd.policy import Limits, Policy
+    from sandboxd.reference import Reference
     from sandboxd.result import Artifact, Event, Output, Result, Usage, to_json
+    from sandboxd.supervise.builds import Build
     from sandboxd.supervise.oneshot import run, run_sync
     from sandboxd.supervise.policies import find as find_policy
     from sandboxd.supervise.run import Run
@@ -38,7 +40,9 @@ _HOMES = {
     ),
     "job": ("File", "Job", "Terminal"),
     "policy": ("Limits", "Policy"),
+    "reference": ("Reference",),
     "result": ("Artifact", "Event", "Output", "Result", "Usage", "to_json"),
+    "supervise.builds": ("Build",),
     "supervise.oneshot": ("run", "run_sync"),
     "supervise.run": ("Run",),
     "supervise.runner": ("Runner", "RunnerStatistics", "open_runner"),
@@ -46,9 +50,9 @@ _HOMES = {
 _WHERE = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
-    "Artifact", "Busy", "Event", "File", "HostError", "ImageError", "InternalError", "Job",
+    "Artifact", "Build", "Busy", "Event", "File", "HostError", "ImageError", "InternalError", "Job",
     "JobError", "LaunchError", "Limits", "Output", "Policy", "PolicyError", "PolicyErrors",
-    "Result", "Run", "Runner", "RunnerStatistics", "SandboxError", "Terminal", "Usage",
+    "Reference", "Result", "Run", "Runner", "RunnerStatistics", "SandboxError", "Terminal", "Usage",
     "WorkloadFailed", "__version__", "find_policy", "open_runner", "run", "run_sync", "to_json",
 ]  # fmt: skip
 

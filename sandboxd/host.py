@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from sandboxd.image import Image
+from sandboxd.reference import Inputs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +83,8 @@ class Host:
     """Those bind sources of a policy that are not directories."""
     image: Image | None = None
     """The image a policy's root is."""
+    inputs: Inputs | None = None
+    """The files of builds that a job refers to."""
     proc_entries: frozenset[str] = frozenset()
     """Names below /proc that are not processes."""
     hard_limits: dict[str, int] = field(default_factory=dict)

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias, TypeVar
 
 from sandboxd.errors import JobError
 from sandboxd.policy import Limits, Policy
+from sandboxd.reference import Reference
 
 Text = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 
@@ -49,7 +50,7 @@ class Job:
     env: Names[str | bytes] = field(default_factory=dict)
     cwd: str | bytes | None = None
     stdin: bytes | Path | None = b""
-    files: Names[bytes | Path | File] = field(default_factory=dict)
+    files: Names[bytes | Path | File | Reference] = field(default_factory=dict)
     collect: Sequence[str] = ()
     limits: Limits | None = None
     keep: int = 1 << 20
@@ -87,9 +88,9 @@ class Job:
             if not isinstance(text, str | bytes | os.PathLike):
                 raise JobError(f"{where} is {type(text).__name__}", hint="text is str or bytes")
         for key, data in self.files.items():
-            if not isinstance(data, bytes | Path | File):
+            if not isinstance(data, bytes | Path | File | Reference):
                 raise JobError(f"files[{key!r}] is {type(data).__name__}",
-                               hint="bytes, a Path or a File")  # fmt: skip
+                               hint="bytes, a Path, a File or a Reference")  # fmt: skip
         if not isinstance(self.stdin, bytes | Path | None):
             raise JobError(f"stdin is {type(self.stdin).__name__}", hint="bytes, a Path or None")
         if not isinstance(self.policy, str | Policy):

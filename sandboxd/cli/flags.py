@@ -117,6 +117,10 @@ def _add_files(group: argparse._ArgumentGroup) -> None:
         help=f"copy a file, or a directory with all that is in it, into {WORK}",
     )  # fmt: skip
     group.add_argument(
+        "--built", action="append", default=[], type=inputs.built, metavar="KEY[/PATH][:NAME]",
+        help=f"show what `sandboxd build` made, or a part of it, read-only in {WORK}",
+    )  # fmt: skip
+    group.add_argument(
         "-v", "--volume", action="append", default=[], type=mounts.volume, dest="mounts",
         metavar="SRC:DST[:ro]",
         help="show a host path; writable unless it says ro, and then the program runs as you",
@@ -370,7 +374,7 @@ def job(
         env=env,
         cwd=None if args.workdir is None else os.fsencode(os.path.join(WORK, args.workdir)),
         stdin=None if args.interactive else args.stdin if args.stdin is not None else b"",
-        files=inputs.files(args.file),
+        files=inputs.files(args.file, args.built),
         collect=collect,
         keep=keep,
         terminal=terminal,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sandboxd.errors import JobError
+from sandboxd.reference import Reference
 
 if TYPE_CHECKING:
     from sandboxd.result import Artifact
@@ -69,7 +70,21 @@ def file(text: str) -> tuple[str, str]:
     return source, name
 
 
-def files(wanted: Collection[tuple[str, str]]) -> dict[str | bytes, Path]:
+def built(text: str) -> tuple[str, str, str]:
+    """--built KEY[/PATH][:NAME] -> (digits of the key, path in the build, name here)."""
+    what, _, name = text.partition(":")
+    key, _, path = what.partition("/")
+    name = name or os.path.basename(path) or "."
+    if not key or name.startswith("/") or ".." in (*name.split("/"), *path.split("/")):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not KEY[/PATH][:NAME], e.g. 1a2b3c4d/a.out:prog"
+        )
+    return key, path, name
+
+
+def files(
+    wanted: Collection[tuple[str, str]], builds: Collection[tuple[str, str, str]] = ()
+) -> dict[str | bytes, Path | Reference]:
     """Name in the working directory -> host path; a directory goes in with all that is below it."""
     for source, _ in wanted:
         try:
@@ -78,7 +93,14 @@ def files(wanted: Collection[tuple[str, str]]) -> dict[str | bytes, Path]:
             raise JobError(f"--file {source}: {error.strerror}") from None
         if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
             raise JobError(f"--file {source}: neither a file nor a directory")
-    return {name: Path(source) for source, name in wanted}
+    found: dict[str | bytes, Path | Reference] = {name: Path(source) for source, name in wanted}
+    if builds:
+        from sandboxd.stores.builds import Store, own_place
+
+        store = Store(own_place())
+        for key, path, name in builds:
+            found[name] = store.look_up(key).reference().at(path)
+    return found
 
 
 # -- files that come out ---------------------------------------------------------------------

@@ -20,6 +20,7 @@ from sandboxd.image import Config, Image
 from sandboxd.job import Job
 from sandboxd.plan import ExecPlan, Plan, SetupPlan, Step, TenantPlan
 from sandboxd.policy import Policy
+from sandboxd.reference import Inputs
 
 ARCHITECTURES = ("x86_64", "aarch64")
 TENANT_NAMESPACES = ("pid", "mount", "ipc", "uts", "net")
@@ -46,6 +47,7 @@ class Compiled:
     degraded: tuple[tuple[str, str], ...]
     root_driver: str
     image: Image | None
+    inputs: Inputs | None
     first_job_uid: int
     """The lowest uid of the tenant's for runs to have as their own."""
 
@@ -79,6 +81,7 @@ def compile_policy(policy: Policy, host: Host) -> Compiled:
         degraded=found.degraded,
         root_driver=rootfs.driver(policy, host),
         image=image,
+        inputs=host.inputs,
         first_job_uid=idmap.first_job_uid(host, ids),
     )
 

@@ -28,8 +28,11 @@ PRIVATE = (WORK, "/tmp", "/dev/shm")
 """Places of a sandbox's own, which hide what the template has there."""
 SHELF = "/.mounts"
 """Where binds below a private place wait in the template, by number, for each sandbox."""
+STORE = f"{WORK}/builds"
+"""Where the template has the store of builds: below what each sandbox hides at once."""
 NOTHING = f"{SHELF}/nothing"
 """An empty directory, where the template has an image's own EMPTY."""
+FILES = "files"
 MERGED = ("bin", "sbin", "lib", "lib64", "lib32", "libx32")
 DIRS = ("usr", "etc", "dev", "dev/shm", "proc", "tmp", "box", "run", "var", "home", "root", "mnt")
 LINKS = (
@@ -141,6 +144,7 @@ def template(policy: Policy, host: Host) -> tuple[Step, ...]:
         )
         for slot, piece in enumerate(pieces)
     ]  # fmt: skip
+    steps += _open_store(host, len(pieces))
     steps.append(plan.Tmpfs(target=NEW, size=4 << 20, why=why))
     steps += [plan.MakeDir(path=f"{NEW}/{name}", why=why) for name in DIRS]
     if of_host(policy):
@@ -156,6 +160,8 @@ def template(policy: Policy, host: Host) -> tuple[Step, ...]:
     for mount in _tmpfs_mounts(policy):
         if not _is_private(mount.target):
             steps += _mount_point(NEW + mount.target, True, policy.origin("mounts"))
+    if host.inputs is not None:
+        steps += [plan.MakeDir(path=NEW + STORE, why=FILES), _attach_store(host, len(pieces), NEW)]
     steps += [
         plan.Proc(target=f"{NEW}/proc", why="needed to mount /proc in sandboxes"),
         plan.Pivot(root=NEW, why=why),
@@ -179,9 +185,11 @@ def _image_template(policy: Policy, host: Host) -> tuple[Step, ...]:
                       recursive=piece.recursive, why=piece.why)
         for slot, piece in enumerate(pieces)
     ]  # fmt: skip
+    steps += _open_store(host, len(pieces))
     steps.append(plan.Tmpfs(target=NEW, size=4 << 20, why=why))
     steps += [plan.MakeDir(path=path, why=why) for path in (top, bottom, root, NEW + LOWER)]
-    ours = ("etc", "dev", "dev/shm", "proc", "tmp", "box", SHELF[1:], NOTHING[1:])
+    ours = ["etc", "dev", "dev/shm", "proc", "tmp", "box", SHELF[1:], NOTHING[1:]]
+    ours += [STORE[1:]] if host.inputs is not None else []
     steps += [plan.MakeDir(path=f"{top}/{name}", why=why) for name in ours]
     steps += [plan.MakeDir(path=f"{bottom}/{name}", why=why) for name in DIRS if name not in ours]
     steps += _etc_files(top, policy)
@@ -197,6 +205,8 @@ def _image_template(policy: Policy, host: Host) -> tuple[Step, ...]:
     steps.append(plan.Overlay(target=root, lowers=(top, *layers, bottom), why=why))
     for slot, piece in above:
         steps.append(_attach(slot, piece, root + _template_place(piece, slot)))
+    if host.inputs is not None:
+        steps.append(_attach_store(host, len(pieces), root))
     steps += [
         plan.Proc(target=f"{root}/proc", why="needed to mount /proc in sandboxes"),
         plan.Pivot(root=root, why=why),
@@ -210,6 +220,18 @@ def _attach(slot: int, piece: _Piece, target: str) -> Step:
         slot=slot, source=piece.source, target=target, why=piece.why,
         attributes=piece.attributes, optional=piece.optional, recursive=piece.recursive,
     )  # fmt: skip
+
+
+def _open_store(host: Host, slot: int) -> list[Step]:
+    if host.inputs is None:
+        return []
+    return [plan.OpenTree(source=host.inputs.store, slot=slot, recursive=False, why=FILES)]
+
+
+def _attach_store(host: Host, slot: int, root: str) -> Step:
+    assert host.inputs is not None
+    return plan.Attach(slot=slot, source=host.inputs.store, target=root + STORE, why=FILES,
+                       recursive=False)  # fmt: skip
 
 
 def _is_private(target: str) -> bool:
@@ -308,9 +330,11 @@ def sandbox(policy: Policy, host: Host, fuse_descriptors: int | None) -> tuple[S
     steps = _private_area(policy, layered)
     if layered:
         steps += _layers(policy, host, root, fuse_descriptors)
+    steps += _inputs(host)
     shared = policy.origin("limits.disk")
     steps += [
-        plan.Bind(source=f"{NEW}/box", target=f"{root}{WORK}", attributes=SAFE, why=shared),
+        plan.Bind(source=f"{NEW}/box", target=f"{root}{WORK}", attributes=SAFE, why=shared,
+                  recursive=host.inputs is not None),
         plan.Bind(source=f"{NEW}/shm", target=f"{root}/dev/shm", why=shared,
                   attributes=SAFE | Attributes.NOEXEC),
     ]  # fmt: skip
@@ -325,6 +349,30 @@ def sandbox(policy: Policy, host: Host, fuse_descriptors: int | None) -> tuple[S
             steps.append(plan.Restrict(path=root, why=policy.origin("root.writable")))
         steps.append(plan.Pivot(root=root, why=policy.origin("root")))
     return tuple(steps)
+
+
+def _inputs(host: Host) -> list[Step]:
+    """What is given by reference, in the working directory that is about to take its place.
+
+    It hides the store then. The directories on the way are the job's own, as those of files that
+    are copied in.
+    """
+    steps: list[Step] = []
+    made: set[str] = set()
+    for one in host.inputs.attachments if host.inputs is not None else ():
+        parts = one.target.split("/")
+        above = ["/".join(parts[:count]) for count in range(1, len(parts))]
+        folders = [folder for folder in above if folder not in made]
+        made |= {*folders}
+        steps += [plan.MakeDir(path=f"{NEW}{WORK}/{folder}", for_job=True, why=FILES)
+                  for folder in folders]  # fmt: skip
+        place = f"{NEW}{WORK}/{one.target}"
+        steps += [
+            plan.MakeDir(path=place, why=FILES) if one.directory
+            else plan.MakeFile(path=place, why=FILES),
+            plan.Bind(source=f"{STORE}/{one.source}", target=place, why=FILES),
+        ]  # fmt: skip
+    return steps
 
 
 def _mounts_in_private(policy: Policy, host: Host, root: str) -> list[Step]:

@@ -84,7 +84,9 @@ class Writer:
         )  # fmt: skip
 
     def path(self, text: str | bytes) -> Label:
-        return self.asm.string(text.encode() if isinstance(text, str) else text)
+        """Of text that stands for other bytes than UTF-8, these bytes (PEP 383)."""
+        raw = text.encode("utf-8", "surrogateescape") if isinstance(text, str) else text
+        return self.asm.string(raw)
 
     def mark(self, name: str, where: Operand) -> None:
         """Name a place for a value that is known only when a sandbox is made."""

@@ -21,8 +21,9 @@ from sandboxd.host import Host
 from sandboxd.images.store import find, using
 from sandboxd.job import Job
 from sandboxd.policy import Policy
+from sandboxd.reference import Inputs
 from sandboxd.result import Event, Result
-from sandboxd.supervise import policies, record
+from sandboxd.supervise import builds, inputs, policies, record
 from sandboxd.supervise.cgroups import Cgroups, open_cgroups, slots_within
 from sandboxd.supervise.descriptors import Descriptors
 from sandboxd.supervise.place import open_place
@@ -42,6 +43,8 @@ from sandboxd.supervise.supervise import (
 from sandboxd.supervise.tenants import Prepared, Tenant, open_tenant
 
 POLICIES_KEPT = 256
+ATTACHED_KEPT = 32
+"""Sets of references whose sandboxes are made ready once, and have spares."""
 UNDERTAKER = 0.02
 """Seconds in which init, having reported, is dead and what it held is given back."""
 
@@ -78,6 +81,8 @@ class Kept:
         self.kind = record.Kind.of(prepared.compiled)
         self.spares: list[Sandbox] = []
         self.refilling = False
+        self.over = False
+        """Nothing more is made ahead for it."""
 
 
 class Runner:
@@ -97,9 +102,10 @@ class Runner:
         self._dying: list[Sandbox] = []
         self._burying = False
         self._found: dict[str, Policy] = {}
-        self._kept: dict[bytes, Kept] = {}
+        self._kept: dict[tuple[bytes, Inputs | None], Kept] = {}
         self._recent: dict[int, Kept] = {}
         self._homes: dict[plan.TenantPlan, Home] = {}
+        self._building = builds.Building()
 
     # -- what callers use
 
@@ -108,6 +114,21 @@ class Runner:
         if job.stdin is None:
             raise JobError("stdin=None: there is nobody to feed it", hint="use Runner.start")
         return await self._run(job, None)
+
+    async def build(self, job: Job, *, salt: bytes = b"") -> builds.Build:
+        """Carry a job out unless that was done before with the same inputs, and keep what it left.
+
+        What it collects lies in a store, and its reference is a value of other jobs' `files`. It is
+        not removed before the runner is closed, or this many others were built: builds.HELD.
+        `salt` is one input more, for what the key does not see. A build that did not end well is a
+        Build without a reference, and nothing is kept of it.
+        """
+        return await builds.build(self, job, self._building, salt)
+
+    def seen(self, job: Job) -> tuple[Policy, Host]:
+        """The policy of a job, and the host as that sees it."""
+        policy = self._policy(job)
+        return policy, host_for(policy, self.host)
 
     @asynccontextmanager
     async def start(self, job: Job, *, usage_every: float | None = None) -> AsyncIterator[Run]:
@@ -183,14 +204,16 @@ class Runner:
             raise SandboxError("the runner is closed", hint="use it inside `async with`")
         asked = trio.current_time()
         token = object()
+        split = inputs.split(job)
+        job = split.job
         if not await self._take_slot(token, run):
             kept = self._keep(self._policy(job))
             seen, waited = record.never_started(asked)
             return record.make(job, kept.kind, seen, self.host, waited)
         try:
             queued = trio.current_time() - asked
-            kept = self._keep(self._policy(job))
-            with Descriptors() as fds:
+            with inputs.held(split.attached) as attached, Descriptors() as fds:
+                kept = self._keep(self._policy(job), attached)
                 conduct = Conduct(
                     job=job,
                     compiled=kept.prepared.compiled,
@@ -291,6 +314,8 @@ class Runner:
 
     def _lacks(self, kept: Kept) -> bool:
         """Whether there is something to make ahead."""
+        if kept.over:
+            return False
         if len(kept.spares) < self._spares_wanted:
             return True
         tenant = kept.home.tenant
@@ -303,7 +328,7 @@ class Runner:
             tenant = await self._tenant(kept)
             if not kept.prepared.compiled.network_serves_again:
                 await tenant.refill_networks(self.slots)
-            while len(kept.spares) < self._spares_wanted:
+            while len(kept.spares) < self._spares_wanted and not kept.over:
                 tenant = await self._tenant(kept)
                 box = await make(tenant, kept.prepared, self._cgroups)
                 kept.spares.append(box)
@@ -312,6 +337,14 @@ class Runner:
             return  # the next job meets the same error, and can tell somebody
         finally:
             kept.refilling = False
+            if kept.over:
+                await self._let_go(kept)
+
+    async def _let_go(self, kept: Kept) -> None:
+        """End what was made ahead for references that others have followed."""
+        with trio.CancelScope(shield=True):
+            while kept.spares:
+                await kept.spares.pop().end()
 
     # -- what lasts longer than a run
 
@@ -323,21 +356,33 @@ class Runner:
             policy = self._found[policy]
         return tighten(policy, job.limits) if job.limits is not None else policy
 
-    def _keep(self, policy: Policy) -> Kept:
+    def _keep(self, policy: Policy, attached: Inputs | None = None) -> Kept:
         """The policy made ready; equal policies are one, and so are tenants of equal plans."""
-        kept = self._recent.get(id(policy))
+        kept = self._recent.get(id(policy)) if attached is None else None
         if kept is not None:
             return kept
-        key = msgspec.msgpack.encode(policy)
+        key = (msgspec.msgpack.encode(policy), attached)
         if key not in self._kept:
-            host = host_for(policy, self.host)
+            host = dataclasses.replace(host_for(policy, self.host), inputs=attached)
             prepared = Prepared.of(build.compile_policy(policy, host), host)
             home = self._homes.setdefault(prepared.compiled.tenant, Home())
             self._kept[key] = Kept(policy, prepared, home)
         kept = self._kept[key]
-        if kept.policy is policy:  # so that the id stays this policy's
+        if attached is not None:
+            self._touch(key)
+        elif kept.policy is policy:  # so that the id stays this policy's
             self._recent[id(policy)] = kept
         return kept
+
+    def _touch(self, key: tuple[bytes, Inputs | None]) -> None:
+        """The sets of references used last are kept; what was made ahead for another one goes."""
+        self._kept[key] = self._kept.pop(key)
+        attached = [one for one in self._kept if one[1] is not None]
+        for one in attached[:-ATTACHED_KEPT]:
+            kept = self._kept.pop(one)
+            kept.over = True
+            if kept.spares and not kept.refilling:
+                self._nursery.start_soon(self._let_go, kept)
 
     async def _tenant(self, kept: Kept) -> Tenant:
         home = kept.home
@@ -373,6 +418,7 @@ class Runner:
         home.stack = AsyncExitStack()
 
     async def _close(self) -> None:
+        self._building.close()
         with trio.CancelScope(shield=True):
             while self._dying:
                 await self._dying.pop().end()
