@@ -21,7 +21,7 @@ PACKAGE = ROOT / "sandboxd"
 
 VALUES = frozenset(
     {
-        *("errors", "units", "policy", "reference", "job", "host", "image"),
+        *("errors", "units", "kernel", "policy", "reference", "job", "host", "image"),
         *("plan", "messages", "result"),
     }
 )
@@ -30,7 +30,8 @@ VALUES = frozenset(
 INSIDE: dict[str, frozenset[str]] = {
     "errors": frozenset(),
     "units": frozenset(),
-    "plan": frozenset({"errors"}),
+    "kernel": frozenset(),
+    "plan": frozenset({"kernel", "errors"}),
     "messages": frozenset({"errors", "plan"}),
     "policy": frozenset({"errors"}),
     "reference": frozenset({"errors"}),

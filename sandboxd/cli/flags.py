@@ -123,7 +123,8 @@ def _add_files(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "-v", "--volume", action="append", default=[], type=mounts.volume, dest="mounts",
         metavar="SRC:DST[:ro]",
-        help="show a host path; writable unless it says ro, and then the program runs as you",
+        help="show a host path, or the volume NAME; writable unless it says ro, and then the"
+        " program runs as you",
     )  # fmt: skip
     group.add_argument(
         "--mount", action="append", type=mounts.mount, dest="mounts", metavar="KEY=VALUE,...",
@@ -281,7 +282,7 @@ def _identity(args: argparse.Namespace, base: Policy, root: Root) -> dict[str, A
     found: dict[str, Any] = {}
     if args.hostname is not None:
         found["hostname"] = args.hostname
-    if any(mount.type == "bind" and mount.writable for mount in args.mounts):
+    if any(mount.type != "tmpfs" and (mount.writes or mount.is_copy) for mount in args.mounts):
         found["user"] = "caller"  # else it could not write there, or leave files that nobody owns
     if args.user in ("caller", "isolated"):
         found["user"] = args.user

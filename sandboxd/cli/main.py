@@ -26,6 +26,7 @@ COMMANDS: Mapping[str, str] = MappingProxyType(
         "run": "run one program in a sandbox",
         "build": "run one program once, and keep what it made for many runs",
         "cache": "list, check and remove what builds made",
+        "volume": "make, list and remove volumes and caches",
         "judge": "judge submissions against a problem package",
         "plan": "show what would be done to run a program",
         "image": "import, list, check and remove images",

@@ -17,6 +17,7 @@ from sandboxd.cli.attach import STDERR, STDOUT, Ending, Output
 from sandboxd.cli.main import complain, first_error, say
 from sandboxd.cli.quantities import size, time
 from sandboxd.errors import (
+    Busy,
     HostError,
     ImageError,
     JobError,
@@ -222,7 +223,7 @@ def failure_json(error: SandboxError) -> dict[str, Any]:
     """The record where sandboxd itself failed; docs/reference/result.md has its words."""
     kinds: dict[type[SandboxError], str] = {
         LaunchError: "launch", HostError: "host", PolicyError: "policy", JobError: "job",
-        ImageError: "image",
+        ImageError: "image", Busy: "busy",
     }  # fmt: skip
     kind = next((word for one, word in kinds.items() if isinstance(error, one)), "internal")
     details = {

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import msgspec
 
 from sandboxd import plan
-from sandboxd.compile import enforce, idmap, landlock, network, resources, rootfs, seccomp
+from sandboxd.compile import enforce, idmap, landlock, network, resources, rootfs, seccomp, sources
 from sandboxd.errors import HostError
 from sandboxd.host import Host
 from sandboxd.image import Config, Image
@@ -61,6 +61,7 @@ def compile_policy(policy: Policy, host: Host) -> Compiled:
         reason = host.fault_notes.get("user_namespaces", "the kernel refuses them")
         raise HostError("user_namespaces", f"no user namespace can be made here: {reason}",
                         hint="run `sandboxd doctor`")  # fmt: skip
+    sources.check(policy, host, rootfs.driver(policy, host))
     ids = idmap.tenant_ids(host)
     image = host.image if policy.root.image else None
     asked, policy = policy, with_user(policy, image)

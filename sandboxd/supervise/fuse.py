@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import trio
 
-from sandboxd.compile import rootfs
+from sandboxd.compile import pieces
 from sandboxd.errors import LaunchError
 from sandboxd.script.command import fuse_command
 from sandboxd.supervise.descriptors import Descriptors
@@ -46,7 +46,7 @@ def start(command: list[str], keep: tuple[int, ...]) -> subprocess.Popen[bytes]:
 async def open_fuse_root(tenant: Tenant, prepared: Prepared) -> FuseRoot:
     """Mount a fresh overlay over the policy's lower directories, in the tenant's user namespace."""
     policy, host = prepared.compiled.policy, prepared.host
-    lowers = rootfs.lowers(policy, host)
+    lowers = pieces.lowers(policy, host)
     limits = [policy.limits.disk, policy.limits.inodes]
     words = [host.fuse_overlayfs or "", *("" if n is None else str(n) for n in limits), *lowers]
     with Descriptors() as fds:

@@ -21,7 +21,7 @@ import os
 from collections.abc import Iterator
 
 from sandboxd.compile.build import candidates
-from sandboxd.compile.rootfs import of_host
+from sandboxd.compile.pieces import of_host
 from sandboxd.errors import JobError
 from sandboxd.host import Host
 from sandboxd.policy import Mount, Policy

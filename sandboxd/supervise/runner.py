@@ -5,32 +5,31 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
-from pathlib import Path
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 
 import msgspec
 import trio
 
 from sandboxd import plan
 from sandboxd.compile import build
-from sandboxd.compile.idmap import tenant_ids
 from sandboxd.compile.load import tighten
 from sandboxd.errors import InternalError, JobError, LaunchError, SandboxError
 from sandboxd.host import Host
-from sandboxd.images.store import find, using
+from sandboxd.images.store import using
 from sandboxd.job import Job
 from sandboxd.policy import Policy
 from sandboxd.reference import Inputs
 from sandboxd.result import Event, Result
-from sandboxd.supervise import builds, inputs, policies, record
+from sandboxd.supervise import builds, inputs, policies, record, volumes
 from sandboxd.supervise.cgroups import Cgroups, open_cgroups, slots_within
 from sandboxd.supervise.descriptors import Descriptors
+from sandboxd.supervise.one_error import one_error
 from sandboxd.supervise.place import open_place
 from sandboxd.supervise.porter import Porter, open_porter
-from sandboxd.supervise.probe import kinds
 from sandboxd.supervise.run import FASTEST, Run
 from sandboxd.supervise.sandboxes import Sandbox, make
+from sandboxd.supervise.seen import host_for
 from sandboxd.supervise.supervise import (
     Conduct,
     Dispatch,
@@ -206,7 +205,8 @@ class Runner:
         token = object()
         split = inputs.split(job)
         job = split.job
-        if not await self._take_slot(token, run):
+        lent = AsyncExitStack()
+        if not await self._take_slot(token, run, self._policy(job), lent):
             kept = self._keep(self._policy(job))
             seen, waited = record.never_started(asked)
             return record.make(job, kept.kind, seen, self.host, waited)
@@ -224,7 +224,9 @@ class Runner:
                     on_start=run._started if run else lambda _: None,
                     reports=run._reports if run else None,
                 )
-                result = await self._in_sandbox(kept, conduct, (asked, queued))
+                async with volumes.watched(kept.policy, kept.prepared.host, conduct.on_start) as on:
+                    conduct.on_start = on
+                    result = await self._in_sandbox(kept, conduct, (asked, queued))
             self._finished += 1
             if not kept.refilling and self._lacks(kept):
                 kept.refilling = True
@@ -232,17 +234,25 @@ class Runner:
             return result
         finally:
             self._limiter.release_on_behalf_of(token)
+            await lent.aclose()
 
-    async def _take_slot(self, token: object, run: Run | None) -> bool:
-        """False if the run was killed before it got one."""
-        try:
-            self._limiter.acquire_on_behalf_of_nowait(token)
-        except trio.WouldBlock:
-            with run._queue if run is not None else trio.CancelScope():
-                await self._limiter.acquire_on_behalf_of(token)
+    async def _take_slot(
+        self, token: object, run: Run | None, policy: Policy, lent: AsyncExitStack
+    ) -> bool:
+        """After the caches of its policy. False if the run was killed before it got one."""
+        if not volumes.stored(policy):
+            with suppress(trio.WouldBlock):
+                self._limiter.acquire_on_behalf_of_nowait(token)
                 return True
-            return False
-        return True
+        with run._queue if run is not None else trio.CancelScope():
+            try:
+                await lent.enter_async_context(volumes.lent(policy))
+                await self._limiter.acquire_on_behalf_of(token)
+            except BaseException:
+                await lent.aclose()
+                raise
+            return True
+        return False
 
     async def _in_sandbox(
         self, kept: Kept, conduct: Conduct, waited: tuple[float, float]
@@ -394,6 +404,7 @@ class Runner:
             if home.tenant is None:
                 if (image := kept.prepared.host.image) is not None:
                     home.stack.enter_context(using(image))
+                home.stack.enter_context(volumes.using(kept.policy, self.host))
                 opened = open_tenant(kept.prepared.compiled, self.host, self._cgroups)
                 home.tenant = await home.stack.enter_async_context(opened)
             return home.tenant
@@ -433,19 +444,6 @@ def _forwarding(run: Run | None) -> Emit | None:
     return run._forward if run is not None else None
 
 
-def host_for(policy: Policy, host: Host) -> Host:
-    """The host with what a policy's bind sources are, what lies deeper in /etc, and its image."""
-    if policy.root.image:
-        host = dataclasses.replace(host, image=find(policy.root.image, tenant_ids(host)))
-    inner = {name for name in policy.root.etc if "/" in name} - host.etc_entries.keys()
-    for name in sorted(inner):
-        if kind := kinds(Path("/etc", name).parent).get(name.rpartition("/")[2]):
-            host = dataclasses.replace(host, etc_entries=host.etc_entries | {name: kind})
-    sources = {mount.source for mount in policy.mounts if mount.type == "bind" and mount.source}
-    files = frozenset(source for source in sources if Path(source).is_file())
-    return dataclasses.replace(host, files=files) if files else host
-
-
 @asynccontextmanager
 async def open_runner(
     *,
@@ -476,15 +474,3 @@ async def open_runner(
                 finally:
                     runner._closed = True
                     nursery.cancel_scope.cancel()
-
-
-@contextmanager
-def one_error() -> Iterator[None]:
-    """Let a single error through as itself: that there are nurseries here is not the caller's."""
-    try:
-        yield
-    except BaseExceptionGroup as group:
-        only: BaseException = group
-        while isinstance(only, BaseExceptionGroup) and len(only.exceptions) == 1:
-            only = only.exceptions[0]
-        raise only from only.__cause__
