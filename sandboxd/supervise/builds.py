@@ -1,7 +1,7 @@
 """Run once, use many times: a job whose files are kept under a digest of all that went into it.
 
 The key is made of the program's words, its environment as it will be, its input files to the last
-byte, what is collected, the policy, the architecture and what the root is made of (roots.py).
+byte, what is collected, the policy, the CPU and what the root is made of (roots.py).
 Whoever asks for a key that is there gets it at once; who asks for one that is being built, here or
 in another process, waits for that. A build that did not end well is not kept, and who waited tries
 for himself.
@@ -236,7 +236,7 @@ def key_of(job: Job, policy: Policy, host: Host, salt: bytes = b"") -> str:
         None if job.cwd is None else encoded(job.cwd), list(job.collect), job.keep,
         _stdin(job), list(_inputs(job)), digest(policy),
         roots.identity(policy, host, argv[0], env.get(b"PATH", DEFAULT_PATH)),
-        list(roots.mounted(policy)),
+        list(roots.mounted(policy)), roots.processor(),
     ]  # fmt: skip
     return hashlib.sha256(msgspec.msgpack.encode(words)).hexdigest()
 

@@ -8,6 +8,7 @@ compiler. What is taken instead:
   package comes, goes or changes without them;
 - the same of the directories of programs and libraries (BELOW, DEEPER): their time of change moves
   when a name in them comes, goes or is replaced, also without a package manager;
+- the places in /etc that the policy shows;
 - the program that is run, through its links: inode, size and time of change (ctime).
 
 What is not seen: a file that is written over in place, or replaced deeper down, by hand; that is
@@ -36,6 +37,7 @@ BELOW = ("usr", "usr/bin", "usr/sbin", "usr/lib", "usr/lib64", "usr/lib32", "usr
 DEEPER = ("usr/lib", "usr/lib64", "usr/libexec", "usr/local", "usr/local/lib")
 """Of these the directories in them, too."""
 MOST = 100_000
+_FIRST_CPU = 8192
 
 Words = tuple[object, ...]
 
@@ -46,10 +48,22 @@ def identity(policy: Policy, host: Host, program: bytes, path: bytes) -> Words:
         image = host.image
         return ("image", image.id, image.layers) if image is not None else ("image",)
     top = "/" if of_host(policy) else policy.root.source
-    named = [os.path.join(top, name) for name in (*PACKAGES, *BELOW)]
+    etc = [f"etc/{name}" for name in policy.root.etc]
+    named = [os.path.join(top, name) for name in (*PACKAGES, *BELOW, *etc)]
     inner = [folder for name in DEEPER for folder in _folders(os.path.join(top, name))]
     tried = [_below(top, one) for one in candidates(program, path) if one.startswith(b"/")]
     return ("directory", top, *(_facts(one) for one in (*named, *inner)), *map(_facts, tried))
+
+
+def processor() -> list[str]:
+    """What compilers ask of the first CPU (-march=native): a store may be on several machines."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            lines = file.read(_FIRST_CPU).partition("\n\n")[0].splitlines()
+    except OSError:
+        return []
+    told = ("model", "flags", "features", "cpu ")
+    return [line for line in lines if line.lower().startswith(told) and "MHz" not in line]
 
 
 def mounted(policy: Policy) -> Iterator[Words]:

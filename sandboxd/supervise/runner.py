@@ -102,7 +102,7 @@ class Runner:
         self._burying = False
         self._found: dict[str, Policy] = {}
         self._kept: dict[tuple[bytes, Inputs | None], Kept] = {}
-        self._recent: dict[int, Kept] = {}
+        self._recent: dict[tuple[int, Inputs | None], Kept] = {}
         self._homes: dict[plan.TenantPlan, Home] = {}
         self._building = builds.Building()
 
@@ -368,8 +368,8 @@ class Runner:
 
     def _keep(self, policy: Policy, attached: Inputs | None = None) -> Kept:
         """The policy made ready; equal policies are one, and so are tenants of equal plans."""
-        kept = self._recent.get(id(policy)) if attached is None else None
-        if kept is not None:
+        kept = self._recent.get((id(policy), attached))
+        if kept is not None and not kept.over:
             return kept
         key = (msgspec.msgpack.encode(policy), attached)
         if key not in self._kept:
@@ -378,19 +378,19 @@ class Runner:
             home = self._homes.setdefault(prepared.compiled.tenant, Home())
             self._kept[key] = Kept(policy, prepared, home)
         kept = self._kept[key]
+        if kept.policy is policy:  # so that the id stays this policy's
+            self._recent[id(policy), attached] = kept
         if attached is not None:
-            self._touch(key)
-        elif kept.policy is policy:  # so that the id stays this policy's
-            self._recent[id(policy)] = kept
+            self._forget()
         return kept
 
-    def _touch(self, key: tuple[bytes, Inputs | None]) -> None:
-        """The sets of references used last are kept; what was made ahead for another one goes."""
-        self._kept[key] = self._kept.pop(key)
+    def _forget(self) -> None:
+        """The last sets of references are kept; what was made ahead for an older one goes."""
         attached = [one for one in self._kept if one[1] is not None]
         for one in attached[:-ATTACHED_KEPT]:
             kept = self._kept.pop(one)
             kept.over = True
+            self._recent.pop((id(kept.policy), one[1]), None)
             if kept.spares and not kept.refilling:
                 self._nursery.start_soon(self._let_go, kept)
 

@@ -20,6 +20,7 @@ from sandboxd.job import File, Job
 from sandboxd.policy import Identity, Limits, Mount, Policy, Root
 from sandboxd.reference import Reference
 from sandboxd.stores.builds import Store
+from sandboxd.supervise import runner as runner_module
 from sandboxd.supervise.builds import Build, key_of
 from sandboxd.supervise.runner import Runner, open_runner
 from tests.supervise.variants import EVERY, as_found, policy, without
@@ -161,6 +162,24 @@ async def test_only_what_is_referred_to_can_be_seen(store: Store) -> None:
         said = await shell(runner, script + "; true", policy(), run=made.at("prog"))
     assert "secret" not in said
     assert "\n/" not in said
+
+
+async def test_spares_of_references_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who comes with ever new references leaves no sandboxes behind for the old ones."""
+    monkeypatch.setattr(runner_module, "ATTACHED_KEPT", 2)
+    chosen = policy()
+    async with open_runner(slots=2, spares=1) as runner:
+        for number in range(6):
+            made = await runner.build(making(f"echo {number} > a", policy=policy()))
+            assert made.reference is not None
+            for _ in range(2):
+                said = await shell(runner, "cat x", chosen, x=made.reference.at("a"))
+                assert said == f"{number}\n"
+        with_references = [key for key in runner._kept if key[1] is not None]
+        assert len(with_references) == 2
+        # Two sets of references, and the policy without any.
+        while runner.statistics().spares != 3:  # noqa: ASYNC110
+            await trio.sleep(0.005)
 
 
 # -- the key ---------------------------------------------------------------------------------------
