@@ -25,8 +25,10 @@ if TYPE_CHECKING:
     )
     from sandboxd.job import File, Job, Pattern, Tar, Terminal
     from sandboxd.policy import Artifacts, Limits, Policy
+    from sandboxd.reference import Reference
     from sandboxd.result import Artifact, Event, Kept, Output, Result, Usage, to_json
     from sandboxd.serve.client import Client, ClientRun, connect
+    from sandboxd.supervise.builds import Build
     from sandboxd.supervise.bundles import load_bundle
     from sandboxd.supervise.keeping import Change, KeptRoot, commit, find_kept, kept_roots
     from sandboxd.supervise.leavings import OpenArtifact
@@ -42,8 +44,10 @@ _HOMES = {
     ),
     "job": ("File", "Job", "Pattern", "Tar", "Terminal"),
     "policy": ("Artifacts", "Limits", "Policy"),
+    "reference": ("Reference",),
     "result": ("Artifact", "Event", "Kept", "Output", "Result", "Usage", "to_json"),
     "serve.client": ("Client", "ClientRun", "connect"),
+    "supervise.builds": ("Build",),
     "supervise.bundles": ("load_bundle",),
     "supervise.keeping": ("Change", "KeptRoot", "commit", "find_kept", "kept_roots"),
     "supervise.leavings": ("OpenArtifact",),
@@ -54,13 +58,12 @@ _HOMES = {
 _WHERE = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
-    "Artifact", "Artifacts", "Busy", "Change", "Client", "ClientRun", "Event", "File", "HostError",
-    "ImageError", "InternalError", "Job", "JobError", "Kept", "KeptRoot", "LaunchError", "Limits",
-    "OpenArtifact", "Output", "Pattern", "Policy", "PolicyError", "PolicyErrors", "Result", "Run",
-    "Runner", "RunnerStatistics", "SandboxError", "Tar", "Terminal", "Usage", "WorkloadFailed",
-    "__version__", "commit", "connect", "find_kept", "find_policy", "kept_roots", "load_bundle",
-    "open_runner", "run",
-    "run_sync", "to_json",
+    "Artifact", "Artifacts", "Build", "Busy", "Change", "Client", "ClientRun", "Event", "File",
+    "HostError", "ImageError", "InternalError", "Job", "JobError", "Kept", "KeptRoot",
+    "LaunchError", "Limits", "OpenArtifact", "Output", "Pattern", "Policy", "PolicyError",
+    "PolicyErrors", "Reference", "Result", "Run", "Runner", "RunnerStatistics", "SandboxError",
+    "Tar", "Terminal", "Usage", "WorkloadFailed", "__version__", "commit", "connect", "find_kept",
+    "find_policy", "kept_roots", "load_bundle", "open_runner", "run", "run_sync", "to_json",
 ]  # fmt: skip
 
 

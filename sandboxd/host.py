@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from sandboxd.image import Image
+from sandboxd.reference import Inputs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,8 +89,16 @@ class Host:
     """Entries of /etc: name -> "file" | "dir" (links followed)."""
     files: frozenset[str] = frozenset()
     """Those bind sources of a policy that are not directories."""
+    sources: dict[str, str] = field(default_factory=dict)
+    """What a policy's mounts ask for (Mount.asked), and root.source -> the path, links resolved."""
+    quotas: dict[str, int] = field(default_factory=dict)
+    """Those a job may write to -> bytes that may lie in them."""
+    allow_sources: tuple[str, ...] = ("/",)
+    """Those of the policy, links resolved."""
     image: Image | None = None
     """The image a policy's root is."""
+    inputs: Inputs | None = None
+    """The files of builds that a job refers to."""
     proc_entries: frozenset[str] = frozenset()
     """Names below /proc that are not processes."""
     hard_limits: dict[str, int] = field(default_factory=dict)

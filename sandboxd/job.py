@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeAlias, TypeVar
 
 from sandboxd.errors import JobError
 from sandboxd.policy import Artifacts, Limits, Policy
+from sandboxd.reference import Reference
 
 Text = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 
@@ -33,8 +34,10 @@ class Tar:
     source: bytes | Path | int
 
 
-Input: TypeAlias = bytes | Path | File | Tar
-"""What may be copied in under a name."""
+Copied: TypeAlias = bytes | Path | File | Tar
+"""What is copied in under a name."""
+Input: TypeAlias = Copied | Reference
+"""What may be given for a name: copied in, or attached."""
 Value = TypeVar("Value")
 Names: TypeAlias = Mapping[Any, Value]
 """Keys are str or bytes: a Mapping is invariant in them, so no type would take a dict of either."""
@@ -134,7 +137,7 @@ class Job:
         for key, data in self.files.items():
             if not isinstance(data, Input):
                 raise JobError(f"files[{key!r}] is {type(data).__name__}",
-                               hint="bytes, a Path, a File or a Tar")  # fmt: skip
+                               hint="bytes, a Path, a File, a Tar or a Reference")  # fmt: skip
             if isinstance(data, Tar) and not isinstance(data.source, bytes | Path | int):
                 raise JobError(f"files[{key!r}] is a Tar of {type(data.source).__name__}",
                                hint="bytes, a Path or a descriptor")  # fmt: skip

@@ -15,33 +15,20 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from enum import IntFlag
 from functools import cache
 from typing import ClassVar
+
+from sandboxd.kernel import NAMESPACES as NAMESPACES
+from sandboxd.kernel import READ_ONLY as READ_ONLY
+from sandboxd.kernel import SAFE as SAFE
+from sandboxd.kernel import Attributes as Attributes
+from sandboxd.kernel import describe_namespaces as describe_namespaces
+from sandboxd.kernel import namespaces as namespaces
 
 TENANT_UID = 0
 """The tenant's own uid inside its user namespace; the caller's outside."""
 FIRST_JOB_UID = 1000
 """Jobs with a uid of their own get FIRST_JOB_UID + n inside the tenant."""
-
-
-class Attributes(IntFlag):
-    """What mount_setattr(2) calls MOUNT_ATTR_*, with the kernel's values."""
-
-    NONE = 0
-    RDONLY = 0x1
-    NOSUID = 0x2
-    NODEV = 0x4
-    NOEXEC = 0x8
-
-    def describe(self) -> str:
-        """As mount(8) writes them."""
-        words = [str(flag.name).lower() for flag in Attributes if flag and flag in self]
-        return ",".join(["ro" if word == "rdonly" else word for word in words]) or "rw"
-
-
-SAFE = Attributes.NOSUID | Attributes.NODEV
-READ_ONLY = SAFE | Attributes.RDONLY
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,9 +108,11 @@ class OpenTree(Step):
     slot: int
     optional: bool = False
     recursive: bool = True
+    strict: bool = False
+    """No part of the path may be a link: it is where it says, whoever changes links meanwhile."""
 
     def describe(self) -> str:
-        return self.source
+        return f"{self.source}{' (through no link)' if self.strict else ''}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,9 +125,23 @@ class Attach(Step):
     attributes: Attributes = READ_ONLY
     optional: bool = False
     recursive: bool = True
+    root: str = ""
+    """What `target` is looked up in, links and all (RESOLVE_IN_ROOT); "" is our own root."""
 
     def describe(self) -> str:
         return f"{self.source} -> {self.target} ({self.attributes.describe()})"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MountPoint(Step):
+    """Make what lacks of a path to mount on, within a root whose links are a stranger's."""
+
+    root: str
+    path: str
+    directory: bool
+
+    def describe(self) -> str:
+        return f"{self.path} in {self.root}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -205,6 +208,8 @@ class Bind(Step):
     target: str
     attributes: Attributes = READ_ONLY
     recursive: bool = False
+    root: str = ""
+    """As of Attach."""
 
     def describe(self) -> str:
         return f"{self.source} -> {self.target} ({self.attributes.describe()})"
@@ -482,18 +487,3 @@ class Plan:
     cpu_sets: tuple[str, ...] = ()
     enforcement: dict[str, str] = field(default_factory=dict)
     degraded: tuple[tuple[str, str], ...] = ()
-
-
-# CLONE_NEW* (include/uapi/linux/sched.h)
-NAMESPACES = {
-    "mount": 0x20000, "cgroup": 0x2000000, "uts": 0x4000000, "ipc": 0x8000000,
-    "user": 0x10000000, "pid": 0x20000000, "net": 0x40000000, "time": 0x80,
-}  # fmt: skip
-
-
-def namespaces(*names: str) -> int:
-    return sum(NAMESPACES[name] for name in names)
-
-
-def describe_namespaces(flags: int) -> str:
-    return " ".join(name for name, flag in NAMESPACES.items() if flags & flag)

@@ -138,20 +138,41 @@ class Mount(Section, frozen=True):
 
     target: Path
     """Where the job sees it."""
-    type: Literal["bind", "tmpfs"] = "bind"
-    """A path of the host, or an empty directory in memory."""
+    type: Literal["bind", "tmpfs", "volume", "cache"] = "bind"
+    """A path of the host, an empty directory in memory, a named volume, or a cache of many jobs."""
     source: str | None = None
     """Host path, for a bind."""
+    name: Annotated[str, Meta(pattern="^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")] | None = None
+    """For a volume or a cache: which one."""
     writable: bool = False
-    """For a bind: whether the job may write to the host's files. A tmpfs always is."""
+    """For a bind or a volume: whether the job may write to it. A tmpfs always is."""
+    lock: Literal["exclusive", "shared-ro", "copy"] = "exclusive"
+    """For a cache: one run at a time may write to it, many may read it, or each has a copy."""
+    wait: Annotated[float, Meta(ge=0, le=1e9, extra={"unit": "seconds"})] = 60.0
+    """For a cache: seconds that a run waits for others who have it, before it is refused."""
     optional: bool = False
     """A missing source is skipped instead of refused."""
     exec: bool = True
     """Whether programs there may be executed."""
     size: Bytes | None = None
-    """For a tmpfs: a size of its own; None shares limits.disk."""
+    """For a tmpfs: a size of its own; None shares limits.disk. For a cache: what it may grow to."""
     inodes: Count | None = None
     """For a tmpfs with a size: files and directories in it."""
+
+    @property
+    def asked(self) -> str:
+        """What is to be looked for on the host."""
+        return self.source or "" if self.type == "bind" else f"{self.type} {self.name}"
+
+    @property
+    def writes(self) -> bool:
+        """Whether the job may write to what others see, too."""
+        return self.lock == "exclusive" if self.type == "cache" else self.writable
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether the job writes to a copy of its own."""
+        return self.type == "cache" and self.lock == "copy"
 
 
 class Network(Section, frozen=True):
@@ -303,6 +324,8 @@ class Policy(Section, frozen=True):
     resources: Resources = Resources()
     root: Root = Root()
     mounts: tuple[Mount, ...] = ()
+    allow_sources: tuple[Path, ...] = ("/",)
+    """Where sources of binds and root.source may lie, links resolved; "/" is anywhere."""
     network: Network = Network()
     syscalls: Syscalls = Syscalls()
     identity: Identity = Identity()

@@ -84,7 +84,8 @@ def shims(place: Path) -> dict[str, str]:
         (place / name).chmod(0o755)
     (place / "examples").symlink_to(ROOT / "examples")
     found = f"{place}/bin:{os.environ['PATH']}"
-    return {**os.environ, "PATH": found, "PYTHONPATH": str(ROOT), "LC_ALL": "C.UTF-8"}
+    return {**os.environ, "PATH": found, "PYTHONPATH": str(ROOT), "LC_ALL": "C.UTF-8",
+            "SANDBOXD_BUILDS": f"{place}/builds"}  # fmt: skip
 
 
 def commands(block: str) -> Iterator[tuple[str, list[str]]]:

@@ -20,29 +20,35 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "sandboxd"
 
 VALUES = frozenset(
-    {"errors", "units", "policy", "job", "host", "image", "plan", "messages", "result"}
+    {
+        *("errors", "units", "kernel", "policy", "reference", "job", "host", "image"),
+        *("plan", "messages", "result"),
+    }
 )
 
 # Room or value -> what of ours it may import, apart from itself.
 INSIDE: dict[str, frozenset[str]] = {
     "errors": frozenset(),
     "units": frozenset(),
-    "plan": frozenset({"errors"}),
+    "kernel": frozenset(),
+    "plan": frozenset({"kernel", "errors"}),
     "messages": frozenset({"errors", "plan"}),
     "policy": frozenset({"errors"}),
-    "job": frozenset({"errors", "policy"}),
+    "reference": frozenset({"errors"}),
+    "job": frozenset({"errors", "policy", "reference"}),
     "image": frozenset(),
-    "host": frozenset({"errors", "image", "policy"}),
+    "host": frozenset({"errors", "image", "policy", "reference"}),
     "result": frozenset({"errors", "policy"}),
     "linux": frozenset(),
     "compile": VALUES,
     "script": frozenset({"errors", "plan", "messages"}),
     "launch": frozenset({"script.record", "images.tar", "linux"}),
-    "images": VALUES | {"script.command", "linux"},
-    "supervise": VALUES | {"compile", "script", "images", "linux"},
+    "stores": VALUES,
+    "images": VALUES | {"script.command", "linux", "stores.folders"},
+    "supervise": VALUES | {"compile", "script", "stores", "images", "linux"},
     "judge": VALUES | {"supervise"},
     "serve": VALUES | {"supervise"},
-    "cli": VALUES | {"compile", "images", "supervise", "judge", "serve"},
+    "cli": VALUES | {"compile", "stores", "images", "supervise", "judge", "serve"},
     "__main__": frozenset({"cli"}),
     "__init__": VALUES | {"compile", "supervise", "judge", "serve"},
 }
@@ -54,6 +60,7 @@ OUTSIDE: dict[str, frozenset[str]] = {
     "plan": frozenset(),
     "messages": frozenset(),
     "compile": frozenset({"msgspec", "pyroute2", "pyseccomp", "seccomp"}),
+    "stores": frozenset({"msgspec"}),
     "images": frozenset({"msgspec"}),  # and zstd where it is installed, by name
     "supervise": frozenset({"jeepney", "msgspec", "trio"}),
     "judge": frozenset({"msgspec", "trio", "yaml"}),
@@ -63,7 +70,7 @@ OUTSIDE: dict[str, frozenset[str]] = {
 
 # Only inside of a function or for the type checker: starting up must not cost what is not used.
 LATE: dict[str, frozenset[str]] = {
-    "cli": frozenset({"images", "supervise", "judge", "serve", "trio"}),
+    "cli": frozenset({"stores", "images", "supervise", "judge", "serve", "trio"}),
     "__init__": VALUES | {"compile", "supervise", "judge", "serve"},
 }
 
@@ -314,6 +321,7 @@ def test_the_command_line_starts_without_what_it_may_not_need() -> None:
         "trio",
         "sandboxd.images",
         "sandboxd.judge",
+        "sandboxd.stores",
         "sandboxd.supervise",
         "sandboxd.serve",
     }

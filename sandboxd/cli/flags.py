@@ -138,9 +138,14 @@ def _add_files(group: argparse._ArgumentGroup) -> None:
         help="collect no more than that, of all files together",
     )  # fmt: skip
     group.add_argument(
+        "--built", action="append", default=[], type=inputs.built, metavar="KEY[/PATH][:NAME]",
+        help=f"show what `sandboxd build` made, or a part of it, read-only in {WORK}",
+    )  # fmt: skip
+    group.add_argument(
         "-v", "--volume", action="append", default=[], type=mounts.volume, dest="mounts",
         metavar="SRC:DST[:ro]",
-        help="show a host path; writable unless it says ro, and then the program runs as you",
+        help="show a host path, or the volume NAME; writable unless it says ro, and then the"
+        " program runs as you",
     )  # fmt: skip
     group.add_argument(
         "--mount", action="append", type=mounts.mount, dest="mounts", metavar="KEY=VALUE,...",
@@ -375,7 +380,7 @@ def _identity(args: argparse.Namespace, base: Policy, root: Root) -> dict[str, A
     found: dict[str, Any] = {}
     if args.hostname is not None:
         found["hostname"] = args.hostname
-    if any(mount.type == "bind" and mount.writable for mount in args.mounts):
+    if any(mount.type != "tmpfs" and (mount.writes or mount.is_copy) for mount in args.mounts):
         found["user"] = "caller"  # else it could not write there, or leave files that nobody owns
     if args.user in ("caller", "isolated"):
         found["user"] = args.user
@@ -490,7 +495,7 @@ def job(
         env=env,
         cwd=cwd,
         stdin=None if live else args.stdin if args.stdin is not None else b"",
-        files=inputs.files(args.file, args.files_from),
+        files=inputs.files(args.file, args.files_from, args.built),
         terminal=terminal,
         id=args.name,
         ignored=() if meant is None else meant.ignored,

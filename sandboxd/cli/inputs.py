@@ -78,8 +78,22 @@ def archive(text: str) -> tuple[str, str]:
     return source, name
 
 
+def built(text: str) -> tuple[str, str, str]:
+    """--built KEY[/PATH][:NAME] -> (digits of the key, path in the build, name here)."""
+    what, _, name = text.partition(":")
+    key, _, path = what.partition("/")
+    name = name or os.path.basename(path) or "."
+    if not key or name.startswith("/") or ".." in (*name.split("/"), *path.split("/")):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not KEY[/PATH][:NAME], e.g. 1a2b3c4d/a.out:prog"
+        )
+    return key, path, name
+
+
 def files(
-    wanted: Collection[tuple[str, str]], archives: Collection[tuple[str, str]]
+    wanted: Collection[tuple[str, str]],
+    archives: Collection[tuple[str, str]] = (),
+    builds: Collection[tuple[str, str, str]] = (),
 ) -> dict[str | bytes, Input]:
     """Name in the working directory -> what goes there; archives first, so that a file may lie over
     what was in one. A directory goes in with all that is below it.
@@ -97,4 +111,11 @@ def files(
     for number, (source, name) in enumerate(archives):
         # Several may be unpacked in one place: .//x, .//.//x are other keys, not another directory.
         found[".//" * (number + 1) + name] = Tar(STDIN if source == "-" else Path(source))
-    return found | {name: Path(source) for source, name in wanted}
+    found |= {name: Path(source) for source, name in wanted}
+    if builds:
+        from sandboxd.stores.builds import Store, own_place
+
+        store = Store(own_place())
+        for key, path, name in builds:
+            found[name] = store.look_up(key).reference().at(path)
+    return found

@@ -55,6 +55,9 @@ def register(sub: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     )
     subtree.add(parser)
     parser.add_argument("--language", metavar="L", help="c, cpp, python3, java, rust or go")
+    parser.add_argument(
+        "--no-cache", action="store_true", help="compile also what was compiled before"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object when done")
     parser.add_argument(
         "--time-limit",
@@ -106,7 +109,7 @@ def _judge_all(
 ) -> int:
     import trio
 
-    from sandboxd.judge.judge import judge, refused
+    from sandboxd.judge.judge import Afresh, judge, refused
     from sandboxd.supervise.runner import open_runner
 
     report = _Report(problem, quiet=args.json)
@@ -120,7 +123,7 @@ def _judge_all(
                     judgement = refused(problem, path.name, submission)
                 else:
                     judgement = await judge(
-                        runner, problem, submission,
+                        Afresh(runner) if args.no_cache else runner, problem, submission,
                         everything=args.all, parallel=jobs, on_case=report.case,
                     )  # fmt: skip
                 report.end(path, judgement)
@@ -162,7 +165,8 @@ class _Report:
         verdict = judgement.verdict
         run, total = len(judgement.cases), judgement.cases_total
         early = f", {run} of {total} cases" if 0 < run < total else ""
-        self._say(f"  {verdict}: {MEANING[verdict]}{early}{_unexpected(verdict, wanted)}")
+        before = ", compiled before" if judgement.compiled_before else ""
+        self._say(f"  {verdict}: {MEANING[verdict]}{early}{_unexpected(verdict, wanted)}{before}")
         if not judgement.cases and judgement.message:
             self._say(f"    {judgement.message}")
         if not judgement.cases:

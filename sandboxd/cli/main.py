@@ -24,6 +24,9 @@ from sandboxd.errors import ImageError, JobError, PolicyError, PolicyErrors, San
 COMMANDS: Mapping[str, str] = MappingProxyType(
     {
         "run": "run one program in a sandbox",
+        "build": "run one program once, and keep what it made for many runs",
+        "cache": "list, check and remove what builds made",
+        "volume": "make, list and remove volumes and caches",
         "judge": "judge submissions against a problem package",
         "serve": "serve jobs over HTTP",
         "submit": "hand a job to the daemon",

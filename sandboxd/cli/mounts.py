@@ -5,25 +5,30 @@ from __future__ import annotations
 import argparse
 import os
 import posixpath
+import re
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
-from sandboxd.cli.quantities import count, size
+from sandboxd.cli.quantities import count, size, time
 from sandboxd.policy import Mount
 
-VOLUME_FORM = "SRC:DST[:ro], e.g. ./data:/data:ro"
-MOUNT_FORM = "type=bind,source=SRC,target=DST[,readonly] or type=tmpfs,target=DST[,size=64M]"
+VOLUME_FORM = "SRC:DST[:ro], e.g. ./data:/data:ro, or NAME:DST[:ro] for a volume"
+MOUNT_FORM = (
+    "type=bind|volume,source=SRC,target=DST[,readonly], type=tmpfs,target=DST[,size=64M] or "
+    "type=cache,source=NAME,target=DST[,lock=exclusive|shared-ro|copy]"
+)
 TMPFS_FORM = "DST[:size=64M,noexec]"
 
 
 def volume(text: str) -> Mount:
-    """-v SRC:DST[:OPTIONS]; writable unless it says ro, as in docker."""
+    """-v SRC:DST[:OPTIONS]; writable unless it says ro, and SRC without a slash a volume's name."""
     parts = text.split(":")
     if len(parts) not in (2, 3) or not all(parts):
         raise _wrong(text, f"{VOLUME_FORM}; for a path with a colon there is --mount")
-    found = {"source": source(parts[0]), "target": target(parts[1])}
-    return _mount("bind", found | _options(",".join(parts[2:]).split(","), text), text)
+    kind = "bind" if "/" in parts[0] or parts[0] in (".", "..") else "volume"
+    found = {"source": parts[0], "target": target(parts[1])}
+    return _mount(kind, found | _options(",".join(parts[2:]).split(","), text), text)
 
 
 def mount(text: str) -> Mount:
@@ -36,9 +41,10 @@ def mount(text: str) -> Mount:
         raise _wrong(text, MOUNT_FORM) from None
     found = _options(words, text)
     kind = found.pop("type", "bind")
-    if kind not in ("bind", "tmpfs"):
-        raise argparse.ArgumentTypeError(f"type={kind}: there are type=bind and type=tmpfs")
-    if "target" not in found or (kind == "bind") != ("source" in found):
+    if kind not in _FOREIGN:
+        there = ", ".join(f"type={one}" for one in _FOREIGN)
+        raise argparse.ArgumentTypeError(f"type={kind}: there are {there}")
+    if "target" not in found or (kind != "tmpfs") != ("source" in found):
         raise _wrong(text, MOUNT_FORM)
     return _mount(kind, found, text)
 
@@ -93,8 +99,10 @@ _ALWAYS = frozenset({"nosuid", "nodev"})
 _VALUES: Mapping[str, tuple[str, Callable[[str], Any]]] = MappingProxyType(
     {
         "type": ("type", str),
-        "source": ("source", source),
-        "src": ("source", source),
+        "lock": ("lock", str),
+        "wait": ("wait", time),
+        "source": ("source", str),
+        "src": ("source", str),
         "target": ("target", target),
         "destination": ("target", target),
         "dst": ("target", target),
@@ -125,14 +133,39 @@ def _options(words: Sequence[str], text: str) -> dict[str, Any]:
     return found
 
 
-def _mount(kind: Literal["bind", "tmpfs"], found: dict[str, Any], text: str) -> Mount:
-    foreign = {"bind": ("size", "inodes"), "tmpfs": ("source", "optional")}[kind]
-    for name in foreign:
+_FOREIGN: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "bind": ("size", "inodes", "lock", "wait"),
+        "tmpfs": ("source", "optional", "lock", "wait"),
+        "volume": ("size", "inodes", "optional", "lock", "wait"),
+        "cache": ("inodes", "optional", "writable"),
+    }
+)
+"""Kind of a mount -> options that it has not."""
+_LOCKS = ("exclusive", "shared-ro", "copy")
+
+
+def _mount(kind: str, found: dict[str, Any], text: str) -> Mount:
+    for name in _FOREIGN[kind]:
         if name in found:
             raise argparse.ArgumentTypeError(f"{text!r}: a {kind} mount has no {name}")
     if kind == "tmpfs" and not found.get("writable", True):
         raise argparse.ArgumentTypeError(f"{text!r}: a read-only tmpfs would be empty for ever")
-    return Mount(type=kind, **({"writable": True} | found))
+    if found.get("lock", _LOCKS[0]) not in _LOCKS:
+        raise argparse.ArgumentTypeError(f"{text!r}: lock is one of {', '.join(_LOCKS)}")
+    if kind == "bind":
+        found["source"] = source(found["source"])
+    elif kind in ("volume", "cache"):
+        found["name"] = _name(found.pop("source"), kind)
+    writable = {} if kind == "cache" else {"writable": True}
+    return Mount(**({"type": kind} | writable | found))
+
+
+def _name(text: str, kind: str) -> str:
+    if not re.fullmatch("[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", text):
+        hint = f"for the directory write ./{text}" if kind == "volume" else "letters, digits, _.-"
+        raise argparse.ArgumentTypeError(f"{text!r} is no name of a {kind}: {hint}")
+    return text
 
 
 def _wrong(text: str, form: str) -> argparse.ArgumentTypeError:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import msgspec
 
 from sandboxd import plan
-from sandboxd.compile import enforce, idmap, landlock, network, resources, rootfs, seccomp
+from sandboxd.compile import enforce, idmap, landlock, network, resources, rootfs, seccomp, sources
 from sandboxd.compile.egress import Egress
 from sandboxd.errors import HostError
 from sandboxd.host import Host
@@ -21,6 +21,7 @@ from sandboxd.image import Config, Image
 from sandboxd.job import Job
 from sandboxd.plan import ExecPlan, Plan, SetupPlan, Step, TenantPlan
 from sandboxd.policy import Policy
+from sandboxd.reference import Inputs
 
 ARCHITECTURES = ("x86_64", "aarch64")
 TENANT_NAMESPACES = ("pid", "mount", "ipc", "uts", "net")
@@ -49,6 +50,7 @@ class Compiled:
     degraded: tuple[tuple[str, str], ...]
     root_driver: str
     image: Image | None
+    inputs: Inputs | None
     first_job_uid: int
     """The lowest uid of the tenant's for runs to have as their own."""
 
@@ -65,6 +67,7 @@ def compile_policy(policy: Policy, host: Host, *, keep: bool = False) -> Compile
         reason = host.fault_notes.get("user_namespaces", "the kernel refuses them")
         raise HostError("user_namespaces", f"no user namespace can be made here: {reason}",
                         hint="run `sandboxd doctor`")  # fmt: skip
+    sources.check(policy, host, rootfs.driver(policy, host))
     ids = idmap.tenant_ids(host)
     image = host.image if policy.root.image else None
     asked, policy = policy, with_user(policy, image)
@@ -87,6 +90,7 @@ def compile_policy(policy: Policy, host: Host, *, keep: bool = False) -> Compile
         degraded=found.degraded,
         root_driver=rootfs.driver(policy, host),
         image=image,
+        inputs=host.inputs,
         first_job_uid=idmap.first_job_uid(host, ids),
     )
 

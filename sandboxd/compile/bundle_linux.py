@@ -7,7 +7,7 @@ from types import MappingProxyType
 
 from sandboxd.compile.document import Node
 from sandboxd.compile.granted import Granted
-from sandboxd.compile.rootfs import MASKED
+from sandboxd.compile.proc import MASKED
 
 _OWN = ("pid", "network", "mount", "ipc", "uts")
 """Namespaces that every sandbox has new; a bundle that leaves one out means the host's."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from sandboxd import plan
-from sandboxd.compile import rootfs
+from sandboxd.compile import pieces, rootfs
 from sandboxd.host import Host
 from sandboxd.plan import SetupPlan
 from sandboxd.policy import Policy
@@ -14,12 +14,12 @@ from sandboxd.policy import Policy
 def trees(policy: Policy, host: Host) -> list[dict[str, Any]]:
     """Directories of the area, where in the root each is, and what lies below it, topmost first."""
     found: list[dict[str, Any]] = []
-    if rootfs.of_host(policy):  # all but /usr is made anew for each run
+    if pieces.of_host(policy):  # all but /usr is made anew for each run
         found.append({"path": "root", "prefix": "", "lowers": []})
     if rootfs.driver(policy, host) in ("kernel", "fuse"):
         layered = rootfs.layered(policy)
         path = f"upper/{layered}".rstrip("/")
-        found.append({"path": path, "prefix": layered, "lowers": rootfs.lowers(policy, host)})
+        found.append({"path": path, "prefix": layered, "lowers": pieces.lowers(policy, host)})
     return found
 
 

@@ -129,6 +129,10 @@ def _degraded(policy: Policy, host: Host, says: dict[str, str]) -> list[tuple[st
                       "holds them"))  # fmt: skip
     if not rootfs.is_shared(policy, host) and says["root"] == "tmpfs and binds":
         found.append(("root", notes.get("overlay", "no overlay works here: lower files read-only")))
+    found += [
+        (name, f"no more than {size} bytes: looked at every quarter of a second, not the kernel's")
+        for name, size in host.quotas.items()
+    ]
     if policy.root.image and host.image is not None:
         found += [("image", note) for note in host.image.notes]
     return found

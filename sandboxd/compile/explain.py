@@ -44,6 +44,9 @@ def _rows(policy: Policy) -> Iterator[Explained]:
             for at, mount in enumerate(policy.mounts):
                 key = f"mounts[{at}]"
                 yield Explained(key, toml(mount), _origin(policy, key), _mount(mount))
+        elif section.name == "allow_sources":
+            key, value = section.name, policy.allow_sources
+            yield Explained(key, toml(value), _origin(policy, key), _allowed(value))
         elif section.name not in ("name", "description", "origins"):
             yield from _section(policy, section.name)
 
@@ -146,8 +149,21 @@ def _answer(key: str, entry: str | Rule) -> str:
     return _ANSWERS[key]
 
 
+def _allowed(sources: tuple[str, ...]) -> str:
+    if "/" in sources:
+        return "binds and root.source may be of anything on the host that the caller can reach"
+    return "held against the real path of each source, which is then opened through no link"
+
+
 def _mount(mount: Mount) -> str:
-    if mount.type == "tmpfs":
+    if mount.type in ("volume", "cache"):
+        locks = {"shared-ro": "MOUNT_ATTR_RDONLY, flock(2) shared with other readers",
+               "copy": "an overlay above it, thrown away; flock(2) shared with other readers",
+               "exclusive": "writable, flock(2) held against all others"}  # fmt: skip
+        plain = "writable" if mount.writable else "MOUNT_ATTR_RDONLY"
+        text = locks[mount.lock] if mount.type == "cache" else plain
+        text = f"a bind of the {mount.type} {mount.name}: {text}, nosuid, nodev"
+    elif mount.type == "tmpfs":
         room = "limits.disk" if mount.size is None else units.format_size(mount.size)
         text = f"an empty directory in memory, within {room}"
     else:

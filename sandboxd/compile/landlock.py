@@ -36,7 +36,7 @@ def step(policy: Policy, host: Host) -> plan.Landlock:
         *((path, write) for path in ("/tmp", "/box", "/dev/shm")),
         # An optional one that is not there has its place in the root all the same.
         *((mount.target, write & OF_FILES if mount.source in host.files else write)
-          for mount in policy.mounts if mount.type == "tmpfs" or mount.writable),
+          for mount in policy.mounts if mount.type == "tmpfs" or mount.writes or mount.is_copy),
     ]  # fmt: skip
     if policy.root.proc == "none":
         rules = [rule for rule in rules if rule[0] != "/proc"]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from sandboxd.compile.reading import Entries
@@ -25,6 +26,13 @@ def problems_of_file(values: Mapping[str, Any]) -> Iterator[Found]:
     for at, name in _entries(values.get("devices", {}), "allow"):
         if not _is_below(name):
             yield f"devices.allow[{at}]", f"{name!r} is no name below /dev", "e.g. null"
+    for at, path in _entries(values, "allow_sources"):
+        if path != "/" and not _is_below(path[1:]):
+            yield (
+                f"allow_sources[{at}]",
+                f"{path!r} is not plain",
+                "no //, no . and .., no / at the end",
+            )
     for at, mount in _entries(values, "mounts"):
         for name, message, hint in _mount(mount):
             yield f"mounts[{at}]{name}", message, hint
@@ -89,10 +97,13 @@ def _mount(mount: Mapping[str, Any]) -> Iterator[Found]:
         yield ".target", f"nothing can be mounted on {target}", ""
     elif not _is_below(target[1:]):
         yield ".target", f"{target!r} is not plain", "no //, no . and .., no / at the end"
-    if mount.get("type", "bind") == "tmpfs":
-        yield from _tmpfs(mount)
-    else:
-        yield from _bind(mount)
+    kind = mount.get("type", "bind")
+    yield from _KINDS[kind](mount)
+    for name in ("lock", "wait"):
+        if kind != "cache" and name in mount:
+            yield f".{name}", f"a {kind} has no {name}", 'leave it out, or write type = "cache"'
+    if kind in ("bind", "tmpfs") and mount.get("name") is not None:
+        yield ".name", f"a {kind} has no name", 'leave it out, or write type = "volume"'
 
 
 def _tmpfs(mount: Mapping[str, Any]) -> Iterator[Found]:
@@ -114,3 +125,20 @@ def _bind(mount: Mapping[str, Any]) -> Iterator[Found]:
     for name in ("size", "inodes"):
         if mount.get(name) is not None:
             yield f".{name}", f"a bind has no {name}", 'leave it out, or write type = "tmpfs"'
+
+
+def _stored(mount: Mapping[str, Any]) -> Iterator[Found]:
+    kind = mount["type"]
+    if mount.get("name") is None:
+        yield "", f"a {kind} without a name", 'write name = "..."'
+    foreign = ("source", "inodes", "optional", "size" if kind == "volume" else "writable")
+    for name in foreign:
+        if mount.get(name):
+            hint = {"size": "it was said when the volume was made",
+                    "writable": "lock says who may write"}.get(name, "leave it out")  # fmt: skip
+            yield f".{name}", f"a {kind} has no {name}", hint
+
+
+_KINDS: Mapping[str, Callable[[Mapping[str, Any]], Iterator[Found]]] = MappingProxyType(
+    {"bind": _bind, "tmpfs": _tmpfs, "volume": _stored, "cache": _stored}
+)

@@ -8,6 +8,7 @@ no sockets but unix ones there is nothing it could do in it, and it may serve ag
 from __future__ import annotations
 
 import dataclasses
+from functools import cache
 
 from sandboxd import plan
 from sandboxd.compile import assemble, bpf, carrying, seccomp
@@ -16,7 +17,7 @@ from sandboxd.compile.numbers import table
 from sandboxd.errors import PolicyError
 from sandboxd.host import Host
 from sandboxd.plan import SetupPlan
-from sandboxd.policy import Policy
+from sandboxd.policy import Policy, Syscalls
 
 AF_UNIX = 1
 FAMILIES = range(64)
@@ -33,9 +34,15 @@ def serves_again(policy: Policy, host: Host) -> bool:
     # A rule of one's own may allow a single protocol, which is not asked for below.
     if any(not isinstance(rule, str) and rule.action == "allow" for rule in policy.syscalls.rules):
         return False
-    programs = seccomp.programs(policy.syscalls, host.arch)
-    machine, number = assemble.AUDIT_ARCH[host.arch], table(host.arch)["socket"]
-    return not any(
+    return not _has_sockets(policy.syscalls, host.arch)
+
+
+@cache
+def _has_sockets(syscalls: Syscalls, arch: str) -> bool:
+    """Whether its filter allows a socket other than a unix one: all are asked, so once."""
+    programs = seccomp.programs(syscalls, arch)
+    machine, number = assemble.AUDIT_ARCH[arch], table(arch)["socket"]
+    return any(
         bpf.decide(programs, number, machine, (family, kind, 0)) == bpf.ALLOW
         for family in FAMILIES
         if family != AF_UNIX

@@ -18,6 +18,7 @@ def render(policy: Policy) -> str:
 
 def _lines(policy: Policy) -> Iterator[str]:
     yield f"description = {toml(policy.description)}"
+    yield from _entry("allow_sources", toml(policy.allow_sources), policy.allow_sources)
     if not policy.mounts:
         yield "mounts = []"
     for section in msgspec.structs.fields(Policy):
@@ -25,7 +26,7 @@ def _lines(policy: Policy) -> Iterator[str]:
             for mount in policy.mounts:
                 yield "\n[[mounts]]"
                 yield from _table(mount, "mounts")
-        elif section.name not in ("name", "description", "origins"):
+        elif section.name not in ("name", "description", "origins", "allow_sources"):
             yield f"\n[{section.name}]"
             yield from _table(getattr(policy, section.name), section.name)
 

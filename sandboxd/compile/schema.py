@@ -103,7 +103,7 @@ def _key(was: dict[str, Any], struct: str, one: Any, texts: dict[str, str]) -> d
         found["default"] = was["default"]
     if what:
         found["examples"] = _EXAMPLES[what]
-    if (struct, one.name) == ("Policy", "mounts"):
+    if struct == "Policy" and one.name in ("mounts", "allow_sources"):
         found["items"] = {"anyOf": [found["items"], {"const": RESET}]}
     if text := texts.get(f"{struct}.{one.name}"):
         found["description"] = text

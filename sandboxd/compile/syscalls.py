@@ -238,8 +238,8 @@ LAUNCH = frozenset(
         "capset chdir clock_gettime clone clone3 close close_range dup3 execve exit_group"
         " fchmodat fchownat fcntl getppid getrusage ioctl kill landlock_add_rule"
         " landlock_create_ruleset landlock_restrict_self mkdirat mount mount_setattr move_mount"
-        " open_tree openat pivot_root ppoll prctl pread64 prlimit64 read recvfrom recvmsg"
-        " rt_sigaction rt_sigprocmask rt_sigtimedwait seccomp sendmsg sendto setgroups"
+        " open_tree openat openat2 pivot_root ppoll prctl pread64 prlimit64 read recvfrom"
+        " recvmsg rt_sigaction rt_sigprocmask rt_sigtimedwait seccomp sendmsg sendto setgroups"
         " sethostname setns setresgid setresuid setsid socket statfs symlinkat umask umount2"
         " unlinkat unshare wait4 write",
     ).members

@@ -29,9 +29,10 @@ from sandboxd.images.importing import Imported, Readers, Taking, take
 from sandboxd.images.manifests import INDEXES, MANIFESTS, MOST_JSON, Descriptor, Index, Manifest
 from sandboxd.images.records import decode
 from sandboxd.images.reference import Reference, credentials, is_loopback, parse
-from sandboxd.images.store import NEW, Store, check_name
+from sandboxd.images.store import Store, check_name
 from sandboxd.images.unpacking import Limits, open_unpacker
 from sandboxd.plan import IdMap
+from sandboxd.stores.folders import NEW
 
 TIMEOUT = 60.0
 """Seconds without a byte."""

@@ -25,20 +25,21 @@ import re
 import shutil
 import stat
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote, unquote
 
-from sandboxd.errors import HostError, ImageError
+from sandboxd.errors import ImageError
 from sandboxd.image import Image
 from sandboxd.images.records import ImageRecord, LayerRecord, decode, encode
 from sandboxd.images.unpacking import Unpacker
 from sandboxd.linux.paths import open_beneath
 from sandboxd.plan import IdMap
+from sandboxd.stores.folders import NEW, locked, make, opened, system_place, write
+from sandboxd.stores.folders import own_place as place_of
 
-SYSTEM = Path("/var/lib/sandboxd/images")
-NEW = ".new-"
+SYSTEM = system_place("images")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(?::[0-9]+)?(?:/[A-Za-z0-9][A-Za-z0-9._-]*)*"
                    r"(?::[A-Za-z0-9_][A-Za-z0-9._-]*)?")  # fmt: skip
 _LONGEST_NAME = 160
@@ -46,25 +47,11 @@ _SHORTEST_ID = 7
 _ID = re.compile(r"(?:sha256:)?([0-9a-f]{7,64})")
 _MOST_TEXT = 1 << 20
 _MOST_RECORD = 1 << 24
-_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 def own_place() -> Path:
-    """Where the caller's images are.
-
-    $SANDBOXD_IMAGES; else for root /var/lib/sandboxd/images, as /root is closed to the ids that
-    sandboxes have; else sandboxd/images in $XDG_DATA_HOME or ~/.local/share.
-    """
-    if chosen := os.environ.get("SANDBOXD_IMAGES"):
-        return Path(os.path.abspath(chosen))
-    if os.geteuid() == 0:
-        return SYSTEM
-    data = os.environ.get("XDG_DATA_HOME", "")
-    home = Path(data) if os.path.isabs(data) else Path(os.path.expanduser("~/.local/share"))
-    if not home.is_absolute():
-        raise HostError("home", "no place for images: neither HOME nor XDG_DATA_HOME is set",
-                        hint="SANDBOXD_IMAGES=DIR names one")  # fmt: skip
-    return home / "sandboxd" / "images"
+    """Where the caller's images are: $SANDBOXD_IMAGES, or stores/folders.py's place for them."""
+    return place_of("images")
 
 
 def places() -> tuple[Path, ...]:
@@ -192,9 +179,9 @@ class Store:
         `owner` is whose `root` is to be, where the unpacker is not the caller.
         """
         folder = self._layers / f"{NEW}{os.getpid()}-{os.urandom(6).hex()}"
-        _make(folder)
+        make(folder)
         try:
-            _make(folder / "root")
+            make(folder / "root")
             if owner is not None:
                 os.chown(folder / "root", *owner)
             yield folder
@@ -204,7 +191,7 @@ class Store:
 
     def keep_layer(self, folder: Path, record: LayerRecord) -> None:
         """A new layer gets its name; if another import was faster, its is as good."""
-        _write(folder / "layer.json", encode(record))
+        write(folder / "layer.json", encode(record))
         name = f"{record.diff_id.removeprefix('sha256:')}.{record.ids}"
         try:
             folder.rename(self._layers / name)
@@ -217,7 +204,7 @@ class Store:
         file = self._file(check_name(record.name))
         new = file.with_name(f".{file.name}.{os.getpid()}")
         try:
-            _write(new, encode(record))
+            write(new, encode(record))
             new.rename(file)
         finally:
             new.unlink(missing_ok=True)
@@ -234,9 +221,9 @@ class Store:
         for folder in self.layers():
             if folder.name.partition(".")[0] in wanted:
                 continue
-            with _opened(folder) as opened:
+            with opened(folder) as descriptor:
                 try:
-                    fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
                     used.append(folder.name)
                     continue
@@ -270,22 +257,9 @@ class Store:
             raise ImageError(f"{file}: it is about {record.name}")
         return record
 
-    @contextmanager
-    def _locked(self) -> Iterator[int]:
-        try:
-            for folder in (self._images, self._layers):
-                if not folder.is_dir():
-                    self.place.parent.mkdir(parents=True, exist_ok=True)
-                    _make(self.place)
-                    _make(folder)
-            lock = os.open(self.place / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            raise HostError("images", f"{self.place}: {error.strerror}",
-                            hint="SANDBOXD_IMAGES=DIR names another place") from error  # fmt: skip
-        try:
-            yield lock
-        finally:
-            os.close(lock)
+    def _locked(self) -> AbstractContextManager[int]:
+        """Others may read a store; what must not be read belongs in no image."""
+        return locked(self.place, "images", (self._images, self._layers))
 
     def _sweep(self, unpacker: Unpacker) -> None:
         for folder in self._layers.glob(f"{NEW}*"):
@@ -296,40 +270,20 @@ class Store:
     def _remove(self, name: str, unpacker: Unpacker) -> None:
         """In two parts: what is in `root` belongs to others than what is around it."""
         folder = self._layers / name
-        with suppress(FileNotFoundError), _opened(folder / "root", os.O_PATH) as opened:
-            unpacker.empty(opened)
+        with suppress(FileNotFoundError), opened(folder / "root", os.O_PATH) as descriptor:
+            unpacker.empty(descriptor)
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _make(folder: Path) -> None:
-    """Others may read a store, whatever the umask; what must not be read belongs in no image."""
-    folder.mkdir(exist_ok=True)
-    folder.chmod(0o755)
-
-
-def _write(file: Path, data: bytes) -> None:
-    file.write_bytes(data)
-    file.chmod(0o644)
-
-
-@contextmanager
-def _opened(folder: Path, more: int = 0) -> Iterator[int]:
-    opened = os.open(folder, _FOLDER | more)
-    try:
-        yield opened
-    finally:
-        os.close(opened)
 
 
 def _small_file(root: Path, path: str) -> str | None:
     try:
-        with _opened(root, os.O_PATH) as folder:
+        with opened(root, os.O_PATH) as folder:
             flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW
-            opened = open_beneath(folder, path.encode(), flags)
+            descriptor = open_beneath(folder, path.encode(), flags)
     except OSError:
         return None
-    with os.fdopen(opened, "rb") as file:
-        if not stat.S_ISREG(os.fstat(opened).st_mode):
+    with os.fdopen(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             return None
         return file.read(_MOST_TEXT).decode(errors="replace")
 
@@ -369,10 +323,10 @@ def using(image: Image) -> Iterator[None]:
     with ExitStack() as stack:
         for layer in image.layers:
             try:
-                opened = stack.enter_context(_opened(Path(layer).parent))
+                descriptor = stack.enter_context(opened(Path(layer).parent))
             except FileNotFoundError:
                 raise ImageError(f"{image.name}: a layer was removed meanwhile",
                                  hint="import or pull it again") from None  # fmt: skip
             with suppress(BlockingIOError):  # who removes it has renamed it already
-                fcntl.flock(opened, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
         yield

@@ -1,5 +1,8 @@
 """Judging one submission: compiled once in a sandbox, then every case in a fresh one.
 
+Where the runner keeps builds, the same submission is compiled once for good: what each case gets is
+then attached to its sandbox, and not copied (supervise/builds.py).
+
 Theory of operation. Cases start in order, up to `parallel` at once. The first failing case in that
 order decides: nothing behind it starts any more, what runs behind it is killed, and its outcome
 does not count even if it came in earlier. So the judgement is the same for every `parallel`.
@@ -12,16 +15,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import msgspec
 import trio
 
-from sandboxd.errors import SandboxError
+from sandboxd.errors import HostError, SandboxError
 from sandboxd.job import File, Input, Job
 from sandboxd.judge.compare import Comparison, compare
 from sandboxd.judge.judgement import CaseJudgement, Judgement, shortened
-from sandboxd.judge.languages import Language, check_available, detect, make_program, table
+from sandboxd.judge.languages import Language, Program, check_available, detect, make_program, table
 from sandboxd.judge.metadata import ProblemError
 from sandboxd.judge.problem import Case, Problem
 from sandboxd.judge.submission import SourceError, Submission, check_names
@@ -29,11 +32,14 @@ from sandboxd.judge.verdict import COMPILE, RUN, Facts, decide
 from sandboxd.policy import Limits, Policy
 from sandboxd.result import Result
 from sandboxd.supervise import policies
+from sandboxd.supervise.builds import Build
 
 MIB = 1 << 20
 COMPILER_OUTPUT = 64 << 10
 """Bytes of the compiler's words that are kept."""
 PAGE = 4096
+MOST_ATTACHED = 64
+"""Names in the working directory; a mount each costs as much as copying a small file."""
 COMPILER_FLOOD = 16 << 20
 """Bytes after which a compiler is stopped, where its policy names none."""
 
@@ -46,6 +52,23 @@ class Runs(Protocol):
     async def run(self, job: Job) -> Result: ...
 
 
+@runtime_checkable
+class Builds(Runs, Protocol):
+    """Who also keeps what was compiled, for those who judge the same submission again."""
+
+    async def build(self, job: Job) -> Build: ...
+
+
+class Afresh:
+    """A runner of which nothing is asked but to run: every submission is compiled anew."""
+
+    def __init__(self, runner: Runs) -> None:
+        self._runner = runner
+
+    async def run(self, job: Job) -> Result:
+        return await self._runner.run(job)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Ready:
     """A submission that compiled: what each case's job has in common."""
@@ -55,6 +78,7 @@ class _Ready:
     files: Files
     policy: Policy
     compilation: Result
+    compiled_before: bool
 
 
 async def judge(
@@ -83,6 +107,7 @@ async def judge(
         verdict=decisive.verdict if decisive else "AC",
         message=f"{decisive.name}: {decisive.message}" if decisive else "",
         compilation=shortened(ready.compilation),
+        compiled_before=ready.compiled_before,
         cases=cases,
         cases_total=total,
     )
@@ -176,16 +201,16 @@ async def _compile(
     program = make_program(
         language, sources, compile_memory=limits.compile_memory, run_memory=limits.memory
     )
-    result = await runner.run(
-        Job(
-            argv=program.compile,
-            policy=_compile_policy(compiling, problem, language),
-            env=_over({}, language.env),
-            files=_over({}, program.files),
-            collect=program.collect,
-            keep=COMPILER_OUTPUT,
-        )
+    job = Job(
+        argv=program.compile,
+        policy=_compile_policy(compiling, problem, language),
+        env=_over({}, language.env),
+        files=_over({}, program.files),
+        collect=program.collect,
+        keep=COMPILER_OUTPUT,
     )
+    made = await _built(runner, job) if program.collect else None
+    result = await runner.run(job) if made is None else made.result
     if result.status != "ok" or (program.collect and not result.artifacts):
         raise _CompileFailed(result)
     running = _run_policy(running, problem, language)
@@ -193,10 +218,35 @@ async def _compile(
     return _Ready(
         language=language,
         argv=tuple(program.run),
-        files=_program_files(result) if program.collect else _over({}, program.files),
+        files=_files(program, made, result),
         policy=running,
         compilation=msgspec.structs.replace(result, artifacts=()),
+        compiled_before=made is not None and made.cached,
     )
+
+
+async def _built(runner: Runs, job: Job) -> Build | None:
+    """The compilation where the runner keeps such; None where it does not, or cannot here."""
+    if not isinstance(runner, Builds):
+        return None
+    try:
+        return await runner.build(job)
+    except HostError as error:
+        if error.missing not in ("builds", "home"):
+            raise
+        return None  # no place, or no room: a contestant must not suffer from it
+
+
+def _files(program: Program, made: Build | None, result: Result) -> Files:
+    """What each case is given: attached, or copied where these are too many names for that."""
+    if not program.collect:
+        return _over({}, program.files)
+    if made is None or made.reference is None:
+        return _program_files(result)
+    entries = made.reference.entries()
+    if len(entries) > MOST_ATTACHED:
+        return _over({}, made.paths())
+    return {one.path: one for one in entries}
 
 
 def _over(below: Mapping[Any, Any], above: Mapping[Any, Any]) -> dict[Any, Any]:

@@ -35,6 +35,8 @@ class Judgement(Record, frozen=True, kw_only=True):
     verdict: Verdict
     message: str = ""
     compilation: Result | None = None
+    compiled_before: bool = False
+    """The compilation is an earlier one's, of the same files by the same compiler."""
     cases: tuple[CaseJudgement, ...] = ()
     cases_total: int
 
@@ -79,6 +81,7 @@ def judgement_json(judgement: Judgement) -> dict[str, Any]:
         "verdict": judgement.verdict,
         "message": judgement.message,
         "compilation": None if compilation is None else to_json(compilation),
+        "compiled_before": judgement.compiled_before,
         "cases_total": judgement.cases_total,
         "cases": [_case_json(case) for case in judgement.cases],
         "degraded": msgspec.to_builtins(judgement.degraded),

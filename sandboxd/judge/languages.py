@@ -213,7 +213,7 @@ def _on_host(inside: PurePosixPath, policy: Policy) -> str | None:
     mounts = sorted(policy.mounts, key=lambda mount: len(mount.target), reverse=True)
     for mount in mounts:
         if inside.is_relative_to(mount.target):
-            if mount.type == "tmpfs":
+            if mount.type != "bind":
                 return None
             return str((mount.source or mount.target) / inside.relative_to(mount.target))
     if policy.root.source == "host":

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from itertools import accumulate
 
 from sandboxd import plan
@@ -81,7 +81,7 @@ def first_job_descriptor(landlock: bool) -> int:
     return RULESET + 1 if landlock else FIRST_DESCRIPTOR
 
 
-@cache
+@lru_cache(maxsize=128)  # each set of references that jobs are given has one of its own
 def setup_image(arch: str, setup: plan.SetupPlan) -> Image:
     """The script of one kind of sandbox; marks `uid.*` and `digits.*` take the job's uid."""
     w, start = _begin(arch)

@@ -30,7 +30,9 @@ MS_BIND, MS_REC, MS_PRIVATE = 0x1000, 0x4000, 0x40000
 MS_NOSUID, MS_NODEV, MS_NOEXEC = 2, 4, 8
 MNT_DETACH = 2
 OPEN_TREE_CLONE = 1
-MOVE_MOUNT_F_EMPTY_PATH = 4
+MOVE_MOUNT_F_EMPTY_PATH, MOVE_MOUNT_T_EMPTY_PATH = 4, 0x40
+# include/uapi/linux/openat2.h
+RESOLVE_NO_MAGICLINKS, RESOLVE_NO_SYMLINKS, RESOLVE_IN_ROOT = 2, 4, 0x10
 SIGCHLD, SIG_BLOCK_ALL = 17, (1 << 64) - 1
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS = 1, 4, 38
 PR_CAPBSET_DROP, PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL = 24, 47, 4
@@ -56,6 +58,8 @@ FIRST_DESCRIPTOR = 4
 RULESET = 4
 """init's Landlock ruleset, where there is one; the job's descriptors then start one higher."""
 SYSCTLS = 60
+TREE = 61
+"""A mount on its way to its place."""
 FIRST_SLOT = 100
 """Mounts taken by OpenTree wait at FIRST_SLOT + slot."""
 
@@ -85,7 +89,9 @@ class Writer:
         )  # fmt: skip
 
     def path(self, text: str | bytes) -> Label:
-        return self.asm.string(text.encode() if isinstance(text, str) else text)
+        """Of text that stands for other bytes than UTF-8, these bytes (PEP 383)."""
+        raw = text.encode("utf-8", "surrogateescape") if isinstance(text, str) else text
+        return self.asm.string(raw)
 
     def mark(self, name: str, where: Operand) -> None:
         """Name a place for a value that is known only when a sandbox is made."""
@@ -113,6 +119,16 @@ class Writer:
     def close_strays(self, first: int = FIRST_DESCRIPTOR, last: int = SYSCTLS - 1) -> None:
         self.call("close_range", first, last, 0)
 
+    def enter(self, root: str, path: str, where: Operand) -> None:
+        """A descriptor of what `path` is in `root`: no link in it leads out (openat2(2))."""
+        relative = self.path(path.strip("/") or ".")
+        how = self.asm.words((O_PATH | O_CLOEXEC, 0, RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS))
+        inner = self.asm.label()
+        flags = O_PATH | O_DIRECTORY[self.arch] | O_CLOEXEC
+        self.call("openat", AT_FDCWD, self.path(root), flags, 0, store=inner.field("a0"))
+        self.asm.place(inner)
+        self.call("openat2", 0, relative, how, 24, store=where)
+
     def attributes(self, set_: int, clear: int = 0) -> Label:
         """struct mount_attr: attr_set, attr_clr, propagation, userns_fd (mount_setattr(2))."""
         return self.asm.words((set_, clear, 0, 0))
@@ -132,11 +148,14 @@ def _private_propagation(w: Writer, _: plan.PrivatePropagation) -> None:
 
 def _open_tree(w: Writer, step: plan.OpenTree) -> None:
     flags = OPEN_TREE_CLONE | O_CLOEXEC | (AT_RECURSIVE if step.recursive else 0)
-    keep = w.asm.label()
-    w.call(
-        "open_tree", AT_FDCWD, w.path(step.source), flags,
-        store=keep.field("a0"), ignore=step.optional,
-    )  # fmt: skip
+    keep, directory, path = w.asm.label(), AT_FDCWD, w.path(step.source)
+    if step.strict:
+        how = w.asm.words((O_PATH | O_CLOEXEC, 0, RESOLVE_NO_SYMLINKS | RESOLVE_NO_MAGICLINKS))
+        tree = w.asm.label()
+        w.call("openat2", AT_FDCWD, path, how, 24, store=tree.field("a0"), ignore=step.optional)
+        w.asm.place(tree)
+        directory, path, flags = 0, w.path(""), flags | AT_EMPTY_PATH
+    w.call("open_tree", directory, path, flags, store=keep.field("a0"), ignore=step.optional)
     w.asm.place(keep)
     w.call("dup3", 0, FIRST_SLOT + step.slot, O_CLOEXEC, ignore=step.optional)
     w.close_strays()
@@ -147,10 +166,40 @@ def _attach(w: Writer, step: plan.Attach) -> None:
     flags = AT_EMPTY_PATH | (AT_RECURSIVE if step.recursive else 0)
     attributes = w.attributes(step.attributes)
     w.call("mount_setattr", slot, empty, flags, attributes, 32, ignore=step.optional)
+    if step.root:
+        _move_inside(w, slot, step.root, step.target, optional=step.optional)
+        return
     w.call(
         "move_mount", slot, empty, AT_FDCWD, w.path(step.target), MOVE_MOUNT_F_EMPTY_PATH,
         ignore=step.optional,
     )  # fmt: skip
+
+
+def _move_inside(w: Writer, tree: int, root: str, target: str, *, optional: bool = False) -> None:
+    """Attach a detached mount to what a path is within a root."""
+    flags, empty, move = (
+        MOVE_MOUNT_F_EMPTY_PATH | MOVE_MOUNT_T_EMPTY_PATH,
+        w.path(""),
+        w.asm.label(),
+    )
+    w.enter(root, target, move.field("a2"))
+    w.asm.place(move)
+    w.call("move_mount", tree, empty, 0, empty, flags, ignore=optional)
+    w.close_strays()
+
+
+def _mount_point(w: Writer, step: plan.MountPoint) -> None:
+    *above, last = step.path.strip("/").split("/")
+    for depth, name in enumerate((*above, last)):
+        make = w.asm.label()
+        w.enter(step.root, "/".join(above[:depth]), make.field("a0"))
+        w.asm.place(make)
+        if name is not last or step.directory:
+            w.call("mkdirat", 0, w.path(name), 0o755, ignore=True)
+        else:
+            flags = O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC
+            w.call("openat", 0, w.path(name), flags, 0o644, ignore=True)
+        w.close_strays()
 
 
 def _attach_received(w: Writer, step: plan.AttachReceived) -> None:
@@ -203,10 +252,27 @@ def _proc(w: Writer, step: plan.Proc) -> None:
 
 
 def _bind(w: Writer, step: plan.Bind) -> None:
+    if step.root:
+        _bind_inside(w, step)
+        return
     flags = MS_BIND | (MS_REC if step.recursive else 0)
     target = w.path(step.target)
     w.call("mount", w.path(step.source), target, 0, flags, 0)
     _set_attributes(w, target, step.attributes, recursive=step.recursive)
+
+
+def _bind_inside(w: Writer, step: plan.Bind) -> None:
+    recursive = AT_RECURSIVE if step.recursive else 0
+    keep = w.asm.label()
+    flags = OPEN_TREE_CLONE | O_CLOEXEC | recursive
+    w.call("open_tree", AT_FDCWD, w.path(step.source), flags, store=keep.field("a0"))
+    w.asm.place(keep)
+    w.call("dup3", 0, TREE, O_CLOEXEC)
+    if step.attributes:
+        flags, attributes = AT_EMPTY_PATH | recursive, w.attributes(step.attributes)
+        w.call("mount_setattr", TREE, w.path(""), flags, attributes, 32)
+    _move_inside(w, TREE, step.root, step.target)
+    w.call("close", TREE)
 
 
 def _set_attributes(w: Writer, path: Label, attributes: int, *, recursive: bool) -> None:
@@ -397,6 +463,7 @@ _KINDS: Mapping[type[plan.Step], Callable[[Writer, Any], None]] = MappingProxyTy
         plan.PrivatePropagation: _private_propagation,
         plan.OpenTree: _open_tree,
         plan.Attach: _attach,
+        plan.MountPoint: _mount_point,
         plan.AttachReceived: _attach_received,
         plan.Tmpfs: _tmpfs,
         plan.MakeDir: _make_dir,

@@ -37,6 +37,7 @@ _NUMBERS = {
     "move_mount": (429, 429),
     "open_tree": (428, 428),
     "openat": (257, 56),
+    "openat2": (437, 437),
     "pivot_root": (155, 41),
     "ppoll": (271, 73),
     "prctl": (157, 167),

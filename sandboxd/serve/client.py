@@ -19,8 +19,8 @@ from sandboxd.serve.link import Links
 from sandboxd.serve.problems import is_closed
 from sandboxd.serve.sending import submission_of
 from sandboxd.serve.wire import FASTEST, Info, error_of, event_of, result_of
+from sandboxd.supervise.one_error import one_error
 from sandboxd.supervise.run import EVENTS_BUFFER
-from sandboxd.supervise.runner import one_error
 
 NDJSON = "application/x-ndjson"
 

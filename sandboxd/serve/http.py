@@ -24,7 +24,7 @@ import h11
 import trio
 
 from sandboxd.serve.wire import Refusal, encode
-from sandboxd.supervise.runner import one_error
+from sandboxd.supervise.one_error import one_error
 
 HEAD_SIZE = 32 << 10
 HEAD_TIME = 10.0

@@ -15,6 +15,7 @@ import trio
 from sandboxd.errors import JobError
 from sandboxd.job import File, Input, Job, Pattern, Tar
 from sandboxd.policy import Policy
+from sandboxd.reference import Reference
 from sandboxd.serve.wire import NAME, content_json, text_json
 from sandboxd.supervise import policies
 
@@ -59,7 +60,9 @@ async def submission_of(job: Job, store: Store) -> dict[str, Any]:
 def _check_carried(job: Job) -> None:
     """JobError for what there are no words for on the wire."""
     archives = [key for key, value in job.files.items() if isinstance(value, Tar)]
+    built = [key for key, value in job.files.items() if isinstance(value, Reference)]
     refused = {
+        **{f"files[{key!r}] is a Reference": "give the files of the build" for key in built},
         **{f"files[{key!r}] is a Tar": "give the directory, or its files" for key in archives},
         "collect has a Pattern": "give its name" * any(isinstance(p, Pattern) for p in job.collect),
         "collect_to": "what is collected comes with the result" * (job.collect_to != "memory"),
@@ -80,7 +83,7 @@ def _name(key: str | bytes) -> str:
 
 async def _add(files: dict[str, Any], entry: tuple[str, Input], where: str, store: Store) -> None:
     name, value = entry
-    assert not isinstance(value, Tar)
+    assert not isinstance(value, Tar | Reference)
     data = value.data if isinstance(value, File) else value
     mode = value.mode if isinstance(value, File) else None
     if isinstance(data, Path) and await trio.Path(data).is_dir():

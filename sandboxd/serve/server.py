@@ -31,7 +31,8 @@ from sandboxd.serve.callers import Callers, is_loopback
 from sandboxd.serve.http import Conversation, converse, peer_of
 from sandboxd.serve.journal import open_journal
 from sandboxd.serve.routes import Bounds, Routes
-from sandboxd.supervise.runner import one_error, open_runner
+from sandboxd.supervise.one_error import one_error
+from sandboxd.supervise.runner import open_runner
 
 BACKLOG = 1024
 MOST_CONNECTIONS = 8192

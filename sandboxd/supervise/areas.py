@@ -15,7 +15,7 @@ from pathlib import Path
 
 import trio
 
-from sandboxd.compile import rootfs
+from sandboxd.compile import pieces, rootfs
 from sandboxd.errors import LaunchError
 from sandboxd.script.command import area_command
 from sandboxd.supervise.descriptors import Descriptors
@@ -135,7 +135,7 @@ async def _open_area(tenant: Tenant, prepared: Prepared, directory: Path | None)
         rootfs.layered(policy),
     ]
     if "fuse" in wanted:
-        words += [host.fuse_overlayfs or "", *rootfs.lowers(policy, host)]
+        words += [host.fuse_overlayfs or "", *pieces.lowers(policy, host)]
     else:
         words.append("")
     with Descriptors() as fds:

@@ -13,7 +13,7 @@ import trio
 from sandboxd.host import Host
 from sandboxd.images.store import using
 from sandboxd.policy import Policy
-from sandboxd.supervise import record
+from sandboxd.supervise import record, volumes
 from sandboxd.supervise.areas import Area
 from sandboxd.supervise.cgroups import Cgroups
 from sandboxd.supervise.descriptors import Descriptors
@@ -50,6 +50,8 @@ class Home:
             if self.living is None:
                 if (image := self._prepared.host.image) is not None:
                     self._stack.enter_context(using(image))
+                policy = self._prepared.compiled.policy
+                self._stack.enter_context(volumes.using(policy, self._host))
                 opened = open_tenant(self._prepared.compiled, self._host, self._cgroups)
                 self.living = await self._stack.enter_async_context(opened)
             return self.living
@@ -115,6 +117,8 @@ class Kept:
         self.runs = 0
         self.refilling = False
         self.vigil = Vigil()
+        self.over = False
+        """Nothing more is made ahead for it."""
         home.kept.append(self)
 
     @property
@@ -135,8 +139,9 @@ class Kept:
 
     async def forget(self) -> None:
         """End what was made ahead."""
-        while self.spares:
-            await self.spares.pop().end()
-        area, self.ahead = self.ahead, None
-        if area is not None:
-            await area.close()
+        with trio.CancelScope(shield=True):
+            while self.spares:
+                await self.spares.pop().end()
+            area, self.ahead = self.ahead, None
+            if area is not None:
+                await area.close()

@@ -17,7 +17,7 @@ from sandboxd.script.listing import listing
 from sandboxd.script.numbers import ARCHITECTURES
 from sandboxd.script.zygote import tenant_image
 from sandboxd.supervise.probe import probe
-from sandboxd.supervise.runner import host_for
+from sandboxd.supervise.seen import host_for
 
 
 @dataclass(frozen=True, slots=True)

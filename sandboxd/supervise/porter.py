@@ -27,7 +27,7 @@ from typing import Any
 import trio
 
 from sandboxd.errors import InternalError, JobError, LaunchError, SandboxError
-from sandboxd.job import Input, Names, Pattern
+from sandboxd.job import Copied, Names, Pattern
 from sandboxd.linux import packets
 from sandboxd.linux.packets import Entry, Packet
 from sandboxd.policy import Artifacts, Policy
@@ -174,7 +174,7 @@ class Porter:
         if not self._processes:
             self._give_back(self._new())
 
-    async def copy_in(self, box: int, files: Names[Input], owner: tuple[int, int]) -> None:
+    async def copy_in(self, box: int, files: Names[Copied], owner: tuple[int, int]) -> None:
         """Make these files below the directory `box`, belonging to `owner`: uid and gid as numbers
         of the user namespace. A Path may be a directory: all of it is copied, links as links; a Tar
         is unpacked.

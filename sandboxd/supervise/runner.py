@@ -5,36 +5,35 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
-from pathlib import Path
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 
 import msgspec
 import trio
 
 from sandboxd import plan
 from sandboxd.compile import build
-from sandboxd.compile.idmap import tenant_ids
-from sandboxd.compile.load import tighten, tighten_artifacts
+from sandboxd.compile.load import tighten_artifacts
 from sandboxd.errors import InternalError, JobError, LaunchError, SandboxError
 from sandboxd.host import Host
-from sandboxd.images.store import find
 from sandboxd.job import Job
 from sandboxd.policy import Policy
 from sandboxd.result import Event, Result
-from sandboxd.supervise import keeping, policies, record
+from sandboxd.supervise import builds, inputs, keeping, record, volumes
 from sandboxd.supervise.areas import open_area
 from sandboxd.supervise.artifacts import check_place
 from sandboxd.supervise.cgroups import Cgroups, open_cgroups, slots_within
 from sandboxd.supervise.descriptors import Descriptors
-from sandboxd.supervise.homes import Home, Kept
+from sandboxd.supervise.homes import Kept
+from sandboxd.supervise.known import Known
 from sandboxd.supervise.leavings import Leavings
+from sandboxd.supervise.one_error import one_error
 from sandboxd.supervise.place import open_place
 from sandboxd.supervise.porter import Porter
-from sandboxd.supervise.probe import kinds
 from sandboxd.supervise.resolver import with_way_out
 from sandboxd.supervise.run import FASTEST, Run
 from sandboxd.supervise.sandboxes import Sandbox, make
+from sandboxd.supervise.seen import host_for
 from sandboxd.supervise.supervise import (
     NO_VIGIL,
     Conduct,
@@ -45,9 +44,7 @@ from sandboxd.supervise.supervise import (
     open_pipes,
     supervise,
 )
-from sandboxd.supervise.tenants import Prepared
 
-POLICIES_KEPT = 256
 UNDERTAKER = 0.02
 """Seconds in which init, having reported, is dead and what it held is given back."""
 
@@ -80,10 +77,8 @@ class Runner:
         self._closed = False
         self._dying: list[Sandbox] = []
         self._burying = False
-        self._found: dict[str, Policy] = {}
-        self._kept: dict[bytes, Kept] = {}
-        self._recent: dict[tuple[int, bool], Kept] = {}
-        self._homes: dict[plan.TenantPlan, Home] = {}
+        self._known = Known(host, cgroups, nursery)
+        self._building = builds.Building()
 
     # -- what callers use
 
@@ -95,6 +90,21 @@ class Runner:
             raise JobError('collect_to="stream": there is nobody to read it',
                            hint="use Runner.start")  # fmt: skip
         return await self._run(job, None)
+
+    async def build(self, job: Job, *, salt: bytes = b"") -> builds.Build:
+        """Carry a job out unless that was done before with the same inputs, and keep what it left.
+
+        What it collects lies in a store, and its reference is a value of other jobs' `files`. It is
+        not removed before the runner is closed, or this many others were built: builds.HELD.
+        `salt` is one input more, for what the key does not see. A build that did not end well is a
+        Build without a reference, and nothing is kept of it.
+        """
+        return await builds.build(self, job, self._building, salt)
+
+    def seen(self, job: Job) -> tuple[Policy, Host]:
+        """The policy of a job, and the host as that sees it."""
+        policy = self._known.policy(job)
+        return policy, host_for(policy, self.host)
 
     @asynccontextmanager
     async def start(self, job: Job, *, usage_every: float | None = None) -> AsyncIterator[Run]:
@@ -135,17 +145,17 @@ class Runner:
 
     def plan(self, job: Job) -> plan.Plan:
         """What would be done for a job, without doing it."""
-        policy = self._policy(job)
+        policy = self._known.policy(job)
         return build.build(job, policy, host_for(policy, self.host), os.environb)
 
     def policy(self, job: Job) -> Policy:
         """The policy it would run under: found, and tightened by the job's limits."""
-        return self._policy(job)
+        return self._known.policy(job)
 
     def never_started(self, job: Job, queued: float) -> Result:
         """The record of a job that its caller cancelled after `queued` seconds of waiting."""
         seen, waited = record.never_started(trio.current_time() - queued)
-        return record.make(job, self._ready(job).kind, seen, self.host, waited)
+        return record.make(job, self._known.ready(job).kind, seen, self.host, waited)
 
     def statistics(self) -> RunnerStatistics:
         waiting = self._limiter.statistics()
@@ -154,8 +164,8 @@ class Runner:
             running=waiting.borrowed_tokens,
             waiting=waiting.tasks_waiting,
             finished=self._finished,
-            tenants=sum(home.living is not None for home in self._homes.values()),
-            spares=sum(len(kept.spares) for kept in self._kept.values()),
+            tenants=sum(home.living is not None for home in self._known.homes),
+            spares=sum(len(kept.spares) for kept in self._known.all()),
         )
 
     # -- one run
@@ -181,15 +191,17 @@ class Runner:
         asked = trio.current_time()
         check_place(job)
         token = object()
-        if not await self._take_slot(token, run):
-            kept = self._ready(job)
+        split = inputs.split(job)
+        job, lent = split.job, AsyncExitStack()
+        if not await self._take_slot(token, run, self._known.policy(job), lent):
+            kept = self._known.ready(job)
             seen, waited = record.never_started(asked)
             return record.make(job, kept.kind, seen, self.host, waited)
         try:
             queued = trio.current_time() - asked
-            kept = self._ready(job)
-            caps = tighten_artifacts(kept.policy, job.artifacts)
-            with Descriptors() as fds:
+            with inputs.held(split.attached) as attached, Descriptors() as fds:
+                kept = self._known.ready(job, attached)
+                caps = tighten_artifacts(kept.policy, job.artifacts)
                 porter = kept.home.porter
                 conduct = Conduct(
                     job=job,
@@ -204,7 +216,9 @@ class Runner:
                     reports=run._reports if run else None,
                     vigil=kept.vigil if self._is_alone() else NO_VIGIL,
                 )
-                result = await self._in_sandbox(kept, conduct, (asked, queued))
+                async with volumes.watched(kept.policy, kept.prepared.host, conduct.on_start) as on:
+                    conduct.on_start = on
+                    result = await self._in_sandbox(kept, conduct, (asked, queued))
             self._finished += 1
             kept.runs += 1
             if not kept.refilling and self._lacks(kept):
@@ -213,21 +227,29 @@ class Runner:
             return result
         finally:
             self._limiter.release_on_behalf_of(token)
+            await lent.aclose()
 
     def _is_alone(self) -> bool:
         """Whether there is one run, and a CPU for it beside ours."""
         return self.host.cpus > 1 and self._limiter.borrowed_tokens == 1
 
-    async def _take_slot(self, token: object, run: Run | None) -> bool:
-        """False if the run was killed before it got one."""
-        try:
-            self._limiter.acquire_on_behalf_of_nowait(token)
-        except trio.WouldBlock:
-            with run._queue if run is not None else trio.CancelScope():
-                await self._limiter.acquire_on_behalf_of(token)
+    async def _take_slot(
+        self, token: object, run: Run | None, policy: Policy, lent: AsyncExitStack
+    ) -> bool:
+        """After the caches of its policy. False if the run was killed before it got one."""
+        if not volumes.stored(policy):
+            with suppress(trio.WouldBlock):
+                self._limiter.acquire_on_behalf_of_nowait(token)
                 return True
-            return False
-        return True
+        with run._queue if run is not None else trio.CancelScope():
+            try:
+                await lent.enter_async_context(volumes.lent(policy))
+                await self._limiter.acquire_on_behalf_of(token)
+            except BaseException:
+                await lent.aclose()
+                raise
+            return True
+        return False
 
     async def _in_sandbox(
         self, kept: Kept, conduct: Conduct, waited: tuple[float, float]
@@ -326,6 +348,8 @@ class Runner:
 
     def _lacks(self, kept: Kept) -> bool:
         """Whether there is something to make ahead."""
+        if kept.over:
+            return False
         egress = kept.prepared.compiled.egress
         if egress is not None and egress.published:
             return False  # a port of the host's cannot be held ahead
@@ -356,7 +380,7 @@ class Runner:
             if self._lacks_area(kept):
                 tenant = await kept.home.tenant()
                 kept.ahead = await open_area(tenant, kept.prepared, await kept.uppers())
-            while len(kept.spares) < self._spares_wanted:
+            while len(kept.spares) < self._spares_wanted and not kept.over:
                 box = await self._make(kept)
                 kept.spares.append(box)
                 await box.wait_known()
@@ -364,59 +388,15 @@ class Runner:
             return  # the next job meets the same error, and can tell somebody
         finally:
             kept.refilling = False
-
-    # -- what lasts longer than a run
-
-    def _policy(self, job: Job) -> Policy:
-        policy = job.policy
-        if isinstance(policy, str):
-            if policy not in self._found:
-                self._found[policy] = policies.find(policy)
-            policy = self._found[policy]
-        return tighten(policy, job.limits) if job.limits is not None else policy
-
-    def _ready(self, job: Job) -> Kept:
-        policy = self._policy(job)
-        if job.keep_root:
-            keeping.check(job, policy)
-        return self._keep(policy, keep=bool(job.keep_root))
-
-    def _keep(self, policy: Policy, *, keep: bool) -> Kept:
-        """The policy made ready; equal policies are one, and so are tenants of equal plans."""
-        kept = self._recent.get((id(policy), keep))
-        if kept is not None:
-            return kept
-        key = msgspec.msgpack.encode((policy, keep))
-        if key not in self._kept:
-            self._forget()
-            host = host_for(policy, self.host)
-            prepared = Prepared.of(build.compile_policy(policy, host, keep=keep), host)
-            home = self._homes.setdefault(
-                prepared.compiled.tenant, Home(prepared, self.host, self._cgroups)
-            )
-            self._kept[key] = Kept(policy, prepared, home)
-        kept = self._kept[key]
-        if kept.policy is policy:  # so that the id stays this policy's
-            self._recent[id(policy), keep] = kept
-        return kept
-
-    def _forget(self) -> None:
-        """Leave room for another policy: who asks for a new one each time must not fill memory."""
-        for key, kept in list(self._kept.items()):
-            if len(self._kept) < POLICIES_KEPT:
-                break
-            if not kept.has_some_ahead:
-                del self._kept[key]
-                kept.home.kept.remove(kept)
-                for keep in (False, True):
-                    self._recent.pop((id(kept.policy), keep), None)
+            if kept.over:
+                await kept.forget()
 
     async def _close(self) -> None:
+        self._building.close()
         with trio.CancelScope(shield=True):
             while self._dying:
                 await self._dying.pop().end()
-            for home in self._homes.values():
-                await home.leave()
+            await self._known.close()
 
 
 def _forwarding(run: Run | None) -> Emit | None:
@@ -429,19 +409,6 @@ def _leaving(
     if run is None or job.collect_to != "stream":
         return None
     return lambda directory: run._leave(Leavings(directory, porter))
-
-
-def host_for(policy: Policy, host: Host) -> Host:
-    """The host with what a policy's bind sources are, what lies deeper in /etc, and its image."""
-    if policy.root.image:
-        host = dataclasses.replace(host, image=find(policy.root.image, tenant_ids(host)))
-    inner = {name for name in policy.root.etc if "/" in name} - host.etc_entries.keys()
-    for name in sorted(inner):
-        if kind := kinds(Path("/etc", name).parent).get(name.rpartition("/")[2]):
-            host = dataclasses.replace(host, etc_entries=host.etc_entries | {name: kind})
-    sources = {mount.source for mount in policy.mounts if mount.type == "bind" and mount.source}
-    files = frozenset(source for source in sources if Path(source).is_file())
-    return dataclasses.replace(host, files=files) if files else host
 
 
 @asynccontextmanager
@@ -474,15 +441,3 @@ async def open_runner(
                 finally:
                     runner._closed = True
                     nursery.cancel_scope.cancel()
-
-
-@contextmanager
-def one_error() -> Iterator[None]:
-    """Let a single error through as itself: that there are nurseries here is not the caller's."""
-    try:
-        yield
-    except BaseExceptionGroup as group:
-        only: BaseException = group
-        while isinstance(only, BaseExceptionGroup) and len(only.exceptions) == 1:
-            only = only.exceptions[0]
-        raise only from only.__cause__

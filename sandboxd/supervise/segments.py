@@ -76,9 +76,22 @@ def of_program(job: Job, compiled: Compiled) -> int | None:
     cwd = WORK if job.cwd is None else posixpath.join(WORK, os.fsdecode(job.cwd))
     path = posixpath.normpath(posixpath.join(cwd, name))
     if path.startswith(f"{WORK}/"):
-        return _copied(job, path.removeprefix(f"{WORK}/"))
+        name = path.removeprefix(f"{WORK}/")
+        attached = _attached(name, compiled)
+        return _copied(job, name) if attached is None else _of_file(attached)
     source = _outside(path, compiled)
     return None if source is None else _of_file(source)
+
+
+def _attached(name: str, compiled: Compiled) -> Path | None:
+    """Where a file that was given by reference lies on the host."""
+    inputs = compiled.inputs
+    if inputs is None:
+        return None
+    for one in inputs.attachments:
+        if name == one.target or name.startswith(f"{one.target}/"):
+            return Path(f"{inputs.store}/{one.source}" + name.removeprefix(one.target))
+    return None
 
 
 def _copied(job: Job, name: str) -> int | None:

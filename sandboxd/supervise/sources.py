@@ -11,7 +11,7 @@ from pathlib import Path
 import trio
 
 from sandboxd.errors import HostError, JobError
-from sandboxd.job import File, Input, Names, Tar, check_inside
+from sandboxd.job import Copied, File, Names, Tar, check_inside
 from sandboxd.linux import packets
 from sandboxd.linux.packets import NOW, Entry, Packet
 from sandboxd.supervise.archives import Item, Room, unpacked
@@ -33,7 +33,7 @@ def shown(name: bytes) -> str:
 class Sources:
     """Fills packets one after the other, and owns what the last one carries."""
 
-    def __init__(self, files: Names[Input], room: Room) -> None:
+    def __init__(self, files: Names[Copied], room: Room) -> None:
         self._items = items(files, room)
         self._over: Item | None = None
         self._slow = any(_is_slow(value) for value in files.values())
@@ -75,12 +75,12 @@ class Sources:
             self._over = None
 
 
-def _is_slow(value: Input) -> bool:
+def _is_slow(value: Copied) -> bool:
     data = value.data if isinstance(value, File) else value
     return isinstance(data, Path | Tar) or len(data) > packets.INLINE
 
 
-def items(files: Names[Input], room: Room) -> Generator[Item, None, None]:
+def items(files: Names[Copied], room: Room) -> Generator[Item, None, None]:
     """What has to be made, in this order; the caller closes the descriptors it gets.
 
     Directories come last, and what is inside of one before it: they may be read-only.

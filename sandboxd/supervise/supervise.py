@@ -18,6 +18,7 @@ import termios
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 import msgspec
 import trio
@@ -25,7 +26,7 @@ import trio
 from sandboxd.compile.build import Compiled, exec_plan
 from sandboxd.errors import JobError, LaunchError
 from sandboxd.host import Host
-from sandboxd.job import Job, Terminal
+from sandboxd.job import Copied, Job, Names, Terminal
 from sandboxd.linux import memfd
 from sandboxd.messages import ENDED, FILES, GO, Ended, Failure, StartHeader
 from sandboxd.plan import TENANT_UID
@@ -347,7 +348,9 @@ async def share_files(run: Conduct, box: Sandbox, image: Image, fds: Descriptors
         raise setup_failure(run, box, image, data)
     if run.job.files:
         porter = await run.porter()
-        await porter.copy_in(received[0], run.job.files, owner(box))
+        # What is there by reference has been attached.
+        files = cast("Names[Copied]", run.job.files)
+        await porter.copy_in(received[0], files, owner(box))
         box.socket.send(GO)
     return received[0]
 

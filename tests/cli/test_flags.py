@@ -160,9 +160,15 @@ def test_what_flags_did_not_set_keeps_its_origin() -> None:
         (["-v", "a:/"], "nothing can be mounted on /"),
         (["-v", "a:/proc/sys"], "nothing can be mounted on /proc/sys"),
         (["-v", "a:/b:shared"], "no such option of a mount: shared (there are:"),
-        (["-v", "\udcff:/b"], "is not UTF-8: name it through a link"),
-        (["--mount", "type=volume,target=/x"], "type=volume: there are type=bind and type=tmpfs"),
-        (["--mount", "type=bind,target=/x"], "is not type=bind,source=SRC,target=DST[,readonly]"),
+        (["-v", "./\udcff:/b"], "is not UTF-8: name it through a link"),
+        (["-v", "a+b:/b"], "'a+b' is no name of a volume: for the directory write ./a+b"),
+        (["-v", "a:/b:size=1M"], "a volume mount has no size"),
+        (["--mount", "type=image,target=/x"], "type=image: there are type=bind, type=tmpfs"),
+        (["--mount", "type=volume,target=/x"], "is not type=bind|volume,source=SRC,target=DST"),
+        (["--mount", "type=bind,target=/x"], "is not type=bind|volume,source=SRC,target=DST"),
+        (["--mount", "type=bind,src=/a,dst=/x,lock=copy"], "a bind mount has no lock"),
+        (["--mount", "type=cache,src=a,dst=/x,lock=all"], "lock is one of exclusive, shared-ro"),
+        (["--mount", "type=cache,src=a,dst=/x,ro"], "a cache mount has no writable"),
         (["--mount", "type=bind,src=/a,dst=/x,size=1M"], "a bind mount has no size"),
         (["--mount", "type=tmpfs,dst=/x,ro"], "a read-only tmpfs would be empty for ever"),
         (["--tmpfs", "/x:size=much"], "'much' is not a size"),
@@ -184,11 +190,21 @@ def test_what_is_wrong_by_itself(
 def test_volumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "src").mkdir()
-    found = policy_of("-v", "src:/src:ro", "-v", f"{tmp_path}:/out//deep/:noexec", "-v", "src:/w")
+    found = policy_of(
+        "-v",
+        "./src:/src:ro",
+        "-v",
+        f"{tmp_path}:/out//deep/:noexec",
+        "-v",
+        "src/:/w",
+        "-v",
+        "x:/v:ro",
+    )
     assert found.mounts[1:] == (
         Mount(target="/src", source=f"{tmp_path}/src", writable=False),
         Mount(target="/out/deep", source=str(tmp_path), writable=True, exec=False),
         Mount(target="/w", source=f"{tmp_path}/src", writable=True),
+        Mount(target="/v", type="volume", name="x"),
     )
     assert found.origin("mounts[1].source") == "command line: the mount on /src"
 
@@ -202,6 +218,11 @@ def test_volumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (
             "type=tmpfs,destination=/t,tmpfs-size=1M,inodes=9,noexec",
             Mount(target="/t", type="tmpfs", size=1 << 20, inodes=9, exec=False, writable=True),
+        ),
+        ("type=volume,src=v,dst=/u", Mount(target="/u", type="volume", name="v", writable=True)),
+        (
+            "type=cache,src=c,dst=/u,lock=copy,wait=2s,size=1M",
+            Mount(target="/u", type="cache", name="c", lock="copy", wait=2.0, size=1 << 20),
         ),
     ],
 )
@@ -235,6 +256,10 @@ def test_a_source_must_be_there() -> None:
         (["-v", "/usr:/x:ro"], "isolated"),
         (["-v", "/usr:/x"], "caller"),
         (["-v", "/usr:/x", "-u", "isolated"], "isolated"),
+        (["-v", "x:/x:ro"], "isolated"),
+        (["-v", "x:/x"], "caller"),
+        (["--mount", "type=cache,src=c,dst=/x,lock=shared-ro"], "isolated"),
+        (["--mount", "type=cache,src=c,dst=/x,lock=copy"], "caller"),
         (["-u", "caller"], "caller"),
         (["--tmpfs", "/x"], "isolated"),
     ],

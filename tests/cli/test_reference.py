@@ -35,7 +35,7 @@ def flags(name: str) -> set[str]:
 @pytest.mark.parametrize("name", main.COMMANDS)
 def test_every_flag_is_there(name: str) -> None:
     section = SECTIONS[f"sandboxd {name}"]
-    if name == "plan":  # it takes those of run
+    if name in ("plan", "build"):  # they take those of run
         section += SECTIONS["sandboxd run"]
     named = {*FLAG.findall(section), *re.findall(r"(?<=[`/ ,])-\w\b", section)}
     assert flags(name) - named == set()

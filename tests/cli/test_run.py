@@ -390,7 +390,7 @@ def test_read_only_volume(shared: Path, target: str) -> None:
 @pytest.mark.skipif(os.geteuid() == 0, reason="as root nobody in a sandbox is the caller")
 @pytest.mark.parametrize("target", ["/data", "/box/data", "/box"])
 def test_writable_volume(shared: Path, target: str) -> None:
-    done = run("-q", "-v", f"shared:{target}", "-w", target, *shell("echo new > new; rm old"),
+    done = run("-q", "-v", f"./shared:{target}", "-w", target, *shell("echo new > new; rm old"),
                cwd=shared.parent)  # fmt: skip
     assert (done.returncode, done.stderr) == (0, b"")
     assert os.listdir(shared) == ["new"]

@@ -93,7 +93,7 @@ def test_every_key_is_there_with_type_and_default(part: str) -> None:
 
 def test_there_are_no_other_parts() -> None:
     assert {part for part in PARTS if part.startswith("[")} == set(STRUCTS)
-    assert list(rows("Top level")) == ["extends", "description"]
+    assert list(rows("Top level")) == ["extends", "description", "allow_sources"]
 
 
 def test_the_packaged_policies_are_listed() -> None:

@@ -19,9 +19,10 @@ import pytest
 from sandboxd.errors import ImageError
 from sandboxd.images import store as stores
 from sandboxd.images.importing import import_image
-from sandboxd.images.store import NEW, Store
+from sandboxd.images.store import Store
 from sandboxd.images.streams import plain
 from sandboxd.images.unpacking import open_unpacker
+from sandboxd.stores.folders import NEW
 from tests import needs
 from tests.images import making
 from tests.images.making import (

@@ -21,7 +21,8 @@ from sandboxd.images.unpacking import open_unpacker
 from sandboxd.job import Job
 from sandboxd.policy import Identity, Mount, Policy, Root
 from sandboxd.result import Result
-from sandboxd.supervise.runner import host_for, open_runner
+from sandboxd.supervise.runner import open_runner
+from sandboxd.supervise.seen import host_for
 from tests.images import making
 from tests.images.making import END, SMALL, file, folder, ids, link, oci_layout, tarball
 from tests.supervise import variants

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sandboxd.errors import HostError
-from sandboxd.judge.judge import judge
+from sandboxd.judge.judge import Afresh, judge
 from sandboxd.judge.judgement import Judgement
 from sandboxd.judge.languages import check_available, detect
 from sandboxd.judge.problem import Problem, load
@@ -134,3 +134,27 @@ async def test_the_same_judgement_for_every_number_at_once(problem: Problem) -> 
         )
         == 1
     )
+
+
+@pytest.mark.needs("gcc")
+async def test_the_same_submission_is_compiled_once(
+    problem: Problem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SANDBOXD_BUILDS", str(tmp_path / "builds"))
+    submission = read(SUBMISSIONS / "accepted/different.c", 1 << 20)
+    other = dataclasses.replace(submission, files={"a.c": submission.files["different.c"] + b"\n"})
+    seen = []
+    async with open_runner() as runner:
+        for what, how in ((submission, runner), (submission, runner), (submission, Afresh(runner)),
+                          (other, runner)):  # fmt: skip
+            seen.append(await judge(how, problem, what))
+        (tmp_path / "builds/objects").chmod(0o500)
+        (tmp_path / "builds").chmod(0o500)
+        third = dataclasses.replace(other, files={"b.c": b"int main(){return 1;}"})
+        seen.append(await judge(runner, problem, third))  # no place to keep it is no reason
+        (tmp_path / "builds").chmod(0o700)
+        (tmp_path / "builds/objects").chmod(0o700)
+    assert [one.verdict for one in seen] == ["AC", "AC", "AC", "AC", "RTE"]
+    assert [one.compiled_before for one in seen] == [False, True, False, False, False]
+    cases = [[(case.name, case.verdict) for case in one.cases] for one in seen[:3]]
+    assert cases[0] == cases[1] == cases[2]

@@ -18,7 +18,7 @@ import trio.testing
 
 from sandboxd.errors import HostError, JobError
 from sandboxd.images import streams
-from sandboxd.job import File, Input, Tar
+from sandboxd.job import Copied, File, Tar
 from sandboxd.supervise.porter import open_porter
 from tests.images.making import END, binary, file, folder, hard, header, link, octal, pax
 from tests.supervise.tenants import Tenant, open_tenant
@@ -96,7 +96,7 @@ async def test_from_anywhere(
             command = ["cat", str(tmp_path / "a")]
             with subprocess.Popen(command, stdout=subprocess.PIPE) as cat:  # noqa: ASYNC220
                 assert cat.stdout is not None
-                files: dict[str, Input] = {"t": Tar(cat.stdout.fileno())}
+                files: dict[str, Copied] = {"t": Tar(cat.stdout.fileno())}
                 await porter.copy_in(tenant.box, files, tenant.owner)
             assert cat.returncode == 0
         else:
@@ -123,7 +123,7 @@ async def test_zstd(tenant: Tenant) -> None:
 
 
 async def test_the_working_directory_itself_and_what_lies_over_it(tenant: Tenant) -> None:
-    files: dict[str, Input] = {
+    files: dict[str, Copied] = {
         ".": Tar(file(b"a", b"1") + file(b"b/c", b"2") + END),
         "./.": Tar(file(b"d", b"3") + END),
         "b/c": File(data=b"mine"),
@@ -148,7 +148,7 @@ async def test_holes_stay_holes(tenant: Tenant, tmp_path: Path) -> None:
         made.seek(size // 2)
         made.write(b"abc")
     async with opened(tenant) as porter:
-        files: dict[str, Input] = {".": Tar(sparse(size) + END), "host": tmp_path / "host"}
+        files: dict[str, Copied] = {".": Tar(sparse(size) + END), "host": tmp_path / "host"}
         await porter.copy_in(tenant.box, files, tenant.owner)
     tenant.run(f"""
 for name in "sparse", "host":

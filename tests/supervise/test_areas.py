@@ -109,7 +109,7 @@ async def test_a_spare_whose_server_died_is_not_used() -> None:
         (server,) = servers(os.getpid())
         with all_end([server, parent(server)]):
             os.kill(server, signal.SIGKILL)
-            (spare,) = next(iter(runner._kept.values())).spares
+            (spare,) = next(iter(runner._known.all())).spares
             assert spare.area is not None
             await trio.lowlevel.wait_readable(spare.area.link)
             assert spare.area.is_lost()
@@ -172,7 +172,7 @@ async def test_one_is_made_ahead() -> None:
     async with open_runner(slots=1) as runner:
         for _ in range(2):
             assert (await runner.run(Job(argv=["true"], policy=FUSE))).ok
-        (kept,) = runner._kept.values()
+        (kept,) = runner._known.all()
         while kept.ahead is None:  # noqa: ASYNC110
             await trio.sleep(0.001)
         (ahead,) = servers(os.getpid())

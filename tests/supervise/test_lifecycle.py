@@ -41,7 +41,7 @@ def descendants(pid: int) -> list[int]:
 
 def tenant_of(runner: Runner) -> int:
     """The process we started for the runner's only tenant; its child is the zygote."""
-    (home,) = runner._homes.values()
+    (home,) = runner._known.homes
     assert home.living is not None
     return home.living.pid
 

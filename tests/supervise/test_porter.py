@@ -13,7 +13,7 @@ import pytest
 import trio
 
 from sandboxd.errors import JobError
-from sandboxd.job import File, Input, Job
+from sandboxd.job import Copied, File, Job
 from sandboxd.policy import Artifacts as Caps
 from sandboxd.result import Artifact, ArtifactError
 from sandboxd.supervise.porter import Porter, open_porter
@@ -51,7 +51,7 @@ async def test_files_belong_to_the_job_and_have_their_modes(tenant: Tenant, tmp_
     script = tmp_path / "script"
     script.write_bytes(b"#!/bin/sh\n")
     script.chmod(0o4750)
-    files: dict[str | bytes, Input] = {
+    files: dict[str | bytes, Copied] = {
         "plain": b"1",
         "a/b/c": b"",
         "./x//y": b"2",
@@ -112,7 +112,7 @@ async def test_a_directory_is_copied_with_links_as_links(tenant: Tenant, tmp_pat
     (top / "round").symlink_to(".", target_is_directory=True)
     (top / "sub").chmod(0o555)
     (tmp_path / "link").symlink_to("top")
-    files: dict[str | bytes, Input] = {
+    files: dict[str | bytes, Copied] = {
         "in": tmp_path / "link",
         ".": top,
         "in/sub/file": b"instead",
@@ -225,7 +225,7 @@ os.mkdir("taken")
 
 @pytest.mark.time_limit(100)
 async def test_a_hundred_thousand_files(tenant: Tenant) -> None:
-    files: dict[str | bytes, Input] = {
+    files: dict[str | bytes, Copied] = {
         f"d{number % 100}/{number}": b"%d" % number for number in range(100_000)
     }
     async with opened(tenant) as porter:
@@ -257,7 +257,7 @@ async def test_a_directory_of_ten_thousand_files(tenant: Tenant, tmp_path: Path)
     ],
 )
 async def test_what_does_not_fit_names_the_limit(
-    options: str, files: dict[str | bytes, Input], limit: str
+    options: str, files: dict[str | bytes, Copied], limit: str
 ) -> None:
     with open_tenant(options=f"mode=0700,{options}") as tenant:
         async with opened(tenant) as porter:
@@ -292,7 +292,7 @@ async def test_patterns(tenant: Tenant, patterns: list[str], found: list[str] | 
     tree = ["a", ".hidden", "b.txt", "new\nline.txt", "\udcff.txt"]
     tree += ["d/one", "d/e/two", "d/e/f/three.txt"]
     async with opened(tenant) as porter:
-        files: dict[str | bytes, Input] = {name: os.fsencode(name) for name in tree}
+        files: dict[str | bytes, Copied] = {name: os.fsencode(name) for name in tree}
         await porter.copy_in(tenant.box, files, tenant.owner)
         have, errors = await porter.collect(tenant.box, patterns)
     assert not errors

@@ -1,0 +1,67 @@
+"""What a build left, as something that other runs are given: by reference, never copied."""
+
+from __future__ import annotations
+
+import posixpath
+from dataclasses import dataclass, replace
+
+from sandboxd.errors import JobError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reference:
+    """The files of a build that is kept, or a part of them; a value of `Job.files`.
+
+    Who uses it sees it read-only. As `{"prog": reference.at("a.out")}` it is one file, as
+    `{"lib": reference}` a directory, and as `{".": reference}` each of its names lies in the
+    working directory itself.
+    """
+
+    key: str
+    """What the build was made of, as a digest: 64 hexadecimal digits."""
+    names: tuple[str, ...]
+    """Its files, relative."""
+    path: str = ""
+    """The part that is meant; "" is all."""
+
+    def at(self, path: str) -> Reference:
+        """A file or directory in it. JobError if there is none of this name."""
+        inner = posixpath.normpath(posixpath.join(self.path, path))
+        found = replace(self, path="" if inner == "." else inner)
+        if not found.is_directory and inner not in self.names:
+            few = ", ".join(self.names[:10])
+            raise JobError(f"build {self.key[:12]}: nothing in it is called {path!r}",
+                           hint=f"there are: {few}")  # fmt: skip
+        return found
+
+    @property
+    def is_directory(self) -> bool:
+        below = f"{self.path}/"
+        return not self.path or any(name.startswith(below) for name in self.names)
+
+    def entries(self) -> tuple[Reference, ...]:
+        """What lies directly in it."""
+        start = f"{self.path}/" if self.path else ""
+        inner = (name[len(start) :] for name in self.names if name.startswith(start))
+        tops = dict.fromkeys(name.partition("/")[0] for name in inner)
+        return tuple(replace(self, path=start + top) for top in tops)
+
+
+@dataclass(frozen=True, slots=True)
+class Attachment:
+    """A path of the store that is to be seen at a place in the sandbox."""
+
+    source: str
+    """Below the store."""
+    target: str
+    directory: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What is attached to a sandbox before its job comes, and the directory it is taken from."""
+
+    store: str
+    attachments: tuple[Attachment, ...]
+    identity: tuple[int, ...]
+    """Of the files as they are now: who was made with others of the same names does not serve."""

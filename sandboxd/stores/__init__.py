@@ -1,0 +1,1 @@
+"""What lasts longer than a run: what builds left, volumes, caches. Folders, locks, records."""
