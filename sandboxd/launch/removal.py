@@ -18,33 +18,45 @@ class Moved(OSError):
     """A directory is not where it was: somebody is still at work there."""
 
 
+class _Level:
+    """A directory on the way down; `pending` are those in it that have something in them."""
+
+    __slots__ = ("identity", "name", "pending")
+
+    def __init__(self, name: bytes, folder: int) -> None:
+        self.name = name
+        self.identity = _identity(folder)
+        self.pending = _remove_what_can_go(folder)
+
+
 def empty(root: int) -> None:
     """Remove everything in the directory `root`, which stays."""
     here = open_beneath(root, b"", os.O_RDONLY | os.O_DIRECTORY)
-    way: list[tuple[bytes, tuple[int, int]]] = []
     try:
+        levels = [_Level(b"", here)]
         while True:
-            below = _remove_but_one(here)
-            if below:
-                way.append((below, _identity(here)))
-                above, here = here, _enter(here, below)
+            level = levels[-1]
+            if level.pending:
+                name = level.pending.pop()
+                above, here = here, os.open(name, _FOLDER, dir_fd=here)
                 os.close(above)
+                levels.append(_Level(name, here))
                 continue
-            if not way:
+            levels.pop()
+            if not levels:
                 return
-            name, identity = way.pop()
-            below_it, here = here, os.open("..", _FOLDER, dir_fd=here)
-            os.close(below_it)
-            if _identity(here) != identity:
+            below, here = here, os.open("..", _FOLDER, dir_fd=here)
+            os.close(below)
+            if _identity(here) != levels[-1].identity:
                 raise Moved("a directory was moved while it was removed")
-            os.rmdir(name, dir_fd=here)
+            os.rmdir(level.name, dir_fd=here)
     finally:
         os.close(here)
 
 
-def _remove_but_one(folder: int) -> bytes:
-    """All that can go at once; the name of a directory that has something in it, b"" for none."""
-    first = b""
+def _remove_what_can_go(folder: int) -> list[bytes]:
+    """All but the directories that are not empty, which are returned."""
+    full = []
     for name in map(os.fsencode, os.listdir(folder)):
         if not stat.S_ISDIR(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode):
             os.unlink(name, dir_fd=folder)
@@ -52,13 +64,8 @@ def _remove_but_one(folder: int) -> bytes:
         try:
             os.rmdir(name, dir_fd=folder)
         except OSError:
-            first = first or name
-    return first
-
-
-def _enter(above: int, name: bytes) -> int:
-    os.chmod(name, 0o700, dir_fd=above)  # a mode of 0 is nothing to who has CAP_DAC_OVERRIDE
-    return os.open(name, _FOLDER, dir_fd=above)
+            full.append(name)
+    return full
 
 
 def _identity(folder: int) -> tuple[int, int]:
