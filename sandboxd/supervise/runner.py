@@ -37,6 +37,7 @@ from sandboxd.supervise.supervise import (
     Conduct,
     Dispatch,
     Emit,
+    GivenUp,
     Pipes,
     Reports,
     open_pipes,
@@ -192,9 +193,7 @@ class Runner:
         check_place(job)
         token = object()
         if not await self._take_slot(token, run):
-            kept = self._keep(self._policy(job))
-            seen, waited = record.never_started(asked)
-            return record.make(job, kept.kind, seen, self.host, waited)
+            return self._never_started(job, asked)
         try:
             queued = trio.current_time() - asked
             kept = self._keep(self._policy(job))
@@ -208,12 +207,16 @@ class Runner:
                     dispatch=Dispatch(job, kept.prepared, pipes or Pipes(fds)),
                     caps=caps,
                     porter=porter,
+                    giving_up=run._files if run else trio.CancelScope(),
                     leave=_leaving(run, job, porter),
                     emit=_forwarding(run),
                     on_start=run._started if run else lambda _: None,
                     reports=run._reports if run else None,
                 )
-                result = await self._in_sandbox(kept, conduct, (asked, queued))
+                try:
+                    result = await self._in_sandbox(kept, conduct, (asked, queued))
+                except GivenUp:
+                    return self._never_started(job, asked)
             self._finished += 1
             if not kept.refilling and self._lacks(kept):
                 kept.refilling = True
@@ -221,6 +224,11 @@ class Runner:
             return result
         finally:
             self._limiter.release_on_behalf_of(token)
+
+    def _never_started(self, job: Job, asked: float) -> Result:
+        kept = self._keep(self._policy(job))
+        seen, waited = record.never_started(asked)
+        return record.make(job, kept.kind, seen, self.host, waited)
 
     async def _take_slot(self, token: object, run: Run | None) -> bool:
         """False if the run was killed before it got one."""
