@@ -33,6 +33,7 @@ class Run:
         self._error: Exception | None = None
         self._error_told = False
         self._queue = trio.CancelScope()
+        self._files = trio.CancelScope()
         self._artifacts = OpenArtifacts(self._collected)
 
     def kill(self) -> None:
@@ -42,6 +43,7 @@ class Run:
             self._control.stops.stop("cancelled", "cancelled by the caller")
         else:
             self._queue.cancel()
+            self._files.cancel()
 
     def usage(self) -> Usage:
         """What it has used up to now; SandboxError before the program starts and after its end."""

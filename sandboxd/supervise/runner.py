@@ -39,6 +39,7 @@ from sandboxd.supervise.supervise import (
     Conduct,
     Dispatch,
     Emit,
+    GivenUp,
     Pipes,
     Reports,
     open_pipes,
@@ -154,8 +155,7 @@ class Runner:
 
     def never_started(self, job: Job, queued: float) -> Result:
         """The record of a job that its caller cancelled after `queued` seconds of waiting."""
-        seen, waited = record.never_started(trio.current_time() - queued)
-        return record.make(job, self._known.ready(job).kind, seen, self.host, waited)
+        return self._never_started(job, trio.current_time() - queued)
 
     def statistics(self) -> RunnerStatistics:
         waiting = self._limiter.statistics()
@@ -194,9 +194,7 @@ class Runner:
         split = inputs.split(job)
         job, lent = split.job, AsyncExitStack()
         if not await self._take_slot(token, run, self._known.policy(job), lent):
-            kept = self._known.ready(job)
-            seen, waited = record.never_started(asked)
-            return record.make(job, kept.kind, seen, self.host, waited)
+            return self._never_started(job, asked)
         try:
             queued = trio.current_time() - asked
             with inputs.held(split.attached) as attached, Descriptors() as fds:
@@ -210,6 +208,7 @@ class Runner:
                     dispatch=Dispatch(job, kept.prepared, pipes or Pipes(fds)),
                     caps=caps,
                     porter=porter,
+                    giving_up=run._files if run else trio.CancelScope(),
                     leave=_leaving(run, job, porter),
                     emit=_forwarding(run),
                     on_start=run._started if run else lambda _: None,
@@ -218,7 +217,10 @@ class Runner:
                 )
                 async with volumes.watched(kept.policy, kept.prepared.host, conduct.on_start) as on:
                     conduct.on_start = on
-                    result = await self._in_sandbox(kept, conduct, (asked, queued))
+                    try:
+                        result = await self._in_sandbox(kept, conduct, (asked, queued))
+                    except GivenUp:
+                        return self._never_started(job, asked)
             self._finished += 1
             kept.runs += 1
             if not kept.refilling and self._lacks(kept):
@@ -228,6 +230,10 @@ class Runner:
         finally:
             self._limiter.release_on_behalf_of(token)
             await lent.aclose()
+
+    def _never_started(self, job: Job, asked: float) -> Result:
+        seen, waited = record.never_started(asked)
+        return record.make(job, self._known.ready(job).kind, seen, self.host, waited)
 
     def _is_alone(self) -> bool:
         """Whether there is one run, and a CPU for it beside ours."""

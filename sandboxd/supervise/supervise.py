@@ -169,12 +169,18 @@ class Conduct:
     dispatch: Dispatch
     caps: Artifacts
     porter: Callable[[], Awaitable[Porter]]
+    giving_up: trio.CancelScope
+    """Cancelled when the run is killed while its files are on their way in."""
     leave: Callable[[int], None] | None
     """Gets the working directory when files were collected from it, if somebody will read them."""
     emit: Emit | None
     on_start: Callable[[Control], None]
     reports: Reports | None = None
     vigil: Vigil = NO_VIGIL
+
+
+class GivenUp(Exception):
+    """The run was killed before its program started."""
 
 
 async def supervise(run: Conduct, box: Sandbox) -> Observed:
@@ -347,10 +353,13 @@ async def share_files(run: Conduct, box: Sandbox, image: Image, fds: Descriptors
         data += await read_all(box.socket)
         raise setup_failure(run, box, image, data)
     if run.job.files:
-        porter = await run.porter()
         # What is there by reference has been attached.
         files = cast("Names[Copied]", run.job.files)
-        await porter.copy_in(received[0], files, owner(box))
+        with run.giving_up:
+            porter = await run.porter()
+            await porter.copy_in(received[0], files, owner(box))
+        if run.giving_up.cancelled_caught:
+            raise GivenUp
         box.socket.send(GO)
     return received[0]
 

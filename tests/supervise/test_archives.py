@@ -18,8 +18,9 @@ import trio.testing
 
 from sandboxd.errors import HostError, JobError
 from sandboxd.images import streams
-from sandboxd.job import Copied, File, Tar
+from sandboxd.job import Copied, File, Job, Tar
 from sandboxd.supervise.porter import open_porter
+from sandboxd.supervise.runner import open_runner
 from tests.images.making import END, binary, file, folder, hard, header, link, octal, pax
 from tests.supervise.tenants import Tenant, open_tenant
 from tests.supervise.test_artifacts import peak
@@ -243,6 +244,23 @@ async def test_nobody_waits_for_a_silent_pipe(tenant: Tenant) -> None:
                 few = {f"{number}/{one}": Path("/etc/passwd") for one in range(3)}
                 await porter.copy_in(tenant.box, few, tenant.owner)
             nursery.cancel_scope.cancel()
+    finally:
+        os.close(reading)
+        os.close(writing)
+
+
+async def test_killed_while_files_are_on_their_way() -> None:
+    reading, writing = os.pipe2(os.O_CLOEXEC)
+    try:
+        async with open_runner(slots=1) as runner:
+            job = Job(argv=["/bin/true"], files={"t": Tar(reading)})
+            with trio.fail_after(20):
+                async with runner.start(job) as run:
+                    await trio.testing.wait_all_tasks_blocked()
+                    run.kill()
+                    result = await run.wait()
+            assert (result.status, result.exit_code) == ("cancelled", None)
+            assert (await runner.run(Job(argv=["/bin/true"], files={"a": b""}))).ok
     finally:
         os.close(reading)
         os.close(writing)
