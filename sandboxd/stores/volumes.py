@@ -3,6 +3,7 @@
     NAME/data/...        what runs see
     NAME/volume.json     its size and when it was made (VolumeRecord)
     NAME/lock            of a cache: shared by its readers, exclusive for its one writer (flock(2))
+    lock                 shared by who makes one, exclusive for who sweeps
 
 Each user has his own. Who has one in use holds a shared lock on its directory (folders.py), and it
 is removed only by who gets the exclusive one.
@@ -11,6 +12,7 @@ is removed only by who gets the exclusive one.
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import re
 import time
@@ -104,10 +106,14 @@ class Shelf:
 
     def create(self, name: str, size: int | None, owner: tuple[int, int] | None = None) -> bool:
         """False if there is one already. `owner` is whose it is, where that is not the caller."""
-        if not _NAME.fullmatch(name):
+        if not _NAME.fullmatch(name) or name == folders.LOCK:
             raise JobError(f"{name!r} cannot be the name of a {self.kind}",
                            hint="up to 64 letters, digits, and _.-")  # fmt: skip
-        with self._locked():
+        with self._locked() as lock:
+            if folders.try_lock(lock, fcntl.LOCK_EX):  # nobody else is making one
+                for dead in self.place.glob(f"{folders.NEW}*"):
+                    folders.erase(dead)
+            fcntl.flock(lock, fcntl.LOCK_SH)
             folder = self.place / f"{folders.NEW}{os.getpid()}-{os.urandom(6).hex()}"
             try:
                 folders.make(folder, self._mode)
@@ -133,8 +139,7 @@ class Shelf:
         self.get(name)
         if not folders.remove(self.place / name):
             return False
-        with self._locked():
-            left = [*self.place.glob(f"{folders.NEW}{name}.*")]
+        left = [*self.place.glob(f"{folders.NEW}{name}.*")]
         if left:
             raise HostError(f"{self.kind}s", f"{left[0]}: not all of it could be removed",
                             hint="files in it belong to others")  # fmt: skip

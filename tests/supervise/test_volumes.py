@@ -112,13 +112,22 @@ async def test_a_size_is_looked_at_before_and_during_a_run(volumes: Shelf) -> No
 
 
 def test_names_of_volumes(volumes: Shelf) -> None:
-    for wrong in ("", "a/b", "..", ".x", "a" * 65, "-a"):
+    for wrong in ("", "a/b", "..", ".x", "a" * 65, "-a", "lock"):
         with pytest.raises(JobError, match="cannot be the name"):
             volumes.create(wrong, None)
         assert volumes.find(wrong) is None
     assert volumes.create("a", None)
     assert not volumes.create("a", 5)
     assert [(one.name, one.size) for one in volumes.every()] == [("a", None)]
+
+
+def test_what_interrupted_makers_left_is_swept(volumes: Shelf) -> None:
+    volumes.create("a", None)
+    dead = volumes.place / ".new-1-dead"
+    (dead / "data").mkdir(parents=True)
+    volumes.create("b", None)
+    assert [one.name for one in volumes.every()] == ["a", "b"]
+    assert not dead.exists()
 
 
 def test_files_of_several_names_count_once(tmp_path: Path) -> None:
