@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -22,8 +23,12 @@ from sandboxd.supervise.probe import probe
 from tests.bench import report
 from tests.bench.contestants import Contestant, bwrap, nobody, open_ours
 from tests.bench.crun import open_crun
-from tests.bench.measures import LIVE, MEASURES, Bench, Row
+from tests.bench.images import MEASURES as OF_IMAGES
+from tests.bench.measures import LIVE, Bench, Measure, Row
+from tests.bench.measures import MEASURES as OF_JOBS
 from tests.bench.programs import DYNAMIC, compile_all
+
+MEASURES: dict[str, Measure] = OF_JOBS | OF_IMAGES
 
 
 def arguments() -> argparse.Namespace:
@@ -45,6 +50,8 @@ async def run(only: list[str], rounds: int, folder: Path) -> dict[str, object]:
     if why := compile_all(programs):
         missing["static program"] = why
     host = probe()
+    if shutil.which("umoci") is None:
+        missing["umoci"] = "not installed"
     if host.cgroup is None:
         missing["cgroup"] = host.cgroup_why_not
     rows: list[Row] = []

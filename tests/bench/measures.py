@@ -77,9 +77,11 @@ class Table:
         return list(self.rows.values())
 
 
-async def in_turn(bench: Bench, rounds: int, once: Callable[[Contestant], Awaitable[None]]) -> None:
+async def in_turn(
+    contestants: Sequence[Contestant], rounds: int, once: Callable[[Contestant], Awaitable[None]]
+) -> None:
     """A B C A B C ...; each round begins with another one, so nobody always follows the same."""
-    everybody = list(bench.contestants)
+    everybody = list(contestants)
     for number in range(rounds):
         first = number % len(everybody)
         for contestant in everybody[first:] + everybody[:first]:
@@ -92,6 +94,13 @@ async def in_turn(bench: Bench, rounds: int, once: Callable[[Contestant], Awaita
 
 async def latency(bench: Bench, program: str, label: str) -> list[Row]:
     """Time to the first byte, to the result, and the supervisor's CPU time for it."""
+    return await latency_of(bench, bench.contestants, program, label)
+
+
+async def latency_of(
+    bench: Bench, contestants: Sequence[Contestant], program: str, label: str
+) -> list[Row]:
+    """The same for these contestants."""
     byte = Table(f"first byte, {label}", "ms")
     whole = Table(f"result, {label}", "ms")
     cpu = Table(f"supervisor CPU per job, {label}", "us")
@@ -105,10 +114,10 @@ async def latency(bench: Bench, program: str, label: str) -> list[Row]:
         whole.add(contestant.name, (trio.current_time() - began) * 1e3)
         cpu.add(contestant.name, (time.process_time() - used) * 1e6)
 
-    await in_turn(bench, 1, once)  # tenants start, files come into memory
+    await in_turn(contestants, 1, once)  # tenants start, files come into memory
     for table in (byte, whole, cpu):
         table.rows.clear()
-    await in_turn(bench, bench.rounds, once)
+    await in_turn(contestants, bench.rounds, once)
     return [*byte.all(), *whole.all(), *cpu.all()]
 
 
@@ -187,7 +196,7 @@ async def rate(bench: Bench) -> list[Row]:
             jobs.add(contestant.name, count / (trio.current_time() - began))
             cpu.add(contestant.name, (time.process_time() - used) / count * 1e6)
 
-        await in_turn(bench, max(2, bench.rounds // 10), once)
+        await in_turn(bench.contestants, max(2, bench.rounds // 10), once)
         rows += [*jobs.all(), *cpu.all()]
     return rows
 
@@ -229,7 +238,7 @@ async def memory(bench: Bench) -> list[Row]:
                 processes.add(contestant.name, (private_memory() - before) / LIVE / 1024)
                 machine.add(contestant.name, (free - available()) / LIVE / 1024)
 
-    await in_turn(bench, min(3, bench.rounds), once)
+    await in_turn(bench.contestants, min(3, bench.rounds), once)
     return [*processes.all(), *machine.all()]
 
 

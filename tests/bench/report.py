@@ -7,7 +7,7 @@ from typing import Any
 
 from tests.bench.measures import Row
 
-AGAINST = ("bwrap", "crun", "crun by nsenter", "none (trio)")
+AGAINST = ("bwrap", "crun", "crun by nsenter", "none (trio)", "host root", "umoci unpack")
 """Whose p50 everybody else's is held against, in the same measure of the same run."""
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.bench import files, report
-from tests.bench.measures import FLIGHTS, LIVE, Row
+from tests.bench.measures import FLIGHTS, LIVE, MEASURES, Row
 
 PROGRAMS = ("static program", "/bin/true")
 TIMES = [f"{what}, {program}" for program in PROGRAMS for what in ("first byte", "result")]
@@ -33,8 +33,9 @@ OVERSHOOT = "CPU time beyond a limit of 1 s, four busy processes"
 
 @pytest.mark.needs("gcc")
 def test_every_row_is_there() -> None:
+    only = [word for name in MEASURES for word in ("--only", name)]
     done = subprocess.run(
-        [sys.executable, "-P", "-m", "tests.bench", "--rounds", "2", "--json"],
+        [sys.executable, "-P", "-m", "tests.bench", "--rounds", "2", "--json", *only],
         capture_output=True, text=True, check=False, timeout=110,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -54,6 +55,23 @@ def test_every_row_is_there() -> None:
     assert {measure: who[measure] for measure in FILES} == FILES
     assert who[OVERSHOOT] == {"sandboxd", "sandboxd, no cgroup"}
     assert report.text(found).count("\n") > len(found["rows"])
+
+
+@pytest.mark.needs("gcc", "overlay", "userns")
+@pytest.mark.parametrize("name", ["roots", "import"])
+def test_rows_of_images(name: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "tests.bench", "--rounds", "2", "--json", "--only", name],
+        capture_output=True, text=True, check=False, timeout=110,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    who = {row["who"] for row in found["rows"]}
+    if name == "roots":
+        assert who >= {"host root", "image root", "image root, writable"}
+    else:
+        assert "sandboxd image import" in who
+        assert ("umoci unpack" in who) == ("umoci" not in found["missing"])
 
 
 def everybody(found: dict[str, Any]) -> set[str]:

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 import threading
 import urllib.request
 from collections.abc import Iterator
@@ -19,10 +20,12 @@ from pathlib import Path
 import pytest
 
 from sandboxd.errors import ImageError
-from sandboxd.images import registry
+from sandboxd.images import debian, registry
+from sandboxd.images.debian import Recipe
 from sandboxd.images.importing import Imported
 from sandboxd.images.reference import credentials, is_loopback, parse
 from sandboxd.images.store import Store
+from sandboxd.images.unpacking import Limits
 from tests.images import making
 from tests.images.making import END, SMALL, file, folder, ids, oci_layout
 
@@ -125,6 +128,38 @@ def test_pulling_from_a_registry(place: Store, tmp_path: Path) -> None:
         other = oci_layout(tmp_path / "other", [LAYERS[0], file(b"c") + END])
         push(host, other, "some/tree", "1")
         assert pull(place, f"{host}/some/tree:1").new == 1
+
+
+@REGISTRY
+@pytest.mark.needs("mmdebstrap", "subuid", "packages")
+def test_debian_goes_to_a_registry_and_comes_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Made of packages by build-debian; its archive pushed; pulled into another store, and run."""
+    made = tmp_path / "made.tar"
+    real = debian._run
+
+    def kept(words: list[str], output: int) -> None:
+        """mmdebstrap as it is; what it wrote is kept, for build-debian takes it in and no more."""
+        real(words, output)
+        made.write_bytes(os.pread(output, os.fstat(output).st_size, 0))
+
+    monkeypatch.setattr(debian, "_run", kept)
+    recipe = Recipe(["busybox-static"], variant="extract")
+    with making.store(tmp_path / "first") as first:
+        built = debian.build(first, "lab", recipe, ids(), Limits())
+    layout = oci_layout(tmp_path / "layout", [made.read_bytes()], {"Cmd": ["/bin/busybox"]})
+    with running(tmp_path / "registry") as host, making.store(tmp_path / "second") as second:
+        push(host, layout, "debian/lab", "1")
+        pulled = registry.pull(second, f"{host}/debian/lab:1", "lab", ids(), Limits())
+        assert pulled.record.layers == built.record.layers
+        argv = [sys.executable, "-P", "-m", "sandboxd", "run", "-q", "--image", "lab", "--"]
+        done = subprocess.run(
+            [*argv, "/bin/busybox", "cat", "/usr/share/doc/busybox-static/copyright"],
+            env=os.environ | {"SANDBOXD_IMAGES": str(tmp_path / "second")},
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+    assert "busybox" in done.stdout.lower(), done.stderr
 
 
 @REGISTRY
