@@ -47,7 +47,10 @@ RTMGRP_LINK = 1
 SIOCSIFFLAGS = 0x8914
 IFF_UP = 1
 AREA = "/tmp"  # in a mount namespace of our own
-ADVERTISEMENTS = "/proc/sys/net/ipv6/conf/default/accept_ra"
+SYSCTLS = (
+    ("/proc/sys/net/ipv6/conf/default/accept_ra", "0"),  # only addresses and routes that are given
+    ("/proc/sys/net/ipv4/ip_unprivileged_port_start", "0"),  # who is to be reached at 80 is no root
+)
 PATIENCE = 2.0
 
 
@@ -199,14 +202,15 @@ def _make(link: socket.socket, name: str, server: str) -> None:
 
 
 def _up() -> None:
-    """Loopback, and no addresses or routes but those that are given (ip-sysctl.rst)."""
+    """Loopback, and what else a network is by default (ip-sysctl.rst)."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as one:
         fcntl.ioctl(one, SIOCSIFFLAGS, struct.pack("16sh22x", b"lo", IFF_UP))
-    try:
-        with open(ADVERTISEMENTS, "w", encoding="ascii") as file:
-            file.write("0")
-    except OSError:
-        pass  # no IPv6, or /proc/sys is read-only: the filter holds with any address
+    for path, value in SYSCTLS:
+        try:
+            with open(path, "w", encoding="ascii") as file:
+                file.write(value)
+        except OSError:
+            pass  # no IPv6, or /proc/sys is read-only: the filter holds with any address
 
 
 def _sockets(server: str) -> tuple[int, int, int, int]:

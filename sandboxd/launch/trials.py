@@ -257,7 +257,10 @@ def proc(_: Request) -> object:
 
 
 def tun(_: Request) -> object:
-    """A TAP device of a network namespace, as slirp4netns makes it (tuntap.rst)."""
+    """A TAP device of a network namespace, as slirp4netns makes it (tuntap.rst).
+
+    As the ids that a tenant has: for root they are not the owner of the device.
+    """
     with step("open /dev/net/tun"):
         device = os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC)
     with step("TUNSETIFF"):
@@ -323,7 +326,7 @@ TRIALS: Mapping[str, Trial] = MappingProxyType(
         "fuse_overlayfs": Trial(fuse_overlayfs, ns.CLONE_NEWNS | ns.CLONE_NEWPID, ranges=True),
         "time_namespace": Trial(time_namespace),
         "proc": Trial(proc, ns.CLONE_NEWNS | ns.CLONE_NEWPID),
-        "tun": Trial(tun, ns.CLONE_NEWNET),
+        "tun": Trial(tun, ns.CLONE_NEWNET, ranges=True),
         "nftables": Trial(nftables, ns.CLONE_NEWNET),
         "seccomp": Trial(seccomp, None),
         "memfd_exec": Trial(memfd_exec, None),

@@ -62,7 +62,7 @@ def diagnose(cgroup: str | None = None) -> Report:
     `cgroup` is the one to use instead of looking for one, as for a runner.
     """
     with climbed(cgroup) as climb:
-        return _report(examine(climb, cached=False, more=("tun",)), cgroup)
+        return _report(examine(climb, cached=False), cgroup)
 
 
 def _report(seen: Examination, cgroup: str | None) -> Report:

@@ -48,7 +48,7 @@ TIMEOUT = 20.0
 LONGEST = 1 << 16
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class UserNetwork:
     """A namespace with a filter and a way out, for one sandbox, once."""
 
@@ -131,13 +131,19 @@ class UserNetwork:
         self.lost += await self.keeper.last_words(self.name)
         return self.lost
 
+    def kill(self) -> None:
+        if self.pidfd >= 0:
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+
     async def close(self) -> None:
         """Nothing of it is left when this returns."""
-        with trio.CancelScope(shield=True):
-            if self.pidfd >= 0:
-                with suppress(ProcessLookupError):
-                    signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
-                await trio.lowlevel.wait_readable(self.pidfd)
+        self.kill()
+        pidfd, self.pidfd = self.pidfd, -1
+        if pidfd >= 0:
+            with trio.CancelScope(shield=True):
+                await trio.lowlevel.wait_readable(pidfd)
+        self.keeper.forget(self.name, started=pidfd >= 0)
         for one in (self.routes, self.links, self.tables, self.names):
             one.close()
         self.fds.close_all()
@@ -190,7 +196,7 @@ class Netkeeper:
         self._numbers = count(1)
         self._live: set[str] = set()
         self._ahead: dict[Egress, list[UserNetwork]] = {}
-        self.dead = False
+        self._lost = False
 
     async def take(self, egress: Egress) -> UserNetwork:
         """One made ahead, or now."""
@@ -202,6 +208,10 @@ class Netkeeper:
             await network.close()
         return await self._make(egress)
 
+    @property
+    def dead(self) -> bool:
+        return self._lost or self._process.poll() is not None
+
     def ahead(self, egress: Egress) -> int:
         return len(self._ahead.get(egress, []))
 
@@ -209,6 +219,14 @@ class Netkeeper:
         """Make some ahead, while nobody waits for one."""
         while self.ahead(egress) < wanted and not self.dead:
             self._ahead.setdefault(egress, []).append(await self._make(egress))
+
+    def forget(self, name: str, *, started: bool) -> None:
+        """Nobody will ask how it ended. If nobody waited for its start, it is ended here."""
+        self._live.discard(name)
+        self._ended.pop(name, None)
+        if not started:
+            with suppress(OSError):
+                packets.send(self._link, json.dumps({"end": name}).encode(), [])
 
     async def last_words(self, name: str) -> str:
         """How a program ended, and what it said."""
@@ -322,7 +340,7 @@ class Netkeeper:
         except OSError:
             data, received = b"", []
         if not data:
-            self.dead = True
+            self._lost = True
             return None
         message = json.loads(data)
         if "ended" in message and message["ended"] in self._live:
@@ -333,14 +351,14 @@ class Netkeeper:
         return message, received
 
     def _died(self) -> LaunchError:
-        self.dead = True
+        self._lost = True
         return LaunchError("network", 0, 0, "the netkeeper is gone", hint="it is started anew")
 
     async def _close(self) -> None:
         for ahead in self._ahead.values():
             while ahead:
                 await ahead.pop().close()
-        self.dead = True
+        self._lost = True
         self._link.close()
         with trio.CancelScope(shield=True):
             await reap(self._process)

@@ -91,8 +91,8 @@ def probe(*, cached: bool = True, cgroup: str | None = None) -> Host:
     return host
 
 
-def examine(climb: Climb, *, cached: bool = True, more: tuple[str, ...] = ()) -> Examination:
-    """The same with all outcomes; `more` trials are done on top and never come from the cache.
+def examine(climb: Climb, *, cached: bool = True) -> Examination:
+    """The same with all outcomes.
 
     The ladder was climbed before: nobody of ours who is more privileged sits in the subtree then.
     """
@@ -105,8 +105,6 @@ def examine(climb: Climb, *, cached: bool = True, more: tuple[str, ...] = ()) ->
         uids, gids = ranges
         host = dataclasses.replace(host, subuid=uids, subgid=gids, direct_maps=os.geteuid() == 0)
     outcomes = _outcomes(host, tools, cached)
-    if more:
-        outcomes |= attempt(more, tools=tools)
     host = _with_outcomes(host, outcomes, tools, notes)
     host = with_cgroup(dataclasses.replace(host, fault_notes=_costs(notes)), climb)
     notes |= _cgroup_notes(climb)

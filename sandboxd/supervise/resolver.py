@@ -44,7 +44,7 @@ SHORTEST, LONGEST = 60.0, 3600.0
 """Seconds for which an address is let through, whatever the answer says: who gets one uses it a
 moment later, and one that is good for a week may be somebody else's tomorrow."""
 MOST_PINNED = 4096
-"""Addresses that one sandbox may have let through; after those a name is not answered."""
+"""Addresses that one sandbox has let through at a time; beyond them a name is not answered."""
 MOST_REFUSED = 256
 PORT = 53
 PATIENCE = 1.0
@@ -119,8 +119,13 @@ class Resolver:
     def _pin(self, name: str, found: list[IPAddress], lifetime: int) -> bool:
         """Whether the filter lets them through by now."""
         groups = self._egress.pins(name)
-        if len(self._network.pinned) + len(found) * len(groups) > MOST_PINNED:
-            return False
+        pinned = self._network.pinned
+        if len(pinned) + len(found) * len(groups) > MOST_PINNED:
+            now = trio.current_time()
+            for key in [key for key, until in pinned.items() if until <= now]:
+                del pinned[key]
+            if len(pinned) + len(found) * len(groups) > MOST_PINNED:
+                return False
         seconds = min(max(float(lifetime), SHORTEST), LONGEST)
         try:
             for address in found:

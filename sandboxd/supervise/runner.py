@@ -27,6 +27,7 @@ from sandboxd.supervise.descriptors import Descriptors
 from sandboxd.supervise.homes import Kept
 from sandboxd.supervise.known import Known
 from sandboxd.supervise.leavings import Leavings
+from sandboxd.supervise.netkeeper import UserNetwork
 from sandboxd.supervise.one_error import one_error
 from sandboxd.supervise.place import open_place
 from sandboxd.supervise.porter import Porter
@@ -74,6 +75,7 @@ class Runner:
         self._cgroups = cgroups
         self._nursery = nursery
         self._limiter = trio.CapacityLimiter(slots)
+        self._closing = trio.CapacityLimiter(2 * slots + 8)
         self._finished = 0
         self._closed = False
         self._dying: list[Sandbox] = []
@@ -270,7 +272,7 @@ class Runner:
         except BaseException:
             await box.end()
             raise
-        leaves_by_itself = box.reported and box.area is None and box.way_out is None
+        leaves_by_itself = box.reported and box.area is None
         keeps = bool(conduct.job.keep_root)
         if not leaves_by_itself and not keeps:
             await box.end()
@@ -280,6 +282,9 @@ class Runner:
         elif leaves_by_itself:
             box.socket.close()  # which init waits for: its end is the kernel's work, and not ours
             self._dying.append(box)
+            if box.way_out is not None:
+                way_out, box.way_out = box.way_out, None
+                await self._close_later(way_out)
         if not self._burying:
             self._burying = True
             self._nursery.start_soon(self._undertaker)
@@ -293,6 +298,18 @@ class Runner:
         finally:
             await box.end()
         return msgspec.structs.replace(result, kept=found)
+
+    async def _close_later(self, way_out: UserNetwork) -> None:
+        """End it while others go on: the kernel takes tens of ms to give an interface up."""
+        way_out.kill()
+
+        async def close() -> None:
+            await way_out.close()
+            self._closing.release_on_behalf_of(way_out)
+
+        with trio.CancelScope(shield=True):  # no longer than one of those that are ending
+            await self._closing.acquire_on_behalf_of(way_out)
+        self._nursery.start_soon(close)
 
     async def _take(self, kept: Kept, dispatch: Dispatch) -> Sandbox:
         """A spare or a new sandbox, with the job on its way into it."""

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from sandboxd.cli import flags, mounts
-from sandboxd.errors import JobError
+from sandboxd.errors import JobError, SandboxError
 from sandboxd.job import Job, Terminal
-from sandboxd.policy import Environment, Identity, Limits, Mount, Policy, Root
+from sandboxd.policy import Environment, Identity, Limits, Mount, Network, Policy, Root
 
 BASE = Policy(
     name="small",
@@ -398,6 +398,34 @@ def test_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         job_of("--file", "pipe", "cc")
     with pytest.raises(JobError, match="--file nowhere: No such file"):
         job_of("--file", "nowhere", "cc")
+
+
+def test_who_may_be_reached() -> None:
+    base = Policy(network=Network(mode="user", allow=("a.example:443",)))
+    words = ("--allow", "*.b.example:80", "--allow", "10.1.0.0/16:22", "--publish", "8080:80")
+    found = policy_of(*words, base=base)
+    assert found.network.allow == ("a.example:443", "*.b.example:80", "10.1.0.0/16:22")
+    assert found.network.publish == ("8080:80",)
+    assert found.origin("network.allow") == "command line: --allow"
+    alone = policy_of("--allow", "a.example:443")
+    assert (alone.network.mode, alone.network.allow) == ("user", ("a.example:443",))
+    assert policy_of("--network", "user").network == Network(mode="user")
+    assert policy_of("--network", "none", base=base).network.mode == "none"
+    assert policy_of("--network", "user", base=base) is base
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--allow", "a.example"), "network.allow[0]: 'a.example' says no port"),
+        (("--publish", "80"), "network.publish[0]: '80' is not [ADDRESS:]PORT:PORT_INSIDE"),
+        (("--network", "none", "--allow", "*"), "--network none lets nobody be reached"),
+    ],
+)
+def test_who_cannot_be_meant(words: tuple[str, ...], said: str) -> None:
+    with pytest.raises(SandboxError) as caught:
+        policy_of(*words)
+    assert said in str(caught.value)
 
 
 def test_the_rest_of_a_policy_stays() -> None:

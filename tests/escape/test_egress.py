@@ -188,7 +188,7 @@ ATTEMPTS: dict[str, Attempt] = {
         "one.setsockopt(1, 15, 1)\n"
         "found['name server, shared'] = tried(one.bind, ('127.0.0.53', 53))\n"
         "found['of the other side'] = tried(one.bind, ('10.0.2.2', 4000))",
-        EVERYBODY, frozenset({"EPERM", "EACCES", "EADDRNOTAVAIL"}),
+        EVERYBODY, frozenset({"EPERM", "EADDRINUSE", "EADDRNOTAVAIL"}),
     ),
     "large datagrams": Attempt(
         "one = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\n"

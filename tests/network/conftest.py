@@ -51,19 +51,29 @@ class World:
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process
         self._numbers = itertools.count(1)
+        self._answers: dict[int, dict[str, Any]] = {}
 
     def ask(self, do: str, **fields: Any) -> Any:
+        return self.answer(self.begin(do, **fields))
+
+    def begin(self, do: str, **fields: Any) -> int:
+        """Ask, and go on; `answer` waits."""
         assert self._process.stdin is not None
-        assert self._process.stdout is not None
         number = next(self._numbers)
         print(json.dumps({"id": number, "do": do, **fields}), file=self._process.stdin, flush=True)
-        while line := self._process.stdout.readline():
+        return number
+
+    def answer(self, number: int) -> Any:
+        assert self._process.stdout is not None
+        while number not in self._answers:
+            line = self._process.stdout.readline()
+            assert line, "the world is gone"
             answer = json.loads(line)
-            if answer.get("id") == number:
-                if "error" in answer:
-                    raise RuntimeError(answer["error"] + "\n" + answer["trace"])
-                return answer["answer"]
-        raise AssertionError("the world is gone")
+            self._answers[answer["id"]] = answer
+        answer = self._answers.pop(number)
+        if "error" in answer:
+            raise RuntimeError(answer["error"] + "\n" + answer["trace"])
+        return answer["answer"]
 
     def run(self, body: str, **network: Any) -> Outcome:
         """A Python attack with this [network]."""

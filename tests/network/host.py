@@ -15,6 +15,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,9 @@ from sandboxd.policy import Network, Policy
 from sandboxd.result import to_json
 from sandboxd.supervise import policies
 from sandboxd.supervise.runner import Runner, open_runner
-from tests.network.places import HOST, OUTSIDE
+from tests.escape.attack import python
+from tests.network.conftest import TOOLS
+from tests.network.places import HOST, OUTSIDE, PUBLIC
 from tests.network.world import answer_tcp, answer_udp, ip, name_server_udp, serve
 
 PATIENCE = 50.0
@@ -35,9 +38,10 @@ LOCAL_PORT = 7777
 
 
 def policy(fields: dict[str, Any]) -> Policy:
-    base = policies.find(fields.pop("base", "base"))
+    base = policies.find("base")
+    root = msgspec.structs.replace(base.root, **fields.pop("root", {}))
     network = msgspec.convert({"mode": "user", **fields}, Network)
-    return msgspec.structs.replace(base, network=network)
+    return msgspec.structs.replace(base, network=network, root=root)
 
 
 def everybody() -> list[tuple[int, int, str, str]]:
@@ -99,6 +103,26 @@ class Host:
             while here() != before:  # noqa: ASYNC110  nobody tells when the kernel is through
                 await trio.sleep(0.01)
         return [statuses, before, here()]
+
+    async def spares(self, request: dict[str, Any]) -> Any:
+        """Two jobs at a time, twice, with sandboxes made ahead."""
+        argv = python(f"{TOOLS}\nfound = reach({PUBLIC!r})")
+        job = Job(argv=argv, policy=policy(request["network"]))
+        told: list[list[str]] = []
+
+        async def one(runner: Runner) -> None:
+            result = await runner.run(job)
+            told.append([result.status, json.loads(result.stdout)])
+
+        async with open_runner(slots=2, spares=2, cgroup="none") as runner:
+            for _ in range(2):
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(one, runner)
+                    nursery.start_soon(one, runner)
+                with trio.fail_after(10):
+                    while runner.statistics().spares < 2:  # noqa: ASYNC110  nobody tells
+                        await trio.sleep(0.01)
+        return told
 
     async def _kill(self, what: str) -> None:
         """End all who are called so, or are part of it, once the job says by a name: now."""
@@ -163,8 +187,11 @@ class Host:
                     await trio.sleep(0.01)
                     continue
                 async with stream:
-                    await stream.send_all(b"hello")
-                    return (await stream.receive_some()).decode()
+                    # Who carries packets may accept before anybody listens inside.
+                    with suppress(trio.BrokenResourceError):
+                        await stream.send_all(b"hello")
+                        if said := await stream.receive_some():
+                            return said.decode()
         return "nobody"
 
 
