@@ -28,6 +28,8 @@ import trio
 from sandboxd.errors import HostError
 
 VERSION = 1
+PAUSE = 0.05
+"""Seconds in which notes are gathered; what somebody waits for is written at once."""
 MOST_AT_ONCE = 512
 """Changes of one commit, and those that may wait without anybody waiting for them."""
 
@@ -88,6 +90,7 @@ class Journal:
         self._using = trio.CapacityLimiter(1)
         self._waiting: list[_Change] = []
         self._more = trio.Event()
+        self._urgent = trio.Event()
         self._committing = False
 
     # -- writing
@@ -95,6 +98,7 @@ class Journal:
     async def write(self, sql: str, *values: Any) -> None:
         """Returns when it is on disk; HostError if that cannot be had."""
         change = self._add(sql, values)
+        self._urgent.set()
         await change.written.wait()
         if change.error is not None:
             raise HostError(
@@ -107,6 +111,7 @@ class Journal:
         """It will be on disk in a moment; waits only while too much is on its way there."""
         change = self._add(sql, values)
         if len(self._waiting) > MOST_AT_ONCE:
+            self._urgent.set()
             await change.written.wait()
 
     def _add(self, sql: str, values: tuple[Any, ...]) -> _Change:
@@ -163,9 +168,11 @@ class Journal:
     async def _write_all(self) -> None:
         while True:
             await self._more.wait()
+            with trio.move_on_after(PAUSE):
+                await self._urgent.wait()
             batch, self._waiting = self._waiting[:MOST_AT_ONCE], self._waiting[MOST_AT_ONCE:]
             if not self._waiting:
-                self._more = trio.Event()
+                self._more, self._urgent = trio.Event(), trio.Event()
             self._committing = True
             with trio.CancelScope(shield=True):
                 await trio.to_thread.run_sync(self._commit, batch, limiter=self._using)

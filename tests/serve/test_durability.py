@@ -222,7 +222,7 @@ async def test_a_change_that_fails_takes_no_other_with_it(tmp_path: Path) -> Non
 
 @pytest.mark.time_limit(100 if KILLS <= 8 else 10.0 * KILLS)
 async def test_killed_at_random_moments_nothing_is_lost_or_doubled() -> None:
-    """Set SANDBOXD_TEST_KILLS for more; the seed is printed."""
+    """SANDBOXD_TEST_KILLS=200 for more (with -o faulthandler_timeout=3000); the seed is printed."""
     seed = int(os.environ.get("SANDBOXD_TEST_SEED", random.randrange(1 << 32)))
     sys.stdout.write(f"SANDBOXD_TEST_SEED={seed}\n")
     chance = random.Random(seed)

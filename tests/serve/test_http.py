@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+import runpy
 
 import pytest
 import trio
 
 from sandboxd.serve import http
-from tests.serve.serving import daemon, head, raw
+from tests.serve.serving import ROOT, daemon, head, raw
 
 GET = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
 LAST = b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
@@ -120,3 +121,8 @@ async def test_many_who_say_nothing_hold_up_nobody() -> None:
             assert view["status"] == "ok"
             for stream in streams:
                 nursery.start_soon(stream.aclose)
+
+
+def test_what_the_fuzzer_does() -> None:
+    """A moment of it; ./do fuzz serve goes on."""
+    runpy.run_path(str(ROOT / "fuzz" / "serve.py"))["fuzz"](examples=150)
