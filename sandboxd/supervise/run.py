@@ -7,8 +7,9 @@ import trio
 from sandboxd.errors import SandboxError
 from sandboxd.result import Artifact, Event, Result, Usage
 from sandboxd.supervise.leavings import Leavings, OpenArtifacts
+from sandboxd.supervise.pipes import resize_terminal
 from sandboxd.supervise.stops import Control
-from sandboxd.supervise.supervise import Reports, resize_terminal
+from sandboxd.supervise.supervise import Reports
 
 EVENTS_BUFFER = 16
 """Events a reader may lag behind before the job is stalled."""

@@ -29,6 +29,7 @@ from sandboxd.supervise.known import Known
 from sandboxd.supervise.leavings import Leavings
 from sandboxd.supervise.netkeeper import UserNetwork
 from sandboxd.supervise.one_error import one_error
+from sandboxd.supervise.pipes import Pipes, open_pipes
 from sandboxd.supervise.place import open_place
 from sandboxd.supervise.porter import Porter
 from sandboxd.supervise.resolver import with_way_out
@@ -41,9 +42,7 @@ from sandboxd.supervise.supervise import (
     Dispatch,
     Emit,
     GivenUp,
-    Pipes,
     Reports,
-    open_pipes,
     supervise,
 )
 
@@ -194,12 +193,14 @@ class Runner:
         check_place(job)
         token = object()
         split = inputs.split(job)
-        job, lent = split.job, AsyncExitStack()
-        if not await self._take_slot(token, run, self._known.policy(job), lent):
+        job, policy = split.job, self._known.policy(job)
+        lent = AsyncExitStack() if split.attached or volumes.stored(policy) else None
+        if not await self._take_slot(token, run, policy, lent):
             return self._never_started(job, asked)
         try:
             queued = trio.current_time() - asked
-            with inputs.held(split.attached) as attached, Descriptors() as fds:
+            attached = lent.enter_context(inputs.held(split.attached)) if lent else None
+            with Descriptors() as fds:
                 kept = self._known.ready(job, attached)
                 caps = tighten_artifacts(kept.policy, job.artifacts)
                 porter = kept.home.porter
@@ -217,12 +218,14 @@ class Runner:
                     reports=run._reports if run else None,
                     vigil=kept.vigil if self._is_alone() else NO_VIGIL,
                 )
-                async with volumes.watched(kept.policy, kept.prepared.host, conduct.on_start) as on:
-                    conduct.on_start = on
-                    try:
-                        result = await self._in_sandbox(kept, conduct, (asked, queued))
-                    except GivenUp:
-                        return self._never_started(job, asked)
+                if lent is not None:
+                    host, started = kept.prepared.host, conduct.on_start
+                    watched = volumes.watched(kept.policy, host, started)
+                    conduct.on_start = await lent.enter_async_context(watched)
+                try:
+                    result = await self._in_sandbox(kept, conduct, (asked, queued))
+                except GivenUp:
+                    return self._never_started(job, asked)
             self._finished += 1
             kept.runs += 1
             if not kept.refilling and self._lacks(kept):
@@ -231,7 +234,8 @@ class Runner:
             return result
         finally:
             self._limiter.release_on_behalf_of(token)
-            await lent.aclose()
+            if lent is not None:
+                await lent.aclose()
 
     def _never_started(self, job: Job, asked: float) -> Result:
         seen, waited = record.never_started(asked)
@@ -242,12 +246,15 @@ class Runner:
         return self.host.cpus > 1 and self._limiter.borrowed_tokens == 1
 
     async def _take_slot(
-        self, token: object, run: Run | None, policy: Policy, lent: AsyncExitStack
+        self, token: object, run: Run | None, policy: Policy, lent: AsyncExitStack | None
     ) -> bool:
         """After the caches of its policy. False if the run was killed before it got one."""
-        if not volumes.stored(policy):
-            with suppress(trio.WouldBlock):
+        if lent is None:
+            try:
                 self._limiter.acquire_on_behalf_of_nowait(token)
+            except trio.WouldBlock:
+                lent = AsyncExitStack()
+            else:
                 return True
         with run._queue if run is not None else trio.CancelScope():
             try:

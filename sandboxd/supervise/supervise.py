@@ -14,20 +14,17 @@ import math
 import os
 import select
 import socket
-import termios
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import cast
 
 import msgspec
 import trio
 
 from sandboxd.compile.build import Compiled, exec_plan
-from sandboxd.errors import JobError, LaunchError
+from sandboxd.errors import LaunchError
 from sandboxd.host import Host
-from sandboxd.job import Copied, Job, Names, Terminal
-from sandboxd.linux import memfd
+from sandboxd.job import Copied, Job, Names
 from sandboxd.messages import ENDED, FILES, GO, Ended, Failure, StartHeader
 from sandboxd.plan import TENANT_UID
 from sandboxd.policy import Artifacts
@@ -37,6 +34,7 @@ from sandboxd.script.record import Image
 from sandboxd.supervise import account, budgets, segments, stream
 from sandboxd.supervise.artifacts import open_sink
 from sandboxd.supervise.descriptors import Descriptors
+from sandboxd.supervise.pipes import Pipes, open_pipes
 from sandboxd.supervise.porter import Porter
 from sandboxd.supervise.sandboxes import Sandbox
 from sandboxd.supervise.status import Facts
@@ -44,9 +42,6 @@ from sandboxd.supervise.stops import Control, Stops
 from sandboxd.supervise.tenants import MESSAGE, Prepared, Script, failure
 from sandboxd.supervise.vigil import Vigil
 from sandboxd.supervise.watch import Watcher
-
-LARGE_STDIN = 64 << 20
-"""Bytes; a file larger than this goes through a pipe instead of a copy in memory."""
 
 SCRIPTS_KEPT = 64
 SCRIPT_KEPT = 64 << 10
@@ -64,18 +59,6 @@ class Reports:
 
     every: float
     send: Callable[[Usage], None]
-
-
-@dataclass(slots=True)
-class Pipes:
-    """The supervisor's ends of a run's streams, and the job's ends until they are handed over."""
-
-    fds: Descriptors
-    job_ends: list[int] = field(default_factory=list)
-    reads: dict[str, int] = field(default_factory=dict)
-    stdin: int | None = None
-    source: int | None = None
-    """A file that is fed to stdin, too large for a copy in memory."""
 
 
 @dataclass(slots=True)
@@ -203,11 +186,7 @@ async def supervise(run: Conduct, box: Sandbox) -> Observed:
         started = trio.current_time()
         watcher.start(started)
         run.on_start(control)
-        async with budgets.watching(box, limits, stops.stop) as area:
-            if run.emit is None and pipes.source is None:
-                report = await attend(box, stops, watcher, pumps, run.vigil)
-            else:
-                report = await attend_streams(run, box, control, pumps)
+        report, area = await observe(run, box, control, pumps)
         await box.check_served()
         ended, failed = parse_report(report)
         ended = await budgets.at_end(area, ended, limits)
@@ -235,6 +214,25 @@ async def supervise(run: Conduct, box: Sandbox) -> Observed:
     if segments.are_in_question(facts, limits):
         facts = msgspec.structs.replace(facts, segments=segments.of_program(run.job, run.compiled))
     return Observed(facts, captures, artifacts, started, ended_at, box.is_crowded())
+
+
+async def observe(
+    run: Conduct, box: Sandbox, control: Control, pumps: list[stream.Pump]
+) -> tuple[bytes, budgets.Budget | None]:
+    """init's report; and what was watched meanwhile, if the run writes to a directory."""
+    if box.area is None:
+        return await attend_run(run, box, control, pumps), None
+    limits = run.compiled.policy.limits
+    async with budgets.watching(box, limits, control.stops.stop) as area:
+        return await attend_run(run, box, control, pumps), area
+
+
+async def attend_run(
+    run: Conduct, box: Sandbox, control: Control, pumps: list[stream.Pump]
+) -> bytes:
+    if run.emit is None and run.dispatch.pipes.source is None:
+        return await attend(box, control.stops, control.watcher, pumps, run.vigil)
+    return await attend_streams(run, box, control, pumps)
 
 
 async def attend_streams(
@@ -433,66 +431,3 @@ def start_error(run: Conduct, box: Sandbox, image: Image, failed: bytes) -> tupl
     if error.stage == "change_dir":
         return error.errno, f"working directory {os.fsdecode(run.job.cwd or '/box')}"
     raise error
-
-
-# -- the job's descriptors -------------------------------------------------------------------
-
-
-def open_pipes(job: Job, pipes: Pipes) -> Pipes:
-    """stdin, stdout and stderr of a job; `pipes.fds` owns all ends."""
-    fds = pipes.fds
-    if job.terminal is not None:
-        return open_terminal(job.terminal, pipes)
-    pipes.job_ends.append(open_stdin(job, pipes))
-    for name in ("stdout", "stderr"):
-        ours, theirs = os.pipe2(os.O_CLOEXEC)
-        fds.own(ours)
-        os.set_blocking(ours, False)
-        pipes.reads[name] = ours
-        pipes.job_ends.append(fds.own(theirs))
-    return pipes
-
-
-def open_stdin(job: Job, pipes: Pipes) -> int:
-    fds = pipes.fds
-    if isinstance(job.stdin, bytes):
-        if not job.stdin:
-            return fds.own(os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC))
-        return fds.own(memfd.sealed(job.stdin))
-    if isinstance(job.stdin, Path):
-        source = open_input(job.stdin, fds)
-        if os.fstat(source).st_size <= LARGE_STDIN:
-            return fds.own(memfd.sealed_copy(source))
-        pipes.source = source
-    theirs, ours = os.pipe2(os.O_CLOEXEC)
-    fds.own(ours)
-    os.set_blocking(ours, False)
-    pipes.stdin = ours
-    return fds.own(theirs)
-
-
-def open_input(path: Path, fds: Descriptors) -> int:
-    """The file, to be copied from: a job that had its descriptor could open it for writing."""
-    try:
-        return fds.own(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
-    except OSError as error:
-        raise JobError(f"stdin: {path}: {error.strerror}") from None
-
-
-def open_terminal(terminal: Terminal, pipes: Pipes) -> Pipes:
-    """A terminal of the job's own; what it prints is "stdout"."""
-    fds = pipes.fds
-    ours, theirs = os.openpty()
-    fds.own(ours)
-    fds.own(theirs)
-    resize_terminal(ours, terminal.rows, terminal.columns)
-    os.set_blocking(ours, False)
-    pipes.reads["stdout"] = ours
-    pipes.stdin = ours
-    pipes.job_ends += [theirs, fds.own(os.dup(theirs)), fds.own(os.dup(theirs))]
-    return pipes
-
-
-def resize_terminal(fd: int, rows: int, columns: int) -> None:
-    """TIOCSWINSZ (ioctl_tty(2)); the foreground processes get SIGWINCH."""
-    termios.tcsetwinsize(fd, (rows, columns))
