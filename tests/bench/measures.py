@@ -23,6 +23,7 @@ from tests.bench.programs import BURN, DYNAMIC, HOLD, PLACE, STATIC
 FLIGHTS = (1, 2, 4)
 LIVE = 50
 BURNING = 1.0
+MEMORY = Path("/dev/shm")
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -167,10 +168,11 @@ def without_cgroup(host: Host) -> Host:
 
 
 async def files(bench: Bench) -> list[Row]:
-    """Many files in and out."""
+    """Many files in and out; in memory, as a sandbox's are, so that no disk is measured."""
     tables: dict[str, Table] = {}
-    rounds = max(2, bench.rounds // 10)
-    with tempfile.TemporaryDirectory(dir=bench.folder.parent) as folder:
+    rounds = max(1, bench.rounds // 10)
+    place = MEMORY if os.access(MEMORY, os.W_OK) else bench.folder.parent
+    with tempfile.TemporaryDirectory(dir=place) as folder:
         for measure, who, sample in await many_files.times(bench.host, Path(folder), rounds):
             tables.setdefault(measure, Table(measure, "ms")).add(who, sample)
     return [row for table in tables.values() for row in table.all()]

@@ -25,8 +25,8 @@ MEMORY = [
 ]
 START = "new runner: tenant, first result, end"
 FILES = {
-    f"{files.COUNT} files in": {*files.WAYS, files.PEER},
-    f"{files.COUNT} files in and out": {files.OUT},
+    f"{files.count(1)} files in": {*files.WAYS, files.PEER},
+    f"{files.count(1)} files in and out": {files.OUT},
 }
 OVERSHOOT = "CPU time beyond a limit of 1 s, four busy processes"
 
