@@ -118,13 +118,13 @@ def problems(syscalls: Syscalls) -> tuple[PolicyError, ...]:
     return () if syscalls.oci else _problems_of_lists(syscalls)
 
 
-def problems_of_profiles(syscalls: Syscalls) -> tuple[PolicyError, ...]:
-    """The same of the profiles; `where` is the place in their file."""
+def problems_of_profiles(syscalls: Syscalls, kernel: str = "") -> tuple[PolicyError, ...]:
+    """The same of the profiles, on this kernel; `where` is the place in their file."""
     try:
         every = oci_filter.attached(syscalls)
     except PolicyError as error:
         return (error,)
-    return tuple(wrong for one in every for wrong in oci_filter.problems(one))
+    return tuple(wrong for one in every for wrong in oci_filter.problems(one, kernel))
 
 
 def _problems_of_lists(syscalls: Syscalls) -> tuple[PolicyError, ...]:

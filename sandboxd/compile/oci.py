@@ -12,7 +12,7 @@ import errno
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from types import MappingProxyType
 from typing import Literal
 
@@ -108,7 +108,7 @@ class OciFilter:
     where: str
 
 
-@cache
+@lru_cache(maxsize=16)
 def parse(text: str, file: str, path: str = "") -> OciFilter:
     """The profile in this text; `path` is the place of it in a larger document."""
     return of(read(text, file, path))

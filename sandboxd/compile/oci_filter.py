@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from types import MappingProxyType
 from typing import Literal
 
@@ -97,15 +97,17 @@ def unknown(profile: OciFilter) -> tuple[str, ...]:
     return tuple(name for name in every if name not in _KNOWN)
 
 
-def problems(profile: OciFilter) -> tuple[PolicyError, ...]:
-    """Why no sandbox can be had with it."""
+def problems(profile: OciFilter, kernel: str = "") -> tuple[PolicyError, ...]:
+    """Why no sandbox can be had with it, on this kernel."""
     for arch in ARCHITECTURES:
         try:
             for abi in abis(profile, arch):
-                leaves(profile, arch, "", abi)
+                leaves(profile, arch, kernel, abi)
         except PolicyError as error:
             return (error,)
-        refused = [name for name in members("@init") if not _lets(profile, arch, name)]
+        found, default = leaves(profile, arch, kernel, arch), Leaf((), profile.default)
+        wanted = [name for name in members("@init") if name in table(arch)]
+        refused = [name for name in wanted if not _lets(found.get(name, default))]
         if refused:
             more = f" and {len(refused) - 3} more" if len(refused) > 3 else ""
             message = "sandboxd's own first process in a sandbox would be refused "
@@ -114,14 +116,13 @@ def problems(profile: OciFilter) -> tuple[PolicyError, ...]:
     return ()
 
 
-def _lets(profile: OciFilter, arch: str, name: str) -> bool:
+def _lets(leaf: Leaf) -> bool:
     """Whether a call is ever made."""
-    leaf = leaves(profile, arch, "", arch).get(name, Leaf((), profile.default))
     answers = {leaf.otherwise, *(check.action for check in leaf.checks)}
-    return not answers.isdisjoint({bpf.ALLOW, bpf.LOG}) or name not in table(arch)
+    return not answers.isdisjoint({bpf.ALLOW, bpf.LOG})
 
 
-@cache
+@lru_cache(maxsize=64)
 def leaves(profile: OciFilter, arch: str, kernel: str, abi: str) -> Mapping[str, Leaf]:
     """What is decided on every call that a rule names, for programs of this kind."""
     always: dict[str, int] = {}

@@ -110,7 +110,7 @@ def _make(syscalls: Syscalls, arch: str, kernel: str, part: Part) -> tuple[bytes
 
 def _sources(syscalls: Syscalls, arch: str, kernel: str, part: Part) -> Iterator[bytes]:
     """Programs of the lists, or of the profile in their place; of a profile on top of these."""
-    for wrong in problems_of_profiles(syscalls):
+    for wrong in problems_of_profiles(syscalls, kernel):
         raise wrong
     if syscalls.oci:
         yield from fit([_guards(abi, part) for abi in ABIS[arch]], "syscalls.oci")

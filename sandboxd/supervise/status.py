@@ -10,8 +10,9 @@ from typing import Literal
 
 import msgspec
 
+from sandboxd.compile.oci_filter import IN_BUNDLE
 from sandboxd.messages import Ended
-from sandboxd.policy import Limits, Policy, Rule
+from sandboxd.policy import Attached, Limits, Policy, Rule
 from sandboxd.result import (
     ArtifactError,
     Fault,
@@ -298,9 +299,6 @@ def violations(facts: Facts, policy: Policy) -> tuple[Violation, ...]:
     if _signal_number(facts) != signals.SIGSYS:
         return ()
     syscalls = policy.syscalls
-    if syscalls.oci:
-        rule = policy.origin("syscalls.oci")
-        return (Violation(kind="syscall", name=None, count=1, rule=rule),)
     rules = any(isinstance(rule, Rule) and rule.action == "kill" for rule in syscalls.rules)
     keys = [
         key
@@ -312,8 +310,10 @@ def violations(facts: Facts, policy: Policy) -> tuple[Violation, ...]:
         )
         if kills
     ]
-    rule = " or ".join(policy.origin(key) for key in keys)
-    return (Violation(kind="syscall", name=None, count=1, rule=rule),)
+    places = [policy.origin(key) for key in (["syscalls.oci"] if syscalls.oci else keys)]
+    if isinstance(syscalls, Attached) and syscalls.on_top:
+        places.append(f"{syscalls.on_top_name}: {IN_BUNDLE}")
+    return (Violation(kind="syscall", name=None, count=1, rule=" or ".join(places)),)
 
 
 def _figure(value: float | None) -> str:

@@ -154,6 +154,15 @@ def test_a_difference_to_libseccomp_is_an_error(
     )
 
 
+def test_verifying_says_that_a_profile_is_not_compared(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "p.json").write_text('{"defaultAction": "SCMP_ACT_ALLOW"}')
+    (tmp_path / "one.toml").write_text('syscalls.oci = "p.json"\n')
+    assert policy("check", "--verify", str(tmp_path / "one.toml")) == 0
+    assert "syscalls.oci: profiles are not compared with libseccomp" in capsys.readouterr().err
+
+
 def test_verifying_without_libseccomp_says_what_to_install(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

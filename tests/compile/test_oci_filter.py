@@ -400,5 +400,9 @@ def test_a_profile_must_let_the_first_process_of_a_sandbox_work() -> None:
     with pytest.raises(PolicyError, match=message):
         seccomp.programs(attached(text), "x86_64")
     assert seccomp.programs(attached({"defaultAction": ERRNO, "syscalls": [INIT]}), "x86_64")
+    later = {"defaultAction": ERRNO, "syscalls": [INIT | {"includes": {"minKernel": "99.1"}}]}
+    assert seccomp.programs(attached(later), "x86_64", "99.1")
+    with pytest.raises(PolicyError, match=message):  # as this kernel has it
+        seccomp.programs(attached(later), "x86_64", KERNEL)
     with pytest.raises(PolicyError, match=r"^config.json: linux.seccomp: sandboxd's own first"):
         seccomp.programs(attached({"defaultAction": ALLOW}, text), "x86_64")

@@ -189,3 +189,7 @@ async def test_a_bundles_filter_is_on_top_of_the_policys(tmp_path: Path) -> None
     result = await run(job)
     assert b"No space left on device" in result.stderr
     assert result.enforcement["syscalls"] == "allowlist and profile"
+    profile["syscalls"] = [rule("mkdir mkdirat", "SCMP_ACT_KILL_PROCESS")]
+    result = await run(load_bundle(write(tmp_path, "exec mkdir x", linux=linux), with_usr()))
+    assert result.status == "syscall_denied"
+    assert str(result.violations[0].rule).endswith(" or config.json: linux.seccomp")
