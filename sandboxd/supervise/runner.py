@@ -390,7 +390,9 @@ class Runner:
                     namespace = fds.own(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
                     # Of its own: looking at how full they are must not wait for files.
                     porter = await home.stack.enter_async_context(open_porter(namespace))
-                home.uppers = await home.stack.enter_async_context(open_uppers(porter))
+                home.uppers = await home.stack.enter_async_context(
+                    open_uppers(porter, tenant.compiled.tenant.ids)
+                )
             return home.uppers
 
     async def _leave(self, home: Home) -> None:
