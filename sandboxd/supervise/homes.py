@@ -71,7 +71,9 @@ class Home:
             if self._uppers is None:
                 # A porter of its own: looking at how full they are must not wait for files.
                 porter = await self._open_porter(tenant)
-                self._uppers = await self._stack.enter_async_context(open_uppers(porter))
+                self._uppers = await self._stack.enter_async_context(
+                    open_uppers(porter, tenant.compiled.tenant.ids)
+                )
             return self._uppers
 
     async def netkeeper(self) -> Netkeeper:

@@ -2,6 +2,9 @@
 
     PLACE/RUNNER/NUMBER     a directory for each sandbox; RUNNER is locked (flock(2)) while it lives
 
+RUNNER is closed to all others: a job may make programs that change their user (chmod u+s), and
+nobody on the host must get at one.
+
 What is in one belongs to ids that we are not, so a porter removes it, in the user namespace of the
 tenant. What a runner left that was killed is removed by the next one that makes a directory: its
 lock is free then.
@@ -103,9 +106,9 @@ async def remove(path: Path, porter: Porter) -> None:
 
 
 @asynccontextmanager
-async def open_uppers(porter: Porter) -> AsyncIterator[Uppers]:
+async def open_uppers(porter: Porter, ids: IdMap) -> AsyncIterator[Uppers]:
     """A place for a runner's directories; what dead runners left goes first."""
-    folder, lock = _make(own_place())
+    folder, lock = _make(own_place(), ids)
     try:
         await sweep(folder.parent, porter)
         yield Uppers(folder, porter)
@@ -115,7 +118,7 @@ async def open_uppers(porter: Porter) -> AsyncIterator[Uppers]:
             await _sweep_one(folder, porter)
 
 
-def _make(place: Path) -> tuple[Path, int]:
+def _make(place: Path, ids: IdMap) -> tuple[Path, int]:
     """A directory of our own there, and the descriptor that holds its lock."""
     try:
         place.mkdir(parents=True, exist_ok=True)
@@ -123,7 +126,9 @@ def _make(place: Path) -> tuple[Path, int]:
             place.chmod(0o711)
         for _ in range(_TRIES):
             folder = place / os.urandom(8).hex()
-            folder.mkdir(mode=0o711)
+            folder.mkdir(mode=0o700)
+            if ids.writer == "direct":
+                os.chown(folder, ids.uids[0][1], ids.gids[0][1])
             lock = os.open(folder, _FOLDER)
             with suppress(BlockingIOError):
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

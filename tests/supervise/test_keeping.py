@@ -22,7 +22,7 @@ from sandboxd.result import Result
 from sandboxd.supervise import keeping
 from sandboxd.supervise.runner import open_runner
 from tests.images import making
-from tests.images.making import END, SMALL, file, folder, ids, oci_layout, tarball
+from tests.images.making import END, SMALL, file, folder, ids, oci_layout, octal, tarball
 from tests.supervise import variants
 from tests.supervise.overlays import PRELUDE, PYTHON, lower
 from tests.supervise.overlays import policy as overlay_policy
@@ -41,6 +41,7 @@ BELOW = (
     folder(b"data") + file(b"data/kept", b"kept\n") + file(b"data/gone") + folder(b"data/deep")
     + file(b"data/deep/old") + file(b"data/deep/older") + file(b"data/changed", b"before\n")
     + folder(b"data/tree") + file(b"data/tree/leaf")
+    + file(b"data/theirs", mode=octal(0o666, 8), uid=octal(1000, 8), gid=octal(5, 8))
 )  # fmt: skip
 ABOVE = folder(b"data") + file(b"data/.wh.gone", b"") + END
 LIMITS = Limits(wall_time=60.0, disk=64 << 20, inodes=20000)
@@ -162,6 +163,18 @@ async def test_owners_are_those_seen_inside(store: Store) -> None:
     with tarfile.open(find_kept("owned").folder / "layer.tar") as layer:
         (mine,) = [one for one in layer if one.name == "open/mine"]
         assert (mine.uid, mine.gid) == (1234, 77)
+
+
+@KINDS
+@pytest.mark.needs("subuid")
+async def test_copying_up_changes_no_owner(driver: str, upper: str, store: Store) -> None:
+    """Who may write to a file of somebody else's does not get it, whoever copies it up."""
+    chosen = policy(driver, upper, identity=Identity())
+    result = await run("echo more >> /data/theirs", chosen, keep_root="owners")
+    assert result.ok, result
+    with tarfile.open(find_kept("owners").folder / "layer.tar") as layer:
+        (theirs,) = [one for one in layer if one.name == "data/theirs"]
+        assert (theirs.uid, theirs.gid, theirs.mode, theirs.size) == (1000, 5, 0o666, 10)
 
 
 HOSTILE = """

@@ -211,6 +211,19 @@ async def test_a_place_that_cannot_be_written_to(monkeypatch: pytest.MonkeyPatch
         await run("true", policy(LIMITS, DIRECTORY))
 
 
+async def test_nobody_else_gets_at_it(place: Path) -> None:
+    """A program that changes its user, made by a job, is out of reach of the host's other users."""
+    job = Job(argv=["sh", "-c", "cp /bin/id . && chmod 6755 id; echo there; exec sleep 1000"],
+              policy=policy(LIMITS, DIRECTORY))  # fmt: skip
+    async with open_runner() as runner:
+        async with runner.start(job) as run:
+            async for event in run.events:
+                if event.data:
+                    break
+            (mine,) = place.iterdir()  # noqa: ASYNC240
+            assert mine.stat().st_mode & 0o7777 == 0o700
+
+
 SUPERVISOR = """
 import trio
 from sandboxd.job import Job
