@@ -20,7 +20,7 @@ from pathlib import Path
 import trio
 
 from sandboxd.supervise.probe import probe
-from tests.bench import report
+from tests.bench import network, report
 from tests.bench.contestants import Contestant, bwrap, nobody, open_ours
 from tests.bench.crun import open_crun
 from tests.bench.images import MEASURES as OF_IMAGES
@@ -105,6 +105,9 @@ def tell(text: str) -> None:
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["network"]:
+        network.main(sys.argv[2:])
+        return
     args = arguments()
     with tempfile.TemporaryDirectory(prefix="sandboxd-bench-") as folder:
         os.chmod(folder, 0o755)

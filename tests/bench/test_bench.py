@@ -84,6 +84,21 @@ def everybody(found: dict[str, Any]) -> set[str]:
     return names
 
 
+@pytest.mark.needs("subuid", "tun", "ip", "slirp4netns", "nft")
+def test_the_cost_of_a_way_out() -> None:
+    words = ["network", "--rounds", "2", "--streams", "1", "--size", "3000000", "--json"]
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "tests.bench", *words],
+        capture_output=True, text=True, check=False, timeout=110,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert {"none", "slirp4netns"} <= set(found["first byte"])
+    assert {len(samples) for samples in found["first byte"].values()} == {2}
+    assert {"slirp4netns", "bare slirp4netns"} <= set(found["stream"])
+    assert all(sample > 0 for samples in found["stream"].values() for sample in samples)
+
+
 def test_only_what_is_asked_for() -> None:
     done = subprocess.run(
         [sys.executable, "-P", "-m", "tests.bench", "--rounds", "2", "--only", "start"],

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,8 +128,9 @@ def nothing_left(world: World) -> Iterator[None]:
         pytest.fail("left behind:\n  " + "\n  ".join(left), pytrace=False)
 
 
-@pytest.fixture(scope="session")
-def world() -> Iterator[World]:
+@contextmanager
+def open_world() -> Iterator[World]:
+    """It, and its end."""
     command = [*NAMESPACES, sys.executable, "-P", "-m", "tests.network.world"]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -138,6 +140,12 @@ def world() -> Iterator[World]:
         yield World(process)
         process.stdin.close()
         assert process.wait(30) == 0
+
+
+@pytest.fixture(scope="session")
+def world() -> Iterator[World]:
+    with open_world() as found:
+        yield found
 
 
 @pytest.fixture(

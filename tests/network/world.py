@@ -37,7 +37,10 @@ def talk(one: socket.socket, who: str) -> None:
             one.sendall(f"{who}\n".encode())
             while data := one.recv(65536):
                 if data.startswith(b"flood "):
-                    one.sendall(bytes(int(data.split()[1])))
+                    size, block = int(data.split()[1]), bytes(1 << 20)
+                    for _ in range(size >> 20):
+                        one.sendall(block)
+                    one.sendall(bytes(size & (1 << 20) - 1))
                     return
                 one.sendall(data)
         except OSError:
