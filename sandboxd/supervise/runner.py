@@ -26,6 +26,7 @@ from sandboxd.supervise.cgroups import Cgroups, open_cgroups, slots_within
 from sandboxd.supervise.descriptors import Descriptors
 from sandboxd.supervise.one_error import one_error
 from sandboxd.supervise.place import open_place
+from sandboxd.supervise.planning import plan_on
 from sandboxd.supervise.porter import Porter, open_porter
 from sandboxd.supervise.run import FASTEST, Run
 from sandboxd.supervise.sandboxes import Sandbox, make
@@ -167,8 +168,7 @@ class Runner:
 
     def plan(self, job: Job) -> plan.Plan:
         """What would be done for a job, without doing it."""
-        policy = self._policy(job)
-        return build.build(job, policy, host_for(policy, self.host), os.environb)
+        return plan_on(job, self._policy(job), self.host).plan
 
     def statistics(self) -> RunnerStatistics:
         waiting = self._limiter.statistics()
