@@ -7,6 +7,9 @@ from dataclasses import dataclass, replace
 
 from sandboxd.errors import JobError
 
+_DIGITS = 64
+_HEXADECIMAL = frozenset("0123456789abcdef")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reference:
@@ -24,20 +27,29 @@ class Reference:
     path: str = ""
     """The part that is meant; "" is all."""
 
+    def __post_init__(self) -> None:
+        if len(self.key) != _DIGITS or not {*self.key} <= _HEXADECIMAL:
+            raise JobError(f"{self.key[:80]!r} is no key of a build", hint="64 hexadecimal digits")
+        if self.path and {"", ".", ".."} & {*self.path.split("/")}:
+            raise JobError(f"build {self.key[:12]}: {self.path!r} is no plain path in it",
+                           hint="use at()")  # fmt: skip
+
     def at(self, path: str) -> Reference:
         """A file or directory in it. JobError if there is none of this name."""
         inner = posixpath.normpath(posixpath.join(self.path, path))
-        found = replace(self, path="" if inner == "." else inner)
-        if not found.is_directory and inner not in self.names:
+        inner = "" if inner == "." else inner
+        if not self._has(inner):
             few = ", ".join(self.names[:10])
             raise JobError(f"build {self.key[:12]}: nothing in it is called {path!r}",
                            hint=f"there are: {few}")  # fmt: skip
-        return found
+        return replace(self, path=inner)
+
+    def _has(self, inner: str) -> bool:
+        return not inner or any(f"{name}/".startswith(f"{inner}/") for name in self.names)
 
     @property
     def is_directory(self) -> bool:
-        below = f"{self.path}/"
-        return not self.path or any(name.startswith(below) for name in self.names)
+        return self._has(self.path) and self.path not in self.names
 
     def entries(self) -> tuple[Reference, ...]:
         """What lies directly in it."""

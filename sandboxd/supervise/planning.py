@@ -16,6 +16,7 @@ from sandboxd.script.init import exec_script, setup_image
 from sandboxd.script.listing import listing
 from sandboxd.script.numbers import ARCHITECTURES
 from sandboxd.script.zygote import tenant_image
+from sandboxd.supervise import inputs
 from sandboxd.supervise.probe import probe
 from sandboxd.supervise.seen import host_for
 
@@ -41,5 +42,12 @@ class Planned:
 
 def planned(job: Job, policy: Policy, cgroup: str | None = None) -> Planned:
     """The plan of a job on this machine, which is looked at as for a run."""
-    host = host_for(policy, probe(cgroup=cgroup))
-    return Planned(build(job, policy, host, os.environb), host)
+    return plan_on(job, policy, probe(cgroup=cgroup))
+
+
+def plan_on(job: Job, policy: Policy, host: Host) -> Planned:
+    """The plan of a job on a machine, with what is attached for its references."""
+    split = inputs.split(job)
+    with inputs.held(split.attached) as attached:
+        host = replace(host_for(policy, host), inputs=attached)
+        return Planned(build(split.job, policy, host, os.environb), host)

@@ -12,7 +12,6 @@ import msgspec
 import trio
 
 from sandboxd import plan
-from sandboxd.compile import build
 from sandboxd.compile.load import tighten_artifacts
 from sandboxd.errors import InternalError, JobError, LaunchError, SandboxError
 from sandboxd.host import Host
@@ -31,6 +30,7 @@ from sandboxd.supervise.netkeeper import UserNetwork
 from sandboxd.supervise.one_error import one_error
 from sandboxd.supervise.pipes import Pipes, open_pipes
 from sandboxd.supervise.place import open_place
+from sandboxd.supervise.planning import plan_on
 from sandboxd.supervise.porter import Porter
 from sandboxd.supervise.resolver import with_way_out
 from sandboxd.supervise.run import FASTEST, Run
@@ -147,8 +147,7 @@ class Runner:
 
     def plan(self, job: Job) -> plan.Plan:
         """What would be done for a job, without doing it."""
-        policy = self._known.policy(job)
-        return build.build(job, policy, host_for(policy, self.host), os.environb)
+        return plan_on(job, self._known.policy(job), self.host).plan
 
     def policy(self, job: Job) -> Policy:
         """The policy it would run under: found, and tightened by the job's limits."""

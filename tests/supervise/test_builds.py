@@ -155,6 +155,15 @@ async def test_a_job_cannot_change_what_it_is_given(store: Store, host: str, use
                 assert {"ro", "nosuid", "nodev"} <= {*options.split(",")}
 
 
+async def test_a_plan_shows_what_is_attached() -> None:
+    async with built() as (runner, made):
+        job = Job(argv=["true"], policy=policy(), files={"x/run": made.at("prog"), "y": b"1"})
+        steps = [f"{one.stage} {one.describe()}" for one in runner.plan(job).setup.steps]
+    bind = f"bind /box/builds/{made.key}/tree/prog -> /tmp/box/x/run (ro,nosuid,nodev)"
+    assert bind in steps
+    assert "make_file /tmp/box/x/run (0 bytes)" in steps
+
+
 async def test_only_what_is_referred_to_can_be_seen(store: Store) -> None:
     async with built() as (runner, made):
         other = await runner.build(making("echo secret > other"))
@@ -360,6 +369,21 @@ def test_a_reference_knows_its_names() -> None:
             continue
         with pytest.raises(JobError, match="nothing in it is called"):
             made.at(wrong)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"key": "../../etc"},
+        {"key": "0" * 63 + "/"},
+        {"path": "../x"},
+        {"path": "a/../../x"},
+        {"path": "/etc"},
+    ],
+)
+def test_a_reference_is_to_a_build_and_nothing_else(wrong: dict[str, str]) -> None:
+    with pytest.raises(JobError, match=r"is no key of a build|is no plain path in it"):
+        Reference(**({"key": "0" * 64} | wrong), names=("a",))
 
 
 # -- several at once -------------------------------------------------------------------------------
