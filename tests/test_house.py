@@ -256,9 +256,7 @@ def test_some_modules_have_one_room_and_some_none() -> None:
 
 def test_compile_script_and_values_do_no_io() -> None:
     pure = [
-        path
-        for path in sources("sandboxd")
-        if room(path) in PURE_ROOMS or name(path) in PURE_FILES
+        path for path in sources("sandboxd") if room(path) in PURE_ROOMS or name(path) in PURE_FILES
     ]
     check(
         [
