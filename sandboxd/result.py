@@ -12,6 +12,7 @@ from typing import Any, Literal
 import msgspec
 
 from sandboxd.errors import (
+    Busy,
     HostError,
     ImageError,
     JobError,
@@ -336,7 +337,7 @@ def error_json(error: SandboxError) -> dict[str, Any]:
     """Its kind, what it says, the details of its class, and the way out."""
     kinds: dict[type[SandboxError], str] = {
         LaunchError: "launch", HostError: "host", PolicyError: "policy", JobError: "job",
-        ImageError: "image",
+        ImageError: "image", Busy: "busy",
     }  # fmt: skip
     kind = next((word for one, word in kinds.items() if isinstance(error, one)), "internal")
     details = {

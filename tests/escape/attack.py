@@ -228,7 +228,11 @@ def weakened(change: Change | None) -> Iterator[None]:
         return
     honest = build.compile_policy
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "compile_policy", lambda policy, host: change(honest(policy, host)))
+        patch.setattr(
+            build,
+            "compile_policy",
+            lambda policy, host, *, keep: change(honest(policy, host, keep=keep)),
+        )
         yield
 
 
