@@ -216,9 +216,19 @@ class Netkeeper:
         return len(self._ahead.get(egress, []))
 
     async def refill(self, egress: Egress, wanted: int) -> None:
-        """Make some ahead, while nobody waits for one."""
+        """Make some ahead, while nobody waits for one.
+
+        Each is a process of its own, so those of policies that were used longest ago go: there are
+        no more than twice as many as are wanted of one.
+        """
+        self._ahead[egress] = self._ahead.pop(egress, [])  # the latest is the last
         while self.ahead(egress) < wanted and not self.dead:
-            self._ahead.setdefault(egress, []).append(await self._make(egress))
+            while sum(map(len, self._ahead.values())) >= 2 * wanted:
+                oldest = next(one for one, made in self._ahead.items() if made)
+                await self._ahead[oldest].pop().close()
+            self._ahead = {one: made for one, made in self._ahead.items() if made or one == egress}
+            made = await self._make(egress)
+            self._ahead.setdefault(egress, []).append(made)
 
     def forget(self, name: str, *, started: bool) -> None:
         """Nobody will ask how it ended. If nobody waited for its start, it is ended here."""

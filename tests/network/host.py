@@ -108,6 +108,21 @@ class Host:
     async def measure(self, request: dict[str, Any]) -> Any:
         return await measures.measure(request)
 
+    async def policies(self, request: dict[str, Any]) -> Any:
+        """One job under each of many policies; how many carry packets for nobody afterwards."""
+        names, helper = [processes()], request["network"]["helper"]
+        async with open_runner(slots=2, cgroup="none") as runner:
+            for number in range(request["many"]):
+                fields = {**request["network"], "allow": [f"*:{number + 1}"]}
+                await runner.run(Job(argv=("/bin/true",), policy=policy(fields)))
+                while any(kept.refilling for kept in runner._kept.values()):  # noqa: ASYNC110
+                    await trio.sleep(0.005)
+            with trio.move_on_after(10):  # the last ones end beside the next run
+                while processes().count(helper) > names[0].count(helper) + 4:  # noqa: ASYNC110
+                    await trio.sleep(0.01)
+            names.append(processes())
+        return [found.count(helper) for found in names]
+
     async def spares(self, request: dict[str, Any]) -> Any:
         """Two jobs at a time, twice, with sandboxes made ahead."""
         argv = python(f"{TOOLS}\nfound = reach({PUBLIC!r})")

@@ -73,5 +73,11 @@ def test_many_in_a_row_leave_nothing(world: World, helper: str) -> None:
     assert after == before
 
 
+def test_many_policies_have_few_networks_ahead(world: World, helper: str) -> None:
+    """Each is a process: those of policies that were used longest ago are given up."""
+    before, after = world.ask("policies", network={"helper": helper}, many=12)
+    assert 1 <= after - before <= 4
+
+
 def argv(body: str) -> tuple[str, ...]:
     return python(TOOLS + body)
