@@ -237,10 +237,10 @@ class Book:
 
     # -- asking for
 
-    async def find(self, caller: Caller, job_id: str) -> Live | Row | None:
-        """A job of this caller's."""
+    async def find(self, caller: Caller, job_id: str, *, whole: bool = True) -> Live | Row | None:
+        """A job of this caller's; `whole` is with its result."""
         found = self.live.get((caller.name, job_id))
-        return found if found is not None else await self.journal.find(caller.name, job_id)
+        return found or await self.journal.find(caller.name, job_id, whole=whole)
 
     async def cancel(self, live: Live) -> None:
         """It ends, or never begins. Its record comes in a moment."""

@@ -49,6 +49,8 @@ COMMIT;
 """
 _COLUMNS = """number, caller, id, state, about, request, key, body, created, started, ended,
  attempts, status, result, events"""
+_EVENTS = """number, caller, id, state, about, NULL, key, body, created, started, ended,
+ attempts, status, NULL, events"""
 _BRIEF = """number, caller, id, state, about, NULL, key, body, created, started, ended,
  attempts, status, NULL, NULL"""
 
@@ -214,8 +216,9 @@ class Journal:
 
         return await trio.to_thread.run_sync(look, limiter=self._using)
 
-    async def find(self, caller: str, job: str) -> Row | None:
-        sql = f"SELECT {_COLUMNS} FROM jobs WHERE caller=? AND id=?"
+    async def find(self, caller: str, job: str, *, whole: bool = True) -> Row | None:
+        """Only a `whole` one has its request and its result, which may be large."""
+        sql = f"SELECT {_COLUMNS if whole else _EVENTS} FROM jobs WHERE caller=? AND id=?"
         return next((Row(*one) for one in await self.select(sql, caller, job)), None)
 
     async def find_key(self, caller: str, key: str) -> Row | None:

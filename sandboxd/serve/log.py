@@ -29,7 +29,7 @@ SEGMENTS = 8
 """Files that a spilled log has, at most and one more."""
 LAST_WORDS = 4 << 20
 """Bytes above the bound that a job in a hurry may still add before readers lose the oldest."""
-BLOCK = 256 << 10
+BLOCK = 64 << 10
 QUIET = 15.0
 """Seconds after which a reader learns that nothing has happened."""
 

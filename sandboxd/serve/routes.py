@@ -244,8 +244,8 @@ class Routes:
             raise found.refused
         return found
 
-    async def _job(self, call: Call) -> Live | Row:
-        found = await self.book.find(call.caller, call.names["id"])
+    async def _job(self, call: Call, *, whole: bool = True) -> Live | Row:
+        found = await self.book.find(call.caller, call.names["id"], whole=whole)
         if found is None:
             raise Refusal(404, "job", "no such job", hint="GET /v1/jobs lists yours")
         return found
@@ -299,7 +299,7 @@ class Routes:
         kind = events.wanted(call.request) or api.NDJSON
         follow = call.query.get("follow") != "0"
         want = events.Want(following, kind, follow)
-        return await events.reply(self.book, await self._job(call), want)
+        return await events.reply(self.book, await self._job(call, whole=False), want)
 
     async def _begun(self, call: Call) -> tuple[Live, Run]:
         """The job and its run; Refusal 409 where there is none."""

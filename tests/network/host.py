@@ -115,7 +115,7 @@ class Host:
             for number in range(request["many"]):
                 fields = {**request["network"], "allow": [f"*:{number + 1}"]}
                 await runner.run(Job(argv=("/bin/true",), policy=policy(fields)))
-                while any(kept.refilling for kept in runner._kept.values()):  # noqa: ASYNC110
+                while any(kept.refilling for kept in runner._known.all()):  # noqa: ASYNC110
                     await trio.sleep(0.005)
             with trio.move_on_after(10):  # the last ones end beside the next run
                 while processes().count(helper) > names[0].count(helper) + 4:  # noqa: ASYNC110
