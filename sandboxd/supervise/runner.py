@@ -252,15 +252,17 @@ class Runner:
             try:
                 self._limiter.acquire_on_behalf_of_nowait(token)
             except trio.WouldBlock:
-                lent = AsyncExitStack()
+                pass
             else:
                 return True
         with run._queue if run is not None else trio.CancelScope():
             try:
-                await lent.enter_async_context(volumes.lent(policy))
+                if lent is not None:
+                    await lent.enter_async_context(volumes.lent(policy))
                 await self._limiter.acquire_on_behalf_of(token)
             except BaseException:
-                await lent.aclose()
+                if lent is not None:
+                    await lent.aclose()
                 raise
             return True
         return False
