@@ -12,16 +12,15 @@ import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
 
-from sandboxd.cli import inputs, mounts, subtree
+from sandboxd.cli import inputs, mounts, subtree, users
 from sandboxd.cli.quantities import count, cpus, or_unlimited, size, time
 from sandboxd.errors import JobError
 from sandboxd.job import Job, Terminal
-from sandboxd.policy import Identity, Limits, Mount, Network, Policy, Root, Section
+from sandboxd.policy import Limits, Mount, Network, Policy, Root, Section
 
 Table = TypeVar("Table", bound=Section)
 
@@ -54,8 +53,6 @@ _ULIMITS: Mapping[str, tuple[str, Callable[[str], float]]] = MappingProxyType(
 )
 _ABSENT = -1
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
-_ROOT_IDS = (0, 0)
-_NOBODY_IDS = (65534, 65534)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 _HOSTNAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]{0,62}")
 
@@ -293,9 +290,9 @@ def policy(args: argparse.Namespace, base: Policy) -> Policy:
         origins |= {f"mounts[{place}]": f"the mount on {target}" for place, target in places}
     if root := _given_root(args, base, origins):
         changes["root"] = _changed(base.root, **root)
-    if identity := _identity(args, base, changes.get("root", base.root)):
+    if identity := users.identity(args, base, changes.get("root", base.root)):
         changes["identity"] = _changed(base.identity, **identity)
-        origins |= {f"identity.{key}": _identity_flag(args, key) for key in identity}
+        origins |= {f"identity.{key}": users.flag(args, key) for key in identity}
     network, flags = _way_out(args, base.network)
     changes |= network
     origins |= flags
@@ -373,66 +370,6 @@ def _root(text: str) -> str:
     if not os.path.isdir(path):
         raise JobError(f"--root {text}: no such directory", hint="`host` is the machine's own /usr")
     return path
-
-
-def _identity(args: argparse.Namespace, base: Policy, root: Root) -> dict[str, Any]:
-    """Who the job is; the fields of [identity] that change."""
-    found: dict[str, Any] = {}
-    if args.hostname is not None:
-        found["hostname"] = args.hostname
-    if any(mount.type != "tmpfs" and (mount.writes or mount.is_copy) for mount in args.mounts):
-        found["user"] = "caller"  # else it could not write there, or leave files that nobody owns
-    if args.user in ("caller", "isolated"):
-        found["user"] = args.user
-    elif args.user is not None:
-        found["uid"], found["gid"] = _ids(args.user, base.identity, root)
-    return found
-
-
-def _identity_flag(args: argparse.Namespace, key: str) -> str:
-    if key == "hostname":
-        return "--hostname"
-    return "--user" if args.user is not None and key != "user" else "--user, or a writable volume"
-
-
-def _ids(text: str, identity: Identity, root: Root) -> tuple[int | None, int | None]:
-    """UID[:GID], or a name that the sandbox's /etc/passwd will know."""
-    user, colon, group = text.partition(":")
-    if user.isdecimal() and (group.isdecimal() if colon else True):
-        uid, gid = int(user), int(group or user)
-        if max(uid, gid) > 65535:
-            raise JobError(f"--user {text}: ids inside are below 65536")
-        return uid, gid
-    names = {"root": _ROOT_IDS, "nobody": _NOBODY_IDS, identity.name: (identity.uid, identity.gid)}
-    if root.image:
-        names |= _passwd(_file_of_image(root.image, "etc/passwd"))
-    elif root.source != "host":
-        with suppress(OSError):
-            names |= _passwd(Path(root.source, "etc/passwd").read_text(errors="replace"))
-    if colon or user not in names:
-        raise JobError(
-            f"--user {text}: no such user in the sandbox",
-            hint=f"UID[:GID], caller, isolated, or one of {', '.join(names)}",
-        )
-    return names[user]
-
-
-def _file_of_image(name: str, path: str) -> str:
-    from sandboxd.images.store import look_up
-
-    store, record = look_up(name)
-    return store.read(record, path) or ""
-
-
-def _passwd(text: str) -> dict[str, tuple[int | None, int | None]]:
-    """The users of a passwd(5) that have ids we can give."""
-    rows = (line.split(":") for line in text.splitlines())
-    return {
-        row[0]: (int(row[2]), int(row[3]))
-        for row in rows
-        if len(row) > 3 and row[2].isdecimal() and row[3].isdecimal()
-        and max(int(row[2]), int(row[3])) < 65536
-    }  # fmt: skip
 
 
 # -- the job ---------------------------------------------------------------------------------

@@ -7,9 +7,12 @@ import os
 import stat
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sandboxd.errors import JobError
-from sandboxd.job import Input, Tar
+
+if TYPE_CHECKING:
+    from sandboxd.job import Input
 
 STDIN = 0
 FILE_FORM = "SRC[:NAME], e.g. main.cpp or build/a.out:prog"
@@ -107,6 +110,8 @@ def files(
             raise JobError(f"--file {source}: neither a file nor a directory")
     if sum(source == "-" for source, _ in archives) > 1:
         raise JobError("--files-from - stands there twice", hint="stdin is read once")
+    from sandboxd.job import Tar  # not for `sandboxd submit`, which is to start at once
+
     found: dict[str | bytes, Input] = {}
     for number, (source, name) in enumerate(archives):
         # Several may be unpacked in one place: .//x, .//.//x are other keys, not another directory.

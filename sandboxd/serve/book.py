@@ -15,6 +15,7 @@ import logging
 import os
 import shutil
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Mapping
 from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -99,6 +100,8 @@ class Book:
         self._coming: set[tuple[str, str]] = set()
         self._keys: dict[tuple[str, str], Live] = {}
         self._queue: dict[Waiting, Live] = {}
+        self._bodies: Counter[str] = Counter()
+        """Caller -> bytes of requests whose jobs are not over."""
         self._changed = trio.Event()
 
     # -- taking on
@@ -173,11 +176,12 @@ class Book:
 
     async def _take_on(self, caller: Caller, asked: Asked, job_id: str) -> Live:
         self.spending.check(caller.name, self.share)
+        self.spending.check_bodies(self._bodies[caller.name] + len(asked.body))
         with ExitStack() as held:
             live = self._make(caller, asked, job_id, held)
             if not asked.attached:
                 await self.journal.accept(live.row(asked.body))
-                if len(asked.body) > SMALL:
+                if live.size > SMALL:
                     live.job = None
             live.held = held.pop_all()
         self._enqueue(live)
@@ -201,7 +205,8 @@ class Book:
             about=About(
                 argv=words(wanted), policy=name, priority=wanted.priority, traceparent=trace
             ),
-            asked=asked,
+            asked=asked.slim(),
+            size=len(asked.body),
             log=Log(folder, self.settings.events, stall=wanted.overflow == "stall"),
             waiting=Waiting(caller.name, wanted.priority, need_of(policy)),
             created=time.time(),
@@ -221,6 +226,7 @@ class Book:
         if live.asked.key is not None:
             self._keys[live.caller.name, live.asked.key] = live
         self._queue[live.waiting] = live
+        self._bodies[live.caller.name] += live.size
         self.share.add(live.waiting)
         self.changed()
 
@@ -261,6 +267,9 @@ class Book:
         self.live.pop((live.caller.name, live.id), None)
         if live.asked.key is not None:
             self._keys.pop((live.caller.name, live.asked.key), None)
+        self._bodies[live.caller.name] -= live.size
+        if not self._bodies[live.caller.name]:
+            del self._bodies[live.caller.name]
         live.held.close()
         live.begun.set()
         live.done.set()
@@ -273,7 +282,11 @@ class Book:
         await trio.to_thread.run_sync(self.files.open)
         for row in await self.journal.unfinished():
             caller = Caller(row.caller)
-            wanted = submission(row.request or b"")
+            try:
+                wanted = submission(row.request or b"")
+            except Refusal as refusal:  # a newer sandboxd takes it no more
+                await self._close(row, _told(refusal))
+                continue
             retry = wanted.on_lost == "retry" and row.attempts < MOST_ATTEMPTS
             if row.state == "running" and not retry:
                 self.metrics.lost.add()
@@ -293,8 +306,7 @@ class Book:
                     live = self._make(caller, asked, row.id, held)
                     live.held = held.pop_all()
             except Refusal as refusal:  # its policy has gone, or its files
-                what = {"kind": refusal.kind, "message": str(refusal), "hint": refusal.hint}
-                await self._close(row, what)
+                await self._close(row, _told(refusal))
                 continue
             live.created, live.attempts, live.job = row.created, row.attempts, None
             self._enqueue(live)
@@ -337,6 +349,11 @@ class Book:
 def need_of(policy: Policy) -> Need:
     """What a job is counted for: its limits; a CPU, and no memory, where it has none."""
     return Need(max(1.0, policy.limits.cpus or 1.0), policy.limits.memory or 0)
+
+
+def _told(refusal: Refusal) -> dict[str, str]:
+    """A refusal that comes too late to be an answer."""
+    return {"kind": refusal.kind, "message": str(refusal), "hint": refusal.hint}
 
 
 def _remove(folder: Path) -> None:

@@ -136,7 +136,7 @@ async def _end(book: Book, live: Live, record: dict[str, Any], result: Result | 
         logger.error("result not written", extra={"job": live.id, "why": str(error)})
     live.record, live.state = data, "done"
     seq = max(live.log.last + 1, (live.attempts - 1) * FIRST_OF_ATTEMPT)
-    live.log.finish(seq, last_line(seq, record))
+    live.log.finish(seq, last_line(seq, data))
     _count(book, live, result)
 
 

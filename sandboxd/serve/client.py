@@ -183,7 +183,11 @@ class ClientRun:
 
     def kill(self) -> None:
         """End it; its status will be `cancelled`."""
-        self._nursery.start_soon(self._quietly, "DELETE", f"/v1/jobs/{self.id}", None)
+        self._soon("DELETE", f"/v1/jobs/{self.id}", None)
+
+    def _soon(self, method: str, target: str, body: bytes | None) -> None:
+        if not self._done.is_set():
+            self._nursery.start_soon(self._quietly, method, target, body)
 
     async def _quietly(self, method: str, target: str, body: bytes | None) -> None:
         with suppress(SandboxError):  # it is over, or the daemon: wait() says which
@@ -209,13 +213,13 @@ class ClientRun:
         """Let it go on."""
         body = msgspec.json.encode({"signal": "CONT"})
         target = f"/v1/jobs/{self.id}/signal"
-        self._nursery.start_soon(self._quietly, "POST", target, body)
+        self._soon("POST", target, body)
 
     def resize(self, rows: int, columns: int) -> None:
         """Tell the job's terminal its new size."""
         body = msgspec.json.encode({"signal": "WINCH", "rows": rows, "columns": columns})
         target = f"/v1/jobs/{self.id}/signal"
-        self._nursery.start_soon(self._quietly, "POST", target, body)
+        self._soon("POST", target, body)
 
     async def wait(self) -> Result:
         """The result. Someone must read `events` meanwhile."""

@@ -91,13 +91,8 @@ async def _finished(book: Book, row: Row, following: int) -> AsyncGenerator[list
                 last = place(lines[-1])[0]
                 yield [line for line in lines if place(line)[0] >= following]
     if last + 1 >= following and row.result is not None:
-        yield [b"".join((last_line_start(last + 1), row.result, b"}"))]
+        yield [last_line(last + 1, row.result)]
     await trio.lowlevel.checkpoint()
-
-
-def last_line_start(seq: int) -> bytes:
-    """The last event up to its result, which is JSON already."""
-    return last_line(seq, {})[:-3]
 
 
 def _gone(first: int) -> Refusal:

@@ -33,6 +33,8 @@ class Files:
         self._most = most
         self._stored: dict[str, int] = {}
         self._pinned: Counter[tuple[str, str]] = Counter()
+        self._coming: Counter[str] = Counter()
+        """Caller -> bytes that are on their way."""
         self._counting = threading.Lock()
 
     def open(self) -> None:
@@ -84,7 +86,8 @@ class Files:
                 buffer = bytearray()
                 async for piece in pieces:
                     size += len(piece)
-                    self._check_room(caller.name, size)
+                    self._coming[caller.name] += len(piece)
+                    self._check_room(caller.name)
                     found.update(piece)
                     buffer += piece
                     if len(buffer) >= PIECE:
@@ -96,6 +99,9 @@ class Files:
                 raise Refusal(422, "file", f"its SHA-256 is {found.hexdigest()}")
             self._keep(caller.name, digest, Path(name), size)
         finally:
+            self._coming[caller.name] -= size
+            if not self._coming[caller.name]:
+                del self._coming[caller.name]
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(name)
         return size
@@ -115,8 +121,8 @@ class Files:
         self._keep(caller, digest, Path(name), len(data))
         return True
 
-    def _check_room(self, caller: str, size: int) -> None:
-        if self.stored(caller) + size > self._most:
+    def _check_room(self, caller: str) -> None:
+        if self.stored(caller) + self._coming[caller] > self._most:
             raise Refusal(
                 413,
                 "quota",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
 import msgspec
@@ -41,6 +41,11 @@ class Asked:
     """SHA-256 of the body, where there is a key."""
     traceparent: str | None = None
 
+    def slim(self) -> Asked:
+        """What a job needs of it while it waits: thousands may, and their files with them."""
+        usage_every = self.wanted.usage_every
+        return replace(self, wanted=Submission(argv=("",), usage_every=usage_every), body=b"")
+
 
 @dataclass(eq=False, slots=True)
 class Live:
@@ -53,6 +58,8 @@ class Live:
     log: Log
     waiting: Waiting
     created: float
+    size: int = 0
+    """Bytes of its request."""
     held: ExitStack = field(default_factory=ExitStack)
     """What it keeps from being removed."""
     job: Job | None = None

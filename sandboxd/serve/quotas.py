@@ -24,7 +24,7 @@ class Quotas:
     cpu: float | None = None
     """CPU seconds an hour."""
     stored: int = 1 << 30
-    """Bytes of files."""
+    """Bytes of files; and, counted apart, of the requests of jobs that are not over."""
 
 
 class Spending:
@@ -45,6 +45,11 @@ class Spending:
             if sum(cpu for _, cpu in minutes) >= self.quotas.cpu:
                 wait = minutes[0][0] + MINUTE + HOUR - time.monotonic()
                 raise _later(f"{self.quotas.cpu:g} CPU seconds in an hour are used up", wait)
+
+    def check_bodies(self, size: int) -> None:
+        """Refusal 429 if the requests of a caller's jobs take up as much as its files may."""
+        if size > self.quotas.stored:
+            raise _later("the requests of your jobs take up too much", 1.0)
 
     def spent(self, caller: str, cpu: float) -> None:
         if self.quotas.cpu is None:

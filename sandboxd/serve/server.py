@@ -75,8 +75,8 @@ class Connections:
         self.count += 1
         try:
             if self.count > self._most:
-                with contextlib.suppress(OSError):
-                    stream.socket.send(_FULL)
+                with trio.move_on_after(1.0), contextlib.suppress(trio.BrokenResourceError):
+                    await stream.send_all(_FULL)
                 return
             await converse(Conversation(stream, peer_of(stream)), self._routes.handle, self._now)
         except Exception:

@@ -314,9 +314,9 @@ def event_line(event: Event, attempt: int) -> tuple[int, bytes]:
     return record["seq"], encode(record)
 
 
-def last_line(seq: int, record: Mapping[str, Any]) -> bytes:
-    """The event that has the result, or why there is none."""
-    return encode({"v": 1, "seq": seq, "type": "exit", "result": record})
+def last_line(seq: int, record: bytes) -> bytes:
+    """The event that has the result, or why there is none; `record` is JSON already."""
+    return b'{"v":1,"seq":%d,"type":"exit","result":%s}' % (seq, record)
 
 
 SEQ = re.compile(rb'\{"v":1,"seq":(\d{1,16}),"type":"([a-z]+)"')

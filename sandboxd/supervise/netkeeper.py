@@ -120,9 +120,11 @@ class UserNetwork:
     # -- its life
 
     def is_alive(self) -> bool:
+        if self.pidfd < 0:
+            return False
         poll = select.poll()
         poll.register(self.pidfd, select.POLLIN)
-        return self.pidfd >= 0 and not poll.poll(0)
+        return not poll.poll(0)
 
     async def wait_lost(self) -> str:
         """Until what carries its packets has ended; why."""
@@ -153,15 +155,13 @@ def ask(link: socket.socket, request: bytes) -> list[netlink.Answer]:
     """What the kernel says: it does so while the request is sent. OSError for a refusal."""
     link.send(request)
     found: list[netlink.Answer] = []
-    while True:
-        try:
-            data = link.recv(LONGEST)
-        except BlockingIOError:
-            return found
-        for answer in netlink.answers(data):
-            if answer.error:
-                raise OSError(answer.error, os.strerror(answer.error))
-            found.append(answer)
+    with suppress(BlockingIOError):
+        while True:  # all of it, or the rest would be taken for the next answer
+            found += netlink.answers(link.recv(LONGEST))
+    for answer in found:
+        if answer.error:
+            raise OSError(answer.error, os.strerror(answer.error))
+    return found
 
 
 def own_addresses() -> tuple[IPAddress, ...]:
@@ -174,11 +174,11 @@ def own_addresses() -> tuple[IPAddress, ...]:
 
 def has_ipv6() -> bool:
     """Whether a packet to some address of the Internet would have a way (none is sent)."""
-    with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as one:
-        try:
+    try:
+        with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as one:
             one.connect(("2001:db8::1", 9))  # for documentation, as good as any (RFC 3849)
-        except OSError:
-            return False
+    except OSError:
+        return False
     return True
 
 
@@ -238,17 +238,20 @@ class Netkeeper:
 
     async def _make(self, egress: Egress) -> UserNetwork:
         name = f"n{next(self._numbers)}"
-        with Descriptors() as fds:
-            made, received = await self._ask({"make": name}, "made", name)
-            for fd in received:
-                fds.own(fd)
-            if "why" in made or len(received) != 5:
-                raise LaunchError("network", 0, 0, f"no network namespace: {made.get('why')}")
-            kept = Descriptors()
-            namespace = kept.own(os.dup(received[0]))
-            routes, links, tables, names = (socket.socket(fileno=os.dup(fd)) for fd in received[1:])
+        try:
+            own = own_addresses()
+        except OSError as error:
+            what = "ask for the addresses of this host"
+            raise LaunchError("network", 0, error.errno or 0, what) from None
+        made, received = await self._ask({"make": name}, "made", name)
+        if "why" in made or len(received) != 5:
+            packets.close(received)
+            raise LaunchError("network", 0, 0, f"no network namespace: {made.get('why')}")
+        kept = Descriptors()
+        namespace = kept.own(received[0])
+        routes, links, tables, names = (socket.socket(fileno=fd) for fd in received[1:])
         network = UserNetwork(self, name, egress, kept, namespace, routes, links, tables, names,
-                              own_addresses(), has_ipv6())  # fmt: skip
+                              own, has_ipv6())  # fmt: skip
         try:
             with trio.fail_after(TIMEOUT):
                 await self._furnish(network)

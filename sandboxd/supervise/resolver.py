@@ -56,7 +56,6 @@ class Resolver:
     def __init__(self, network: UserNetwork) -> None:
         self._network = network
         self._egress = network.egress
-        self._servers = network.egress.resolvers or tuple(of_host())
         self._socket = trio.socket.from_stdlib_socket(network.names.dup())
         self._limiter = trio.CapacityLimiter(AT_ONCE)
         self._tokens, self._counted = BURST, trio.current_time()
@@ -138,7 +137,7 @@ class Resolver:
     # -- asking others
 
     async def _ask(self, name: str, kind: int) -> dns.Answer | None:
-        for server in tuple(self._servers) * ROUNDS:
+        for server in (*(self._egress.resolvers or of_host()),) * ROUNDS:
             with trio.move_on_after(TIMEOUT), suppress(OSError):
                 found = await ask_server(server, name, kind)
                 if found.code in (dns.NOERROR, dns.NXDOMAIN):
@@ -205,9 +204,12 @@ def is_address(text: str) -> bool:
 async def with_way_out(run: Conduct, box: Sandbox, network: UserNetwork) -> Observed:
     """One run whose questions are answered meanwhile; LaunchError if its way out ends before it."""
 
+    told = trio.Event()
+
     async def watch() -> None:
         await network.wait_lost()
         box.kill()
+        told.set()
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(Resolver(network).serve)
@@ -220,7 +222,7 @@ async def with_way_out(run: Conduct, box: Sandbox, network: UserNetwork) -> Obse
             raise
         if not network.is_alive():
             with trio.move_on_after(PATIENCE):
-                await network.wait_lost()
+                await told.wait()
             raise lost(network)
         seen = dataclasses.replace(seen, refused=refused(network, run.compiled.policy))
         nursery.cancel_scope.cancel()
@@ -230,7 +232,8 @@ async def with_way_out(run: Conduct, box: Sandbox, network: UserNetwork) -> Obse
 def lost(network: UserNetwork) -> LaunchError:
     """It is nothing that the job did: no result could tell what it would have done."""
     hint = "by the machine's out-of-memory killer or a person; the job may be run again"
-    return LaunchError("network", 5, 0, network.lost, hint=hint)
+    why = network.lost or f"{network.egress.kind} ended while the job ran"
+    return LaunchError("network", 5, 0, why, hint=hint)
 
 
 def refused(network: UserNetwork, policy: Policy) -> tuple[Violation, ...]:

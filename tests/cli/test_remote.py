@@ -120,8 +120,7 @@ def test_it_starts_without_trio() -> None:
         "from sandboxd.serve import plain, address\n"
         "print(*{'trio', 'msgspec', 'asyncio', 'sandboxd.supervise'} & set(sys.modules))\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", program], capture_output=True, check=True,
-        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-P", "-c", program]
+    done = subprocess.run(command, env=environ, capture_output=True, check=True)
     assert done.stdout.strip() == b""

@@ -257,6 +257,25 @@ async def test_usage_comes_while_it_lives(where: str) -> None:
 
 
 @BOTH
+@pytest.mark.needs("cgroup")
+async def test_while_it_is_paused_its_clock_stands_still(where: str) -> None:
+    async with opened(where) as either:
+        limits = Limits(wall_time=2.0)
+        job = Job(argv=["sh", "-c", "echo; sleep 0.1"], policy=policy(limits))
+        async with either.start(job) as run:
+            while (await run.events.receive()).type != "stdout":
+                pass
+            await run.pause()
+            with trio.move_on_after(2.5):
+                await events_of(run)
+            run.resume()
+            await events_of(run)
+            assert (await run.wait()).ok
+            run.kill()  # it is over: nothing happens
+            run.resume()
+
+
+@BOTH
 async def test_an_error_comes_out_of_wait_or_of_the_block(where: str) -> None:
     broken = Policy(mounts=(Mount(target="/x", source="/no/such/place"),))
     async with opened(where) as either:

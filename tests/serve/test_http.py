@@ -8,7 +8,7 @@ import runpy
 import pytest
 import trio
 
-from sandboxd.serve import http
+from sandboxd.serve import http, server
 from tests.serve.serving import ROOT, daemon, head, raw
 
 GET = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -121,6 +121,21 @@ async def test_many_who_say_nothing_hold_up_nobody() -> None:
             assert view["status"] == "ok"
             for stream in streams:
                 nursery.start_soon(stream.aclose)
+
+
+async def test_one_connection_too_many_is_sent_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "most_connections", lambda _: 2)
+    async with daemon() as served:
+        async with (
+            await trio.open_unix_socket(str(served.place / "s")) as one,
+            await trio.open_unix_socket(str(served.place / "s")) as two,
+        ):
+            for stream in (one, two):
+                await stream.send_all(GET)
+                assert head(bytes(await stream.receive_some(1000))) == 200
+            assert head(await raw(served.place)) == 503
+        while head(await raw(served.place, LAST)) != 200:  # they have left, or will at once
+            pass
 
 
 def test_what_the_fuzzer_does() -> None:

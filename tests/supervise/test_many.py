@@ -109,3 +109,15 @@ async def test_at_once(host: str) -> None:
                 nursery.start_soon(one)
         assert len(everybody) == AT_ONCE
         assert set(ended) == {"nonzero_exit"}  # read(1) of sh at the end of its input
+
+
+async def test_a_new_policy_each_time_does_not_fill_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sandboxd.supervise.known.MOST", 4)
+    async with open_runner(slots=1) as many:
+        for number in range(12):
+            limits = Limits(wall_time=30.0 + number)
+            result = await many.run(Job(argv=["true"], policy=policy(limits)))
+            assert result.limits["wall_time"].limit == 30.0 + number
+            assert len(many._known._kept) <= 4
+            assert len(many._known._recent) <= 4
+        assert many.statistics().tenants == 1
