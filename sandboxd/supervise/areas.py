@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,6 +87,14 @@ class Area:
         """What waits for fuse-overlayfs gets an error instead: it cannot be killed before."""
         if self.process.poll() is None:
             self.process.kill()
+
+    def hand_over(self) -> Callable[[], Awaitable[None]] | None:
+        """What removes its directory, which outlives it from now on; None if it has none."""
+        directory, uppers = self.directory, self.uppers
+        if directory is None or uppers is None:
+            return None
+        self.directory = None
+        return lambda: uppers.remove(directory)
 
     async def close(self) -> None:
         """End its processes and wait for that."""

@@ -1,7 +1,8 @@
 """What a run left, for who reads it afterwards: collected files, opened one after the other.
 
-The descriptor of the working directory keeps its file system alive when the sandbox is dead. Nobody
-writes there any more, so the files are those of the result, whenever they are read.
+The descriptor of the working directory keeps its file system alive when the sandbox is dead; a
+directory on disk is removed after this, and not with the sandbox. Nobody writes there any more, so
+the files are those of the result, whenever they are read.
 """
 
 from __future__ import annotations
@@ -22,9 +23,15 @@ from sandboxd.supervise.porter import Opened, Porter
 class Leavings:
     """Owns the working directory of a run that is over, and the files that are open."""
 
-    def __init__(self, box: int, porter: Callable[[], Awaitable[Porter]]) -> None:
+    def __init__(
+        self,
+        box: int,
+        porter: Callable[[], Awaitable[Porter]],
+        remove: Callable[[], Awaitable[None]] | None,
+    ) -> None:
         self._box = os.dup(box)
         self._porter = porter
+        self._remove = remove
         self._open: set[int] = set()
 
     @property
@@ -42,12 +49,15 @@ class Leavings:
             self._open.remove(number)
             os.close(number)
 
-    def close(self) -> None:
+    async def close(self) -> None:
         for number in list(self._open):
             self.let_go(number)
         if self._box >= 0:
             os.close(self._box)
         self._box = -1
+        if self._remove is not None:
+            with trio.CancelScope(shield=True):
+                await self._remove()
 
 
 class OpenArtifact:

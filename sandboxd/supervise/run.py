@@ -88,9 +88,9 @@ class Run:
     def _leave(self, leavings: Leavings) -> None:
         self._artifacts.leavings = leavings
 
-    def _let_go(self) -> None:
+    async def _let_go(self) -> None:
         if self._artifacts.leavings is not None:
-            self._artifacts.leavings.close()
+            await self._artifacts.leavings.close()
 
     async def _collected(self) -> tuple[Artifact, ...]:
         found = (await self.wait()).artifacts

@@ -19,7 +19,7 @@ from sandboxd.job import Job
 from sandboxd.policy import Policy
 from sandboxd.result import Event, Result
 from sandboxd.supervise import builds, inputs, keeping, record, volumes
-from sandboxd.supervise.areas import open_area
+from sandboxd.supervise.areas import Area, open_area
 from sandboxd.supervise.artifacts import check_place
 from sandboxd.supervise.cgroups import Cgroups, open_cgroups, slots_within
 from sandboxd.supervise.descriptors import Descriptors
@@ -138,7 +138,7 @@ class Runner:
                             run.kill()
                             nursery.cancel_scope.cancel()
             finally:
-                run._let_go()
+                await run._let_go()
                 if stdin is not None:
                     with trio.CancelScope(shield=True):
                         await stdin.aclose()
@@ -249,11 +249,8 @@ class Runner:
     ) -> bool:
         """After the caches of its policy. False if the run was killed before it got one."""
         if lent is None:
-            try:
+            with suppress(trio.WouldBlock):
                 self._limiter.acquire_on_behalf_of_nowait(token)
-            except trio.WouldBlock:
-                pass
-            else:
                 return True
         with run._queue if run is not None else trio.CancelScope():
             try:
@@ -436,10 +433,16 @@ def _forwarding(run: Run | None) -> Emit | None:
 
 def _leaving(
     run: Run | None, job: Job, porter: Callable[[], Awaitable[Porter]]
-) -> Callable[[int], None] | None:
+) -> Callable[[int, Area | None], None] | None:
+    """Who collects a run's files later has the working directory and what it lies in."""
     if run is None or job.collect_to != "stream":
         return None
-    return lambda directory: run._leave(Leavings(directory, porter))
+
+    def leave(directory: int, area: Area | None) -> None:
+        remove = area.hand_over() if area is not None else None
+        run._leave(Leavings(directory, porter, remove))
+
+    return leave
 
 
 @asynccontextmanager

@@ -32,6 +32,7 @@ from sandboxd.result import Artifact, ArtifactError, Usage, Violation
 from sandboxd.script.init import exec_script
 from sandboxd.script.record import Image
 from sandboxd.supervise import account, budgets, segments, stream
+from sandboxd.supervise.areas import Area
 from sandboxd.supervise.artifacts import open_sink
 from sandboxd.supervise.descriptors import Descriptors
 from sandboxd.supervise.pipes import Pipes, open_pipes
@@ -154,8 +155,9 @@ class Conduct:
     porter: Callable[[], Awaitable[Porter]]
     giving_up: trio.CancelScope
     """Cancelled when the run is killed while its files are on their way in."""
-    leave: Callable[[int], None] | None
-    """Gets the working directory when files were collected from it, if somebody will read them."""
+    leave: Callable[[int, Area | None], None] | None
+    """Gets the working directory and what it lies in when files were collected from there, if
+    somebody will read them."""
     emit: Emit | None
     on_start: Callable[[Control], None]
     reports: Reports | None = None
@@ -205,7 +207,7 @@ async def supervise(run: Conduct, box: Sandbox) -> Observed:
         artifacts: tuple[Artifact, ...] = ()
         problems: tuple[ArtifactError, ...] = ()
         if directory is not None and run.job.collect and error is None:
-            artifacts, problems = await collect(run, directory)
+            artifacts, problems = await collect(run, directory, box.area)
     facts = Facts(
         ended=ended, usage=usage, output=budget.used, stopped_by=stops.cause, start_error=error,
         artifact_errors=problems, enforcement=run.compiled.enforcement,
@@ -369,13 +371,13 @@ def owner(box: Sandbox) -> tuple[int, int]:
 
 
 async def collect(
-    run: Conduct, directory: int
+    run: Conduct, directory: int, area: Area | None
 ) -> tuple[tuple[Artifact, ...], tuple[ArtifactError, ...]]:
     porter = await run.porter()
     async with open_sink(run.job) as sink:
         found, problems = await porter.collect(directory, run.job.collect, run.caps, sink)
     if run.leave is not None:
-        run.leave(directory)
+        run.leave(directory, area)
     return tuple(found), tuple(problems)
 
 

@@ -37,6 +37,10 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     assert not found.exists() or os.listdir(found) == []
 
 
+def directories(place: Path) -> set[Path]:
+    return {*place.glob("*/*/")}
+
+
 async def run(script: str, chosen: Policy, host: str = "nothing") -> Result:
     async with open_runner(host=without(host)) as runner:
         return await runner.run(Job(argv=["sh", "-ec", script], policy=chosen))
@@ -54,6 +58,35 @@ async def test_it_is_on_disk(host: str, place: Path) -> None:
     assert 6 <= (result.usage.inodes_used or 0) < 20
     assert result.enforcement["disk"] == result.enforcement["inodes"] == "watched directory"
     assert "disk" in [one.what for one in result.degraded]
+
+
+@pytest.mark.parametrize("spares", [0, 1])
+@pytest.mark.parametrize("read", [True, False])
+async def test_collected_files_outlive_the_sandbox(spares: int, read: bool, place: Path) -> None:
+    """As a stream they are read when it is dead; the directory goes with the last of them."""
+    job = Job(
+        argv=["sh", "-c", "echo one > /box/a; head -c 3M /dev/zero > /box/b"],
+        policy=policy(LIMITS, DIRECTORY), collect=["*"], collect_to="stream",
+    )  # fmt: skip
+    found = {}
+    async with open_runner(spares=spares) as runner:
+        for _ in range(2):
+            async with runner.start(job) as run:
+                async for _ in run.events:
+                    pass
+                assert (await run.wait()).ok
+                async for one in run.artifacts():
+                    found[one.record.path] = len([piece async for piece in one])
+                    if not read:
+                        break
+                kept = directories(place)
+            assert found == ({"a": 1, "b": 3} if read else {"a": 1})
+            assert kept - directories(place)
+        with pytest.raises(KeyError):  # noqa: PT012
+            async with runner.start(job) as run:
+                async for _ in run.events:
+                    pass
+                raise KeyError
 
 
 @DRIVERS
