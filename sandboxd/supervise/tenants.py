@@ -88,8 +88,13 @@ class Tenant:
         return fd
 
     def return_network(self, fd: int, *, again: bool) -> None:
-        """Its user is dead; whether it serves again is compile/network.py's to say."""
-        self._lent.discard(fd)
+        """Its user is dead; whether it serves again is compile/network.py's to say.
+
+        Nothing happens when the tenant was ended before: it is closed, and the number another's.
+        """
+        if fd not in self._lent:
+            return
+        self._lent.remove(fd)
         if again:
             self._networks.append(fd)
         else:
