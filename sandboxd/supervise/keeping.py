@@ -26,10 +26,11 @@ CAPS = Limits()
 
 
 def check(job: Job, policy: Policy) -> None:
-    """JobError if there will be nothing to keep, or no name for it."""
+    """JobError if there will be nothing to keep, or no name for it; HostError without a place."""
     if not policy.root.writable:
         raise JobError("keep_root: the root is read-only, so nothing in it will change",
                        hint=f"root.writable in {policy.name}, or --writable-root")  # fmt: skip
+    kept.check_place()
     if isinstance(job.keep_root, str):
         kept.check_free(job.keep_root)
     elif job.id is not None:

@@ -177,7 +177,7 @@ async def test_only_what_is_referred_to_can_be_seen(store: Store) -> None:
 
 async def test_spares_of_references_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Who comes with ever new references leaves no sandboxes behind for the old ones."""
-    monkeypatch.setattr(known, "ATTACHED_KEPT", 2)
+    monkeypatch.setattr(known, "ATTACHED", 2)
     chosen = policy()
     async with open_runner(slots=2, spares=1) as runner:
         for number in range(6):
