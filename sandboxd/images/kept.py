@@ -175,6 +175,10 @@ def check_place() -> None:
         raise _unusable(where, error) from error
 
 
+def no_room() -> HostError:
+    return _unusable(place(), OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+
+
 def _unusable(where: Path, error: OSError) -> HostError:
     return HostError("kept", f"{where}: {error.strerror}",
                      hint="SANDBOXD_KEPT=DIR names another place")  # fmt: skip
