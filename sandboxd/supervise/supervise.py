@@ -360,6 +360,7 @@ async def share_files(run: Conduct, box: Sandbox, image: Image, fds: Descriptors
         with run.giving_up:
             porter = await run.porter()
             await porter.copy_in(received[0], files, owner(box), run.attached)
+            await budgets.check_room(box.area, run.compiled.policy.limits)
         if run.giving_up.cancelled_caught:
             raise GivenUp
         box.socket.send(GO)
