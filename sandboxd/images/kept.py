@@ -107,7 +107,11 @@ class KeptRoot:
 def kept_roots() -> list[KeptRoot]:
     """All of them, by name; what cannot be read is left out."""
     found = []
-    for file in sorted(place().glob("[!.]*/kept.json")):
+    try:
+        files = sorted(place().glob("[!.]*/kept.json"))
+    except PermissionError:
+        files = []
+    for file in files:
         with suppress(ImageError, OSError):
             found.append(KeptRoot(file.parent, _record(file)))
     return found

@@ -98,7 +98,7 @@ class Store:
         """By its name, with :latest if need be, or by 7 or more digits of its id."""
         for one in (name, f"{name}:latest"):
             file = self._file(one)
-            if len(one) <= _LONGEST_NAME and file.is_file():
+            if len(one) <= _LONGEST_NAME and os.path.isfile(file):  # False if it is closed
                 return self._record(file)
         if digits := _ID.fullmatch(name):
             wanted = f"sha256:{digits[1]}"

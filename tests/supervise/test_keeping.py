@@ -306,6 +306,17 @@ async def test_without_a_place_nothing_is_run(
         assert runner.statistics().tenants == 0
 
 
+def test_a_place_that_is_closed_is_as_one_that_is_empty(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0)
+    monkeypatch.setenv("SANDBOXD_KEPT", str(closed / "kept"))
+    assert kept_roots() == []
+    assert Store(closed / "images").find("x") is None
+    closed.chmod(0o700)
+
+
 def test_what_a_killed_run_left_goes_with_the_next(tmp_path: Path) -> None:
     left = keepers.place() / ".new-0123"
     left.mkdir(parents=True)
