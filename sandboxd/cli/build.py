@@ -8,7 +8,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from sandboxd.cli import exitcodes, flags
+from sandboxd.cli import exitcodes, flags, inputs
 from sandboxd.cli.main import say
 from sandboxd.cli.quantities import size
 from sandboxd.result import to_json
@@ -49,10 +49,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         usage="sandboxd build [-p POLICY] [flags] --collect PATTERN [--] CMD...",
     )
     group = parser.add_argument_group("what is kept")
-    group.add_argument(
-        "--collect", action="append", required=True, metavar="PATTERN",
-        help="files that are kept, e.g. a.out or 'classes/**'",
-    )  # fmt: skip
+    inputs.add_collect(group, "files that are kept, e.g. a.out or 'classes/**'")
     group.add_argument(
         "--salt", default="", metavar="TEXT", help="another TEXT is another build, whatever else"
     )
@@ -70,10 +67,12 @@ def main(args: argparse.Namespace) -> int:
     """Builds; returns the exit status."""
     import trio
 
-    from sandboxd.supervise.policies import find
-
-    wanted = flags.policy(args, find(args.policy or "base"))
-    job = flags.job(args, wanted, {"collect": args.collect, "keep": args.keep_output})
+    base, meant = flags.described(args)
+    wanted = flags.policy(args, base)
+    more = {"collect": inputs.patterns(args), "keep": args.keep_output}
+    job = flags.job(args, wanted, more, meant)
+    for what, why in () if args.quiet or args.json else job.ignored:
+        say(f"not done: {what} ({why})")
     began = time.monotonic()
     built = trio.run(_build, job, args.salt.encode("utf-8", "surrogateescape"), args.cgroup)
     if args.json:

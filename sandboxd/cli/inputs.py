@@ -12,10 +12,36 @@ from typing import TYPE_CHECKING
 from sandboxd.errors import JobError
 
 if TYPE_CHECKING:
-    from sandboxd.job import Input
+    from sandboxd.job import Input, Pattern
 
 STDIN = 0
 FILE_FORM = "SRC[:NAME], e.g. main.cpp or build/a.out:prog"
+
+
+# -- what is collected -----------------------------------------------------------------------
+
+
+def add_collect(group: argparse._ArgumentGroup, text: str) -> None:
+    """The flags for `patterns`; `text` is the help of the first."""
+    same = "the same, and it is "
+    texts = {
+        "--collect": text,
+        "--collect-optional": f"{same}no error if there is none",
+        "--collect-required": f"{same}an error if there is none, also with wildcards",
+    }
+    for name, words in texts.items():
+        group.add_argument(name, action="append", default=[], metavar="PATTERN", help=words)
+
+
+def patterns(args: argparse.Namespace) -> list[Pattern]:
+    """What these flags say."""
+    from sandboxd.job import Pattern
+
+    return [
+        *(Pattern(name) for name in args.collect),
+        *(Pattern(name, required=False) for name in args.collect_optional),
+        *(Pattern(name, required=True) for name in args.collect_required),
+    ]
 
 
 # -- the environment -------------------------------------------------------------------------
@@ -99,28 +125,38 @@ def files(
     builds: Collection[tuple[str, str, str]] = (),
 ) -> dict[str | bytes, Input]:
     """Name in the working directory -> what goes there; archives first, so that a file may lie over
-    what was in one. A directory goes in with all that is below it.
+    what was in one. A directory goes in with all that is below it. Several may have one name.
     """
     for source, _ in wanted:
-        try:
-            mode = os.stat(source).st_mode
-        except OSError as error:
-            raise JobError(f"--file {source}: {error.strerror}") from None
-        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-            raise JobError(f"--file {source}: neither a file nor a directory")
+        _check_source(source)
     if sum(source == "-" for source, _ in archives) > 1:
         raise JobError("--files-from - stands there twice", hint="stdin is read once")
     from sandboxd.job import Tar  # not for `sandboxd submit`, which is to start at once
 
     found: dict[str | bytes, Input] = {}
-    for number, (source, name) in enumerate(archives):
-        # Several may be unpacked in one place: .//x, .//.//x are other keys, not another directory.
-        found[".//" * (number + 1) + name] = Tar(STDIN if source == "-" else Path(source))
-    found |= {name: Path(source) for source, name in wanted}
+
+    def add(name: str, what: Input) -> None:
+        while name in found:
+            name = f".//{name}"  # another key, not another directory
+        found[name] = what
+
+    for source, name in archives:
+        add(name, Tar(STDIN if source == "-" else Path(source)))
+    for source, name in wanted:
+        add(name, Path(source))
     if builds:
         from sandboxd.stores.builds import Store, own_place
 
         store = Store(own_place())
         for key, path, name in builds:
-            found[name] = store.look_up(key).reference().at(path)
+            add(name, store.look_up(key).reference().at(path))
     return found
+
+
+def _check_source(path: str) -> None:
+    try:
+        mode = os.stat(path).st_mode
+    except OSError as error:
+        raise JobError(f"--file {path}: {error.strerror}") from None
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise JobError(f"--file {path}: neither a file nor a directory")

@@ -179,6 +179,8 @@ class _Report:
             return
         every = (each for _, judgement in self.judged for each in judgement.degraded)
         lost = dict.fromkeys(f"{each.what} ({each.why})" for each in every)
+        for why in dict.fromkeys(each.not_kept for _, each in self.judged if each.not_kept):
+            self._say(f"compilations are not kept: {why}")
         if lost:
             self._say(f"not enforced: {'; '.join(lost)}")
 

@@ -205,7 +205,8 @@ def _failed(name: str | None, error: BaseException) -> int:
         return exitcodes.SANDBOXD_FAILED
     complain(found)
     own_fault = isinstance(found, PolicyError | JobError | ImageError)
-    return exitcodes.FAILED if own_fault and name != "run" else exitcodes.SANDBOXD_FAILED
+    runs = name in ("run", "build")
+    return exitcodes.FAILED if own_fault and not runs else exitcodes.SANDBOXD_FAILED
 
 
 def first_error(error: BaseException) -> BaseException:

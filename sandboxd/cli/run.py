@@ -8,17 +8,15 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from sandboxd.cli import attach, committing, exitcodes, flags
+from sandboxd.cli import attach, committing, exitcodes, flags, inputs
 from sandboxd.cli.attach import STDERR, STDOUT, Ending, Output
 from sandboxd.cli.main import complain, first_error, say
 from sandboxd.cli.quantities import size, time
 from sandboxd.errors import JobError, SandboxError
-from sandboxd.job import Pattern
 from sandboxd.result import event_json, failure_json, to_json
 
 if TYPE_CHECKING:
@@ -45,13 +43,6 @@ exit status: the program's own; 124 time limit, 125 sandboxd failed, 126 cannot 
 found, 128+N ended by signal N, 137 memory limit, 153 output limit; 2 wrong usage. The exact status
 is in --json and --result-fd."""
 _MIB = 1 << 20
-_COLLECT: Mapping[str, str] = MappingProxyType(
-    {
-        "--collect": "copy files out afterwards, e.g. 'out/*.png'; needs --collect-to",
-        "--collect-optional": "the same, and it is no error if there is none",
-        "--collect-required": "the same, and it is an error if there is none, also with wildcards",
-    }
-)
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -103,8 +94,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def _add_collect(group: argparse._ArgumentGroup) -> None:
-    for name, text in _COLLECT.items():
-        group.add_argument(name, action="append", default=[], metavar="PATTERN", help=text)
+    inputs.add_collect(group, "copy files out afterwards, e.g. 'out/*.png'; needs --collect-to")
     group.add_argument(
         "--collect-to", type=Path, metavar="DIR", help="where collected files are written to"
     )
@@ -137,11 +127,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    collect = [
-        *(Pattern(name) for name in args.collect),
-        *(Pattern(name, required=False) for name in args.collect_optional),
-        *(Pattern(name, required=True) for name in args.collect_required),
-    ]
+    collect = inputs.patterns(args)
     if collect and args.collect_to is None:
         raise JobError("--collect without --collect-to", hint="say where to: --collect-to DIR")
     if args.usage_every is not None and args.json != "stream":

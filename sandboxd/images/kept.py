@@ -10,6 +10,7 @@ All of it belongs to the caller, whatever ids the job had. What an interrupted r
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import re
@@ -106,7 +107,11 @@ class KeptRoot:
 def kept_roots() -> list[KeptRoot]:
     """All of them, by name; what cannot be read is left out."""
     found = []
-    for file in sorted(place().glob("[!.]*/kept.json")):
+    try:
+        files = sorted(place().glob("[!.]*/kept.json"))
+    except PermissionError:
+        files = []
+    for file in files:
         with suppress(ImageError, OSError):
             found.append(KeptRoot(file.parent, _record(file)))
     return found
@@ -159,8 +164,28 @@ def check_free(name: str) -> None:
     if not NAME.fullmatch(name):
         raise JobError(f"keep_root: {name!r} cannot be a name",
                        hint="letters, digits, and _.- after the first")  # fmt: skip
-    if (place() / name).exists():
+    if os.path.lexists(place() / name):
         raise _taken(name)
+
+
+def check_place() -> None:
+    """HostError if nothing can be kept there, which is better known before a run than after it."""
+    where = place()
+    try:
+        where.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if not os.access(where, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise _unusable(where, error) from error
+
+
+def no_room() -> HostError:
+    return _unusable(place(), OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+
+
+def _unusable(where: Path, error: OSError) -> HostError:
+    return HostError("kept", f"{where}: {error.strerror}",
+                     hint="SANDBOXD_KEPT=DIR names another place")  # fmt: skip
 
 
 def _taken(name: str) -> JobError:
@@ -178,8 +203,7 @@ def new(name: str) -> Iterator[New]:
         folder.mkdir(mode=0o700)
         lock = os.open(folder, _FOLDER)
     except OSError as error:
-        raise HostError("kept", f"{where}: {error.strerror}",
-                        hint="SANDBOXD_KEPT=DIR names another place") from error  # fmt: skip
+        raise _unusable(where, error) from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         _sweep(where)

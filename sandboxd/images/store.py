@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote, unquote
 
-from sandboxd.errors import ImageError
+from sandboxd.errors import HostError, ImageError
 from sandboxd.image import Image
 from sandboxd.images.records import ImageRecord, LayerRecord, decode, encode
 from sandboxd.images.unpacking import Unpacker
@@ -98,7 +98,7 @@ class Store:
         """By its name, with :latest if need be, or by 7 or more digits of its id."""
         for one in (name, f"{name}:latest"):
             file = self._file(one)
-            if len(one) <= _LONGEST_NAME and file.is_file():
+            if len(one) <= _LONGEST_NAME and os.path.isfile(file):  # False if it is closed
                 return self._record(file)
         if digits := _ID.fullmatch(name):
             wanted = f"sha256:{digits[1]}"
@@ -158,7 +158,14 @@ class Store:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 self._sweep(unpacker)
             fcntl.flock(lock, fcntl.LOCK_SH)
-            yield
+            try:
+                yield
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                raise HostError("images", f"{self.place}: {error.strerror}",
+                                hint="make room: `sandboxd image gc`; SANDBOXD_IMAGES=DIR names "
+                                "another place") from error  # fmt: skip
 
     @contextmanager
     def removing(self, unpacker: Unpacker) -> Iterator[None]:

@@ -79,6 +79,7 @@ class _Ready:
     policy: Policy
     compilation: Result
     compiled_before: bool
+    not_kept: str
 
 
 async def judge(
@@ -108,6 +109,7 @@ async def judge(
         message=f"{decisive.name}: {decisive.message}" if decisive else "",
         compilation=shortened(ready.compilation),
         compiled_before=ready.compiled_before,
+        not_kept=ready.not_kept,
         cases=cases,
         cases_total=total,
     )
@@ -209,7 +211,7 @@ async def _compile(
         collect=program.collect,
         keep=COMPILER_OUTPUT,
     )
-    made = await _built(runner, job) if program.collect else None
+    made, not_kept = await _built(runner, job) if program.collect else (None, "")
     result = await runner.run(job) if made is None else made.result
     if result.status != "ok" or (program.collect and not result.artifacts):
         raise _CompileFailed(result)
@@ -222,19 +224,20 @@ async def _compile(
         policy=running,
         compilation=msgspec.structs.replace(result, artifacts=()),
         compiled_before=made is not None and made.cached,
+        not_kept=not_kept,
     )
 
 
-async def _built(runner: Runs, job: Job) -> Build | None:
-    """The compilation where the runner keeps such; None where it does not, or cannot here."""
+async def _built(runner: Runs, job: Job) -> tuple[Build | None, str]:
+    """The compilation where the runner keeps such; None where it does not, or cannot, and why."""
     if not isinstance(runner, Builds):
-        return None
+        return None, ""
     try:
-        return await runner.build(job)
+        return await runner.build(job), ""
     except HostError as error:
         if error.missing not in ("builds", "home"):
             raise
-        return None  # no place, or no room: a contestant must not suffer from it
+        return None, str(error)  # no place, or no room: a contestant must not suffer from it
 
 
 def _files(program: Program, made: Build | None, result: Result) -> Files:

@@ -37,6 +37,8 @@ class Judgement(Record, frozen=True, kw_only=True):
     compilation: Result | None = None
     compiled_before: bool = False
     """The compilation is an earlier one's, of the same files by the same compiler."""
+    not_kept: str = ""
+    """Why it cannot be kept for the next time, if it cannot."""
     cases: tuple[CaseJudgement, ...] = ()
     cases_total: int
 
@@ -82,6 +84,7 @@ def judgement_json(judgement: Judgement) -> dict[str, Any]:
         "message": judgement.message,
         "compilation": None if compilation is None else to_json(compilation),
         "compiled_before": judgement.compiled_before,
+        "not_kept": judgement.not_kept,
         "cases_total": judgement.cases_total,
         "cases": [_case_json(case) for case in judgement.cases],
         "degraded": msgspec.to_builtins(judgement.degraded),

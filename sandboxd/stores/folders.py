@@ -89,8 +89,8 @@ def locked(place: Path, kind: str, inside: tuple[Path, ...], mode: int = 0o755) 
                 make(folder, mode)
         lock = os.open(place / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
-        raise HostError(kind, f"{place}: {error.strerror}",
-                        hint=f"SANDBOXD_{kind.upper()}=DIR elsewhere") from error  # fmt: skip
+        hint = f"SANDBOXD_{kind.upper()}=DIR names another place"
+        raise HostError(kind, f"{place}: {error.strerror}", hint=hint) from error
     try:
         yield lock
     finally:

@@ -18,6 +18,7 @@ from contextlib import asynccontextmanager
 
 import trio
 
+from sandboxd.errors import JobError
 from sandboxd.messages import Ended
 from sandboxd.policy import Limits
 from sandboxd.result import Status
@@ -113,6 +114,19 @@ async def measured(area: Area, most: int) -> Level:
     request = {"do": "measure", "entries": most}
     found = await area.uppers.porter.ask(request, [area.mounts["area"]])
     return Level(found["bytes"], found["entries"], found["whole"])
+
+
+async def check_room(area: Area | None, limits: Limits) -> None:
+    """JobError if what was copied in is more than the run may have: no tmpfs has refused it."""
+    if area is None or area.directory is None:
+        return
+    level = await measured(area, MOST if limits.inodes is None else limits.inodes + 1)
+    wrong = "disk" if limits.disk is not None and level.bytes > limits.disk else ""
+    if limits.inodes is not None and level.inodes > limits.inodes:
+        wrong = "inodes"
+    if wrong:
+        raise JobError("files: the files do not fit into the sandbox",
+                       hint=f"raise limits.{wrong}, or give it less")  # fmt: skip
 
 
 def nameless(init: int) -> int:

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import os
 import posixpath
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 
 from sandboxd.errors import JobError
 from sandboxd.job import Job
@@ -48,23 +47,35 @@ def split(job: Job) -> Split:
         elif value.is_directory:
             attached |= {one.path.rpartition("/")[2]: one for one in value.entries()}
         else:
-            raise JobError(f"files[{key!r}]: {value.path} is a file, and . a directory",
+            raise JobError(f"files['.']: {value.path} is a file, and . a directory",
                            hint="name the file")  # fmt: skip
     if len(attached) > MOST:
         raise JobError(f"files: {len(attached)} names to attach, more than {MOST}",
                        hint="attach a directory with all of them")  # fmt: skip
-    names = [*attached, *(posixpath.normpath(os.fsdecode(key)) for key in plain)]
-    _check(sorted(names))
+    _check(attached, {posixpath.normpath(os.fsdecode(key)) for key in plain})
     return Split(replace(job, files=plain), attached)
 
 
-def _check(names: list[str]) -> None:
-    """Names in order of their parts: who is in the way of another comes right before it."""
-    ordered = sorted(name.split("/") for name in names)
-    for above, below in pairwise(ordered):
-        if below[: len(above)] == above:
-            raise JobError(f"files[{'/'.join(below)!r}]: {'/'.join(above)!r} is in its way",
-                           hint="nothing can be put into what is attached")  # fmt: skip
+def _check(attached: Collection[str], copied: Collection[str]) -> None:
+    """What is copied may lie in what is copied: a later name over an earlier one."""
+    for name in copied:
+        for place in (*_above(name), name):
+            if place in attached:
+                raise _in_the_way(name, place)
+    for name in attached:
+        for place in _above(name):
+            if place in attached or place in copied:
+                raise _in_the_way(name, place)
+
+
+def _above(name: str) -> Iterator[str]:
+    parts = name.split("/")
+    return ("/".join(parts[:count]) for count in range(1, len(parts)))
+
+
+def _in_the_way(name: str, place: str) -> JobError:
+    return JobError(f"files[{name!r}]: {place!r} is in its way",
+                    hint="nothing can be put into what is attached")  # fmt: skip
 
 
 @contextmanager

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import time
 
 from sandboxd.compile import changes
 from sandboxd.compile.build import with_user
-from sandboxd.errors import JobError
+from sandboxd.errors import JobError, LaunchError
 from sandboxd.images import kept
 from sandboxd.images.importing import Imported
 from sandboxd.images.kept import Change, KeptRecord, KeptRoot, find_kept, kept_roots
@@ -26,10 +27,11 @@ CAPS = Limits()
 
 
 def check(job: Job, policy: Policy) -> None:
-    """JobError if there will be nothing to keep, or no name for it."""
+    """JobError if there will be nothing to keep, or no name for it; HostError without a place."""
     if not policy.root.writable:
         raise JobError("keep_root: the root is read-only, so nothing in it will change",
                        hint=f"root.writable in {policy.name}, or --writable-root")  # fmt: skip
+    kept.check_place()
     if isinstance(job.keep_root, str):
         kept.check_free(job.keep_root)
     elif job.id is not None:
@@ -57,7 +59,12 @@ async def keep(job: Job, result: Result, box: Sandbox, prepared: Prepared, porte
     }
     with kept.new(name) as made:
         wanted = [box.area.mounts["area"], made.layer, made.changes]
-        found = await porter.ask(request, wanted)
+        try:
+            found = await porter.ask(request, wanted)
+        except LaunchError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise kept.no_room() from error
+            raise
         record = KeptRecord(
             name=name, job=result.job, status=result.status, policy=policy.name,
             source="" if policy.root.image else policy.root.source,

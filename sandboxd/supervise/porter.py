@@ -17,7 +17,7 @@ import signal
 import socket
 import struct
 import subprocess
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Collection, Iterable, Iterator
 from contextlib import asynccontextmanager, closing, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -174,10 +174,16 @@ class Porter:
         if not self._processes:
             self._give_back(self._new())
 
-    async def copy_in(self, box: int, files: Names[Copied], owner: tuple[int, int]) -> None:
+    async def copy_in(
+        self,
+        box: int,
+        files: Names[Copied],
+        owner: tuple[int, int],
+        attached: Collection[bytes] = (),
+    ) -> None:
         """Make these files below the directory `box`, belonging to `owner`: uid and gid as numbers
         of the user namespace. A Path may be a directory: all of it is copied, links as links; a Tar
-        is unpacked.
+        is unpacked. `attached` are the names where something is by reference.
 
         JobError for what is the caller's to mend; some of the files may be there after it.
         """
@@ -185,7 +191,7 @@ class Porter:
             await trio.lowlevel.checkpoint()
             return
         head = _COPY_IN.pack(b"I", *owner)
-        with closing(Sources(files, Room.of(box))) as sources:
+        with closing(Sources(files, Room.of(box), attached)) as sources:
             if sources.waits:  # for who writes to a pipe: others have the porter meanwhile
                 while await sources.wait_next(head, box):
                     async with self._request() as porter:

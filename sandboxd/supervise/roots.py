@@ -76,7 +76,7 @@ def mounted(policy: Policy) -> Iterator[Words]:
             raise JobError(
                 f"{where}: a build cannot have {mount.target}: what can be written to by others is "
                 "no input that a key could name",
-                hint="show it read-only, give it as files, or use run",
+                hint="show a directory read-only, give it as files, or use run",
             )
         yield (mount.target, *_tree(mount, where))
 

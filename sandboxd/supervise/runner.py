@@ -216,6 +216,7 @@ class Runner:
                     on_start=run._started if run else lambda _: None,
                     reports=run._reports if run else None,
                     vigil=kept.vigil if self._is_alone() else NO_VIGIL,
+                    attached=frozenset(map(os.fsencode, split.attached)),
                 )
                 if lent is not None:
                     host, started = kept.prepared.host, conduct.on_start

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Generator, Iterator
+from collections.abc import Collection, Generator, Iterator
 from pathlib import Path
 
 import trio
@@ -33,8 +33,10 @@ def shown(name: bytes) -> str:
 class Sources:
     """Fills packets one after the other, and owns what the last one carries."""
 
-    def __init__(self, files: Names[Copied], room: Room) -> None:
+    def __init__(self, files: Names[Copied], room: Room, attached: Collection[bytes] = ()) -> None:
+        """`attached`: names where something is by reference, into which nothing is put."""
         self._items = items(files, room)
+        self._attached = attached
         self._over: Item | None = None
         self._slow = any(_is_slow(value) for value in files.values())
         self.waits = any(
@@ -67,12 +69,22 @@ class Sources:
         self.packet = Packet(head, [box])
         while (item := self._over or next(self._items, None)) is not None:
             entry, descriptor = self._over = item
+            if self._attached:
+                _check_free(entry.name, self._attached)
             if not self.packet.has_room(entry, descriptor):
                 return
             self.packet.add(entry, descriptor)
             if descriptor is not None:
                 self._owned.append(descriptor)
             self._over = None
+
+
+def _check_free(name: bytes, attached: Collection[bytes]) -> None:
+    parts = name.split(b"/")
+    for count in range(1, len(parts) + 1):
+        if (place := b"/".join(parts[:count])) in attached:
+            raise JobError(f"{shown(name)}: {os.fsdecode(place)!r} is in its way",
+                           hint="nothing can be put into what is attached")  # fmt: skip
 
 
 def _is_slow(value: Copied) -> bool:

@@ -14,7 +14,7 @@ import math
 import os
 import select
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass
 from typing import cast
 
@@ -162,6 +162,8 @@ class Conduct:
     on_start: Callable[[Control], None]
     reports: Reports | None = None
     vigil: Vigil = NO_VIGIL
+    attached: Collection[bytes] = ()
+    """What is there by reference, below the working directory."""
 
 
 class GivenUp(Exception):
@@ -357,7 +359,8 @@ async def share_files(run: Conduct, box: Sandbox, image: Image, fds: Descriptors
         files = cast("Names[Copied]", run.job.files)
         with run.giving_up:
             porter = await run.porter()
-            await porter.copy_in(received[0], files, owner(box))
+            await porter.copy_in(received[0], files, owner(box), run.attached)
+            await budgets.check_room(box.area, run.compiled.policy.limits)
         if run.giving_up.cancelled_caught:
             raise GivenUp
         box.socket.send(GO)

@@ -57,6 +57,30 @@ def test_from_a_build_to_a_run(capfd: pytest.CaptureFixture[str], place: Path) -
     assert f"no build '{key}'" in capfd.readouterr().err
 
 
+def test_several_things_of_one_name(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """None takes the place of another unsaid."""
+    assert main(["build", "-q", *BUILD[1:], MAKE]) == 0
+    one = capfd.readouterr().out.strip()
+    optional = ("--collect-required", "x*", "--collect-optional", "no")
+    assert main(["build", "-q", *optional, "--", "touch", "xy"]) == 0
+    two = capfd.readouterr().out.strip()
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+    folders = ("--file", f"{tmp_path}/a:.", "--file", f"{tmp_path}/b:.")
+    assert main(["run", "-q", *folders, "--built", one, "--built", two, "--", "ls"]) == 0
+    assert capfd.readouterr().out.split() == ["a", "b", "out", "xy"]
+    assert main(["run", "--file", f"{tmp_path}/a/a:x", "--built", f"{two}:x", "--", "true"]) == 125
+    assert "'x' is in its way" in capfd.readouterr().err
+
+
+def test_a_build_that_is_none(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["build", "--", "true"]) == 125
+    assert "a build that collects nothing" in capfd.readouterr().err
+    assert main(["build", "--bundle", str(tmp_path), "--collect", "a"]) == 125
+    assert "config.json" in capfd.readouterr().err
+
+
 def test_a_build_that_fails(capfd: pytest.CaptureFixture[str]) -> None:
     assert main([*BUILD, "echo no >&2; exit 3"]) == 3
     said = capfd.readouterr()

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from sandboxd.errors import ImageError
+from sandboxd.errors import HostError, ImageError
 from sandboxd.images import store as stores
 from sandboxd.images.importing import import_image
 from sandboxd.images.store import Store
@@ -343,6 +343,17 @@ def test_nothing_is_removed_while_a_record_cannot_be_read(place: Store) -> None:
 
 
 # -- names -------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_is_the_machines_fault(tmp_path: Path) -> None:
+    place = Store(tmp_path / "store")
+    with (
+        open_unpacker(ids()) as unpacker,
+        pytest.raises(HostError, match="No space left on device"),
+        place.importing(unpacker),
+        open("/dev/full", "wb", buffering=0) as full,  # full(4)
+    ):
+        full.write(b"1")
 
 
 @pytest.mark.parametrize(

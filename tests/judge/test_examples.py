@@ -156,5 +156,7 @@ async def test_the_same_submission_is_compiled_once(
         (tmp_path / "builds/objects").chmod(0o700)
     assert [one.verdict for one in seen] == ["AC", "AC", "AC", "AC", "RTE"]
     assert [one.compiled_before for one in seen] == [False, True, False, False, False]
+    assert [bool(one.not_kept) for one in seen] == [False, False, False, False, True]
+    assert "the build cannot be kept: Permission denied" in seen[-1].not_kept
     cases = [[(case.name, case.verdict) for case in one.cases] for one in seen[:3]]
     assert cases[0] == cases[1] == cases[2]

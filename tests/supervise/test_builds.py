@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import subprocess
 import sys
+import tarfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -16,11 +18,11 @@ import pytest
 import trio
 
 from sandboxd.errors import JobError
-from sandboxd.job import File, Job
+from sandboxd.job import File, Job, Tar
 from sandboxd.policy import Identity, Limits, Mount, Policy, Root
 from sandboxd.reference import Reference
 from sandboxd.stores.builds import Store
-from sandboxd.supervise import runner as runner_module
+from sandboxd.supervise import known
 from sandboxd.supervise.builds import Build, key_of
 from sandboxd.supervise.runner import Runner, open_runner
 from tests.supervise.variants import EVERY, as_found, policy, without
@@ -175,7 +177,7 @@ async def test_only_what_is_referred_to_can_be_seen(store: Store) -> None:
 
 async def test_spares_of_references_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Who comes with ever new references leaves no sandboxes behind for the old ones."""
-    monkeypatch.setattr(runner_module, "ATTACHED_KEPT", 2)
+    monkeypatch.setattr(known, "ATTACHED", 2)
     chosen = policy()
     async with open_runner(slots=2, spares=1) as runner:
         for number in range(6):
@@ -355,6 +357,33 @@ async def test_names_in_each_others_way(files: dict[str, Any]) -> None:
             return
         with pytest.raises(JobError, match=r"in its way|is a file"):
             await runner.run(Job(argv=["true"], policy=policy(), files=wanted))
+
+
+def archive(name: str) -> Tar:
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w") as file:
+        file.addfile(tarfile.TarInfo(name))
+    return Tar(packed.getvalue())
+
+
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [("a", "prog"), ("a/b", "lib"), ("a", "lib"), ("a/b/c", "lib/deep"), ("a/b", "prog")],
+)
+async def test_nothing_is_put_into_what_is_attached(name: str, place: str, tmp_path: Path) -> None:
+    """Also by what is found out only when an archive or a directory is read."""
+    folder = tmp_path / "folder"
+    (folder / name).mkdir(parents=True)
+    async with built() as (runner, made):
+        for source in (archive(name), folder):
+            wanted = {"a/b" if name == "a/b/c" else "a": made.at(place), ".": source}
+            with pytest.raises(JobError, match="in its way"):
+                await runner.run(Job(argv=["true"], policy=policy(), files=wanted))
+        beside = archive("deep/x")
+        files: dict[str, Any] = {"deep/a": made.at("lib"), ".": beside, "deep/y": b"1"}
+        assert await shell(runner, "ls deep", policy(), **files) == "a\nx\ny\n"
+        over: dict[str, Any] = {"one": folder, "one/two": b"1", "lib": made.at("lib")}
+        assert await shell(runner, "cat one/two", policy(), **over) == "1"
 
 
 def test_a_reference_knows_its_names() -> None:

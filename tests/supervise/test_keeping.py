@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from sandboxd.errors import ImageError, JobError
+from sandboxd.errors import HostError, ImageError, JobError
 from sandboxd.images import kept as keepers
 from sandboxd.images.importing import import_image
 from sandboxd.images.kept import KeptRoot, find_kept, kept_roots
@@ -293,6 +293,28 @@ async def test_names(tmp_path: Path) -> None:
     with pytest.raises(ImageError, match="there are: once"):
         find_kept("other")
     assert [one.record.name for one in kept_roots()] == ["once"]
+
+
+async def test_without_a_place_nothing_is_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SANDBOXD_KEPT", "/proc/nowhere")
+    chosen = variants.policy(root=Root(writable=True, proc="masked"))
+    async with open_runner(slots=1) as runner:
+        with pytest.raises(HostError, match="/proc/nowhere: No such file"):
+            await runner.run(Job(argv=["true"], policy=chosen, keep_root=True))
+        assert runner.statistics().tenants == 0
+
+
+def test_a_place_that_is_closed_is_as_one_that_is_empty(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0)
+    monkeypatch.setenv("SANDBOXD_KEPT", str(closed / "kept"))
+    assert kept_roots() == []
+    assert Store(closed / "images").find("x") is None
+    closed.chmod(0o700)
 
 
 def test_what_a_killed_run_left_goes_with_the_next(tmp_path: Path) -> None:

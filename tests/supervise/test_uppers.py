@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from sandboxd.errors import HostError
+from sandboxd.errors import HostError, JobError
 from sandboxd.job import Job
 from sandboxd.policy import Limits, Policy, Root
 from sandboxd.result import Result
@@ -87,6 +87,22 @@ async def test_collected_files_outlive_the_sandbox(spares: int, read: bool, plac
                 async for _ in run.events:
                     pass
                 raise KeyError
+
+
+@pytest.mark.parametrize("driver", ["kernel", "none"])
+async def test_files_that_do_not_fit_are_refused(driver: str, tmp_path: Path) -> None:
+    limits = Limits(wall_time=30.0, disk=2 << 20, inodes=300)
+    chosen = policy(limits, DIRECTORY)
+    if driver != "none":
+        chosen = overlay_policy(lower(tmp_path), driver, limits, upper="directory")
+    many = {f"{number}": b"" for number in range(400)}
+    async with open_runner() as runner:
+        for files, limit in (({"x": bytes(3 << 20)}, "disk"), (many, "inodes")):
+            with pytest.raises(JobError, match="do not fit") as caught:
+                await runner.run(Job(argv=["true"], policy=chosen, files=files))
+            assert f"limits.{limit}" in caught.value.hint
+        fits = Job(argv=[PYTHON, "-c", ""], policy=chosen, files={"x": bytes(1 << 20)})
+        assert (await runner.run(fits)).ok
 
 
 @DRIVERS
