@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from sandboxd.supervise.runner import open_runner
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 SUBMISSIONS = EXAMPLES / "different" / "submissions"
+SLOW = max(1.0, float(os.environ.get("SANDBOXD_TEST_SLOW", "1")) / 4)
 NEEDS = {"c": ["gcc"], "cpp": ["g++"]}
 
 # examples/hostile/README.md says what each tries
@@ -44,9 +46,10 @@ HOSTILE = {
 
 @pytest.fixture(scope="module")
 def problem() -> Problem:
-    """The example package, less patient with compilers."""
+    """The example package, less patient with compilers, and more so on an emulated machine."""
     package = load(EXAMPLES / "different")
-    limits = dataclasses.replace(package.limits, compile_time=8)
+    own = package.limits
+    limits = dataclasses.replace(own, compile_time=8 * SLOW, time=own.time * SLOW)
     return dataclasses.replace(package, limits=limits)
 
 
