@@ -142,7 +142,7 @@ def open_world() -> Iterator[World]:
         assert process.wait(30) == 0
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def world() -> Iterator[World]:
     with open_world() as found:
         yield found
