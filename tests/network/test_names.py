@@ -23,6 +23,7 @@ def test_the_next_name_server_is_asked(world: World, helper: str) -> None:
     assert outcome.found == {"there": [PUBLIC]}
 
 
+@pytest.mark.needs("slirp4netns", "subuid", "tun", "ip", "nft")
 def test_nobody_answers(world: World) -> None:
     """It is no "no such name": whoever is told so would remember it."""
     body = "found['there'] = resolve('silent.example.org', 2)"
@@ -30,6 +31,7 @@ def test_nobody_answers(world: World) -> None:
     assert outcome.found == {"there": "AGAIN"}
 
 
+@pytest.mark.needs("slirp4netns", "subuid", "tun", "ip", "nft")
 def test_a_name_that_nobody_has(world: World) -> None:
     body = "found['there'] = resolve('nobody.example.org', 2)"
     outcome = world.run(body, allow=["nobody.example.org:443"])

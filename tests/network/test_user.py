@@ -64,6 +64,7 @@ found["itself"] = resolve(socket.gethostname(), 2)
 """
 
 
+@pytest.mark.needs("slirp4netns", "subuid", "tun", "ip", "nft")
 @pytest.mark.parametrize("root", ["shared", "kernel", "tmpfs"])
 def test_etc_is_as_programs_expect_it(world: World, root: str) -> None:
     """resolv.conf(5), hosts(5)."""
