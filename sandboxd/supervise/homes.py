@@ -48,13 +48,20 @@ class Home:
             if self.living is not None and self.living.dead:
                 await self.leave()
             if self.living is None:
-                if (image := self._prepared.host.image) is not None:
-                    self._stack.enter_context(using(image))
-                policy = self._prepared.compiled.policy
-                self._stack.enter_context(volumes.using(policy, self._host))
-                opened = open_tenant(self._prepared.compiled, self._host, self._cgroups)
-                self.living = await self._stack.enter_async_context(opened)
+                try:
+                    self.living = await self._open()
+                except BaseException:
+                    await self.leave()  # of what it was to use, too, or each attempt adds to that
+                    raise
             return self.living
+
+    async def _open(self) -> Tenant:
+        compiled = self._prepared.compiled
+        if (image := self._prepared.host.image) is not None:
+            self._stack.enter_context(using(image))
+        self._stack.enter_context(volumes.using(compiled.policy, self._host))
+        opened = open_tenant(compiled, self._host, self._cgroups)
+        return await self._stack.enter_async_context(opened)
 
     async def porter(self) -> Porter:
         """The process that carries files for this tenant's sandboxes."""
