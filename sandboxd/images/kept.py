@@ -28,9 +28,9 @@ from sandboxd.images.records import ImageRecord, decode, encode
 from sandboxd.images.store import Store, own_place
 from sandboxd.images.unpacking import Limits
 from sandboxd.plan import IdMap
+from sandboxd.stores.folders import own_place as place_of
 
 SCHEMA = "sandboxd.kept/1"
-SYSTEM = Path("/var/lib/sandboxd/kept")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 _NEW = ".new-"
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -67,21 +67,8 @@ class Change:
 
 
 def place() -> Path:
-    """Where they are.
-
-    $SANDBOXD_KEPT; else for root /var/lib/sandboxd/kept; else sandboxd/kept in $XDG_DATA_HOME or
-    ~/.local/share.
-    """
-    if chosen := os.environ.get("SANDBOXD_KEPT"):
-        return Path(os.path.abspath(chosen))
-    if os.geteuid() == 0:
-        return SYSTEM
-    data = os.environ.get("XDG_DATA_HOME", "")
-    home = Path(data) if os.path.isabs(data) else Path(os.path.expanduser("~/.local/share"))
-    if not home.is_absolute():
-        raise HostError("home", "no place for kept roots: neither HOME nor XDG_DATA_HOME is set",
-                        hint="SANDBOXD_KEPT=DIR names one")  # fmt: skip
-    return home / "sandboxd" / "kept"
+    """Where they are: $SANDBOXD_KEPT, or as all stores (stores/folders.py)."""
+    return place_of("kept")
 
 
 @dataclass(frozen=True, slots=True)

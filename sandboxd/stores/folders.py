@@ -29,22 +29,22 @@ def system_place(kind: str) -> Path:
     return _SYSTEM / kind
 
 
-def own_place(kind: str) -> Path:
+def own_place(kind: str, variable: str = "XDG_DATA_HOME", default: str = "~/.local/share") -> Path:
     """Where the caller's things of a kind ("images", "builds") are.
 
-    $SANDBOXD_KIND; else for root /var/lib/sandboxd/kind; else sandboxd/kind in $XDG_DATA_HOME or
-    ~/.local/share. HostError if there is no home.
+    $SANDBOXD_KIND; else for root /var/lib/sandboxd/kind; else sandboxd/kind in the directory that
+    `variable` names, or in `default`. HostError if there is no home.
     """
-    variable = f"SANDBOXD_{kind.upper()}"
-    if chosen := os.environ.get(variable):
+    own = f"SANDBOXD_{kind.upper()}"
+    if chosen := os.environ.get(own):
         return Path(os.path.abspath(chosen))
     if os.geteuid() == 0:
         return system_place(kind)
-    data = os.environ.get("XDG_DATA_HOME", "")
-    home = Path(data) if os.path.isabs(data) else Path(os.path.expanduser("~/.local/share"))
+    data = os.environ.get(variable, "")
+    home = Path(data) if os.path.isabs(data) else Path(os.path.expanduser(default))
     if not home.is_absolute():
-        raise HostError("home", f"no place for {kind}: neither HOME nor XDG_DATA_HOME is set",
-                        hint=f"{variable}=DIR names one")  # fmt: skip
+        raise HostError("home", f"no place for {kind}: neither HOME nor {variable} is set",
+                        hint=f"{own}=DIR names one")  # fmt: skip
     return home / "sandboxd" / kind
 
 

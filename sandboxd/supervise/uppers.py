@@ -24,9 +24,9 @@ import trio
 from sandboxd.errors import HostError, LaunchError, SandboxError
 from sandboxd.plan import IdMap
 from sandboxd.policy import Limits
+from sandboxd.stores import folders
 from sandboxd.supervise.porter import Porter
 
-SYSTEM = Path("/var/lib/sandboxd/uppers")
 RESERVE, RESERVE_MOST = 0.05, 1 << 30
 """Of a file system this share, and no more than so many bytes, is left free by runs."""
 _TRIES = 10
@@ -34,21 +34,8 @@ _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 def own_place() -> Path:
-    """Where the directories are.
-
-    $SANDBOXD_UPPERS; else for root /var/lib/sandboxd/uppers, as /root is closed to the ids that
-    sandboxes have; else sandboxd/uppers in $XDG_STATE_HOME or ~/.local/state.
-    """
-    if chosen := os.environ.get("SANDBOXD_UPPERS"):
-        return Path(os.path.abspath(chosen))
-    if os.geteuid() == 0:
-        return SYSTEM
-    state = os.environ.get("XDG_STATE_HOME", "")
-    home = Path(state) if os.path.isabs(state) else Path(os.path.expanduser("~/.local/state"))
-    if not home.is_absolute():
-        raise HostError("home", "no place for upper directories: neither HOME nor XDG_STATE_HOME "
-                        "is set", hint="SANDBOXD_UPPERS=DIR names one")  # fmt: skip
-    return home / "sandboxd" / "uppers"
+    """Where the directories are: as all stores, but state and no data (stores/folders.py)."""
+    return folders.own_place("uppers", "XDG_STATE_HOME", "~/.local/state")
 
 
 class Uppers:

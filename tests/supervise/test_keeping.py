@@ -19,6 +19,7 @@ from sandboxd.images.store import Store
 from sandboxd.job import Job
 from sandboxd.policy import Identity, Limits, Policy, Root
 from sandboxd.result import Result
+from sandboxd.stores.folders import system_place
 from sandboxd.supervise import keeping
 from sandboxd.supervise.runner import open_runner
 from tests.images import making
@@ -331,5 +332,5 @@ def test_what_a_killed_run_left_goes_with_the_next(tmp_path: Path) -> None:
 def test_the_place(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SANDBOXD_KEPT")
     monkeypatch.setenv("XDG_DATA_HOME", "/data")
-    wanted = keepers.SYSTEM if os.geteuid() == 0 else Path("/data/sandboxd/kept")
+    wanted = system_place("kept") if os.geteuid() == 0 else Path("/data/sandboxd/kept")
     assert keepers.place() == wanted

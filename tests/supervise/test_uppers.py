@@ -16,6 +16,7 @@ from sandboxd.errors import HostError, JobError
 from sandboxd.job import Job
 from sandboxd.policy import Limits, Policy, Root
 from sandboxd.result import Result
+from sandboxd.stores import folders
 from sandboxd.supervise import uppers
 from sandboxd.supervise.runner import open_runner
 from tests.supervise.overlays import DRIVERS, PRELUDE, PYTHON, lower
@@ -311,5 +312,5 @@ async def test_what_a_killed_supervisor_left_goes_with_the_next_run(place: Path)
 def test_the_place(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SANDBOXD_UPPERS")
     monkeypatch.setenv("XDG_STATE_HOME", "/state")
-    wanted = uppers.SYSTEM if os.geteuid() == 0 else Path("/state/sandboxd/uppers")
+    wanted = folders.system_place("uppers") if os.geteuid() == 0 else Path("/state/sandboxd/uppers")
     assert uppers.own_place() == wanted
