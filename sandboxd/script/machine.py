@@ -41,7 +41,13 @@ from types import MappingProxyType
 
 _X86_64 = """
 start:
-    bd 00 00 00 10       | mov ebp,0x10000000              | BASE; 32-bit moves clear the upper half
+    bf 00 00 00 20       | mov edi,0x20000000              | from above all that is ours
+    be 00 00 00 01       | mov esi,0x1000000               | to above all that can be mapped
+    48 c1 e6 20          | shl rsi,0x20                    |
+    ba 0a 00 00 00       | mov edx,0xa                     | MADV_DONTFORK: stack, vdso stay behind
+    b8 1c 00 00 00       | mov eax,0x1c                    | madvise
+    0f 05                | syscall                         | ENOMEM: there are holes, as there must
+    bd 00 00 01 10       | mov ebp,0x10010000              | BASE; 32-bit moves clear the upper half
     48 8b 5d 10          | mov rbx,QWORD PTR [rbp+0x10]    | header: the first record
 next:
     4c 8b 23             | mov r12,QWORD PTR [rbx]         | nr
@@ -106,7 +112,12 @@ take:
 
 _AARCH64 = """
 start:
-    d2a20014             | mov x20, #0x10000000            | BASE
+    d2a40000             | mov x0, #0x20000000             | from above all that is ours
+    d2e02001             | mov x1, #0x100000000000000      | to above all that can be mapped
+    d2800142             | mov x2, #0xa                    | MADV_DONTFORK: stack, vdso stay behind
+    d2801d28             | mov x8, #0xe9                   | madvise
+    d4000001             | svc #0x0                        | ENOMEM: there are holes, as there must
+    d2a20034             | mov x20, #0x10010000            | BASE
     f9400a93             | ldr x19, [x20, #16]             | header: the first record
 next:
     a9400275             | ldp x21, x0, [x19]              | nr, a0

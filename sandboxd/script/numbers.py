@@ -31,6 +31,7 @@ _NUMBERS = {
     "landlock_add_rule": (445, 445),
     "landlock_create_ruleset": (444, 444),
     "landlock_restrict_self": (446, 446),
+    "madvise": (28, 233),
     "mkdirat": (258, 34),
     "mount": (165, 40),
     "mount_setattr": (442, 442),

@@ -36,8 +36,9 @@ from dataclasses import dataclass, fields
 from enum import IntEnum
 from types import MappingProxyType
 
-BASE = 0x10000000
-CODE = 0x400000
+CODE = 0x10000000
+BASE = CODE + 0x10000
+"""One page table reaches from CODE over the start of all that is ours: see zygote.py."""
 HEADER_SIZE = 64
 RECORD_SIZE = 96
 

@@ -14,6 +14,10 @@ a doorbell, two descriptors of /dev/null and one socket. It carries out the tena
 EOF on the socket is the supervisor's death: the zygote exits, and the kernel kills every process
 of its PID namespace, which is every process of every job (pid_namespaces(7)).
 
+A sandbox is born as a copy of the zygote and keeps this copy for as long as it lives, so the copy
+is small: what the machine does not use is not copied at all (MADV_DONTFORK, machine.py), and what
+every sandbox touches lies within the two megabytes, aligned, that one page table covers.
+
 While the template is built a failure ends the process after telling which record it was. A clone
 that fails is only answered: one job's failure must not end the tenant.
 """
@@ -35,6 +39,7 @@ from sandboxd.script.lower import (
 )
 from sandboxd.script.record import (
     BASE,
+    CODE,
     HEADER_SIZE,
     NO_CALL,
     Assembler,
@@ -45,11 +50,11 @@ from sandboxd.script.record import (
 
 DOORBELL = 0
 """The zygote's stdin, an eventfd(2) that is read without waiting."""
-SETUP = BASE + (2 << 20)
+SETUP = CODE + (1 << 20)
 """Where a sandbox's setup script is received and runs."""
-EXEC = BASE + (3 << 20)
+MAX_SETUP = 3 << 18
+EXEC = SETUP + MAX_SETUP
 """Where a job's exec script is received and runs."""
-MAX_SETUP = 1 << 20
 MAX_EXEC = 12 << 20
 """execve(2) itself takes no more than 6 MiB of arguments and environment."""
 MEMORY = EXEC + MAX_EXEC - BASE
@@ -58,6 +63,7 @@ CLONE_PIDFD = 0x1000
 CLONE_INTO_CGROUP = 1 << 33
 MSG_CMSG_CLOEXEC = 0x40000000
 SOL_SOCKET, SCM_RIGHTS = 1, 1
+PR_SET_NAME = 15
 SIG_IGN = 1
 LAST_SIGNAL = 64
 
@@ -86,6 +92,7 @@ def tenant_image(arch: str, tenant: plan.TenantPlan) -> Image:
     w.mark("socket", own.field("a0"))
     w.call("close_range", SOCKET + 1, 0xFFFFFFFF, 0)
     w.call("umask", 0)
+    w.call("prctl", PR_SET_NAME, asm.data(b"sandboxd\0"), 0, 0, 0)
     _default_signals(w)
     lower(w, tenant.steps)
     _serve(w)

@@ -22,6 +22,7 @@ from sandboxd.script.command import command
 from sandboxd.script.numbers import numbers
 from sandboxd.script.record import (
     BASE,
+    CODE,
     NO_CALL,
     RECORD_SIZE,
     Assembler,
@@ -465,7 +466,7 @@ def test_a_message_is_received_into_a_record(script: Script) -> None:
 
 def test_a_script_that_arrives_later_is_carried_out(script: Script) -> None:
     """The zygote's way: a blob with an origin of its own is read into memory and jumped to."""
-    origin = BASE + 0x100000
+    origin = CODE + 0x100000
     script.space(0x1000, align=0x100000)
     script.call("read", 0, origin, 0x1000)
     script.jump(origin)
