@@ -117,7 +117,7 @@ async def test_processes_of_the_host(policy: str) -> None:
     assert found["parent"] == 1
     assert found["signals"] == ["ESRCH"]
     assert set(found["host"]) == {"ESRCH"}
-    assert found["names"] == ["sandboxd-tenant\0"]
+    assert found["names"] == [""]  # init has no stack, and there it would be
 
 
 @any_uid
