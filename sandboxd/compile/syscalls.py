@@ -225,9 +225,9 @@ GROUPS: Mapping[str, Group] = MappingProxyType(
         "@init": _group(
             "what sandboxd's own first process in a sandbox uses under the filter",
             "chdir clock_gettime clone close close_range dup3 execve execveat exit exit_group fcntl"
-            " getcwd getrusage ioctl kill landlock_restrict_self openat ppoll prctl pread64"
-            " prlimit64 read recvfrom recvmsg rt_sigprocmask rt_sigtimedwait sendmsg sendto setsid"
-            " statfs wait4 write",
+            " getcwd getrusage ioctl kill landlock_restrict_self madvise openat ppoll prctl"
+            " pread64 prlimit64 read recvfrom recvmsg rt_sigprocmask rt_sigtimedwait sendmsg"
+            " sendto setsid statfs wait4 write",
         ),
     }
 )
@@ -237,11 +237,11 @@ LAUNCH = frozenset(
         "what a sandbox is made with, before its own filter is loaded: script/numbers.py",
         "capset chdir clock_gettime clone clone3 close close_range dup3 execve exit_group"
         " fchmodat fchownat fcntl getppid getrusage ioctl kill landlock_add_rule"
-        " landlock_create_ruleset landlock_restrict_self mkdirat mount mount_setattr move_mount"
-        " open_tree openat openat2 pivot_root ppoll prctl pread64 prlimit64 read recvfrom"
-        " recvmsg rt_sigaction rt_sigprocmask rt_sigtimedwait seccomp sendmsg sendto setgroups"
-        " sethostname setns setresgid setresuid setsid socket statfs symlinkat umask umount2"
-        " unlinkat unshare wait4 write",
+        " landlock_create_ruleset landlock_restrict_self madvise mkdirat mount mount_setattr"
+        " move_mount open_tree openat openat2 pivot_root ppoll prctl pread64 prlimit64 read"
+        " recvfrom recvmsg rt_sigaction rt_sigprocmask rt_sigtimedwait seccomp sendmsg sendto"
+        " setgroups sethostname setns setresgid setresuid setsid socket statfs symlinkat umask"
+        " umount2 unlinkat unshare wait4 write",
     ).members
 )
 

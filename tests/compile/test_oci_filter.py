@@ -396,7 +396,7 @@ def test_rules_that_differ_where_both_hold_are_refused(
 
 def test_a_profile_must_let_the_first_process_of_a_sandbox_work() -> None:
     text = {"defaultAction": ERRNO, "syscalls": [rule("execve exit_group")]}
-    message = r"^p.json: sandboxd's own first process in a sandbox would be refused .* and 2\d more"
+    message = r"^p.json: sandboxd's own first process in a sandbox would be refused .* and \d+ more"
     with pytest.raises(PolicyError, match=message):
         seccomp.programs(attached(text), "x86_64")
     assert seccomp.programs(attached({"defaultAction": ERRNO, "syscalls": [INIT]}), "x86_64")

@@ -11,6 +11,7 @@ import pytest
 import trio
 
 from sandboxd.messages import Ended
+from sandboxd.script.record import CODE
 from tests.escape.attack import (
     POLICIES,
     PYTHON,
@@ -123,11 +124,11 @@ async def test_settings_of_init_without_hiding_it() -> None:
     assert {found[f"write {name}"] for name in ("oom_score_adj", "coredump_filter")} == {"ok"}
 
 
-TRACING = """
+TRACING = f"""
 PTRACE_ATTACH, PTRACE_SEIZE = 16, 0x4206
 text = ctypes.create_string_buffer(8)
 part = (ctypes.c_uint64 * 2)(ctypes.addressof(text), 8)
-there = (ctypes.c_uint64 * 2)(0x400000, 8)
+there = (ctypes.c_uint64 * 2)({CODE}, 8)
 pidfd = call("pidfd_open", 1, 0)
 found["seize"] = tried(call, "ptrace", PTRACE_SEIZE, 1, 0, 0)
 found["attach"] = tried(call, "ptrace", PTRACE_ATTACH, 1, 0, 0)
