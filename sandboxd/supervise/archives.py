@@ -20,11 +20,12 @@ from pathlib import Path
 
 import trio
 
-from sandboxd.errors import HostError, ImageError, JobError
+from sandboxd.errors import ImageError, JobError
 from sandboxd.images import streams, tar
 from sandboxd.job import Tar
 from sandboxd.linux import packets
 from sandboxd.linux.packets import Entry
+from sandboxd.supervise.descriptors import SCARCE, told
 
 Item = tuple[Entry, int | None]
 """An entry, and the descriptor of its content where it is a SOURCE."""
@@ -166,9 +167,8 @@ def unpacked(name: bytes, archive: Tar, room: Room, folders: list[Entry]) -> Ite
     except ImageError as error:
         raise JobError(f"{what}: {error.args[0]}") from error
     except OSError as error:
-        if error.errno in (errno.EMFILE, errno.ENFILE):
-            raise HostError("open files", f"{what}: {error.strerror}",
-                            hint="raise the limit: ulimit -n") from error  # fmt: skip
+        if error.errno in SCARCE:
+            raise told(error, what) from error
         raise JobError(f"{what}: {error.strerror}") from error
 
 

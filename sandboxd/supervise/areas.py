@@ -19,7 +19,7 @@ import trio
 from sandboxd.compile import pieces, rootfs
 from sandboxd.errors import LaunchError
 from sandboxd.script.command import area_command
-from sandboxd.supervise.descriptors import Descriptors
+from sandboxd.supervise.descriptors import Descriptors, no_room
 from sandboxd.supervise.processes import reap
 from sandboxd.supervise.tenants import PACKAGE_PARENT, Prepared, Tenant
 from sandboxd.supervise.uppers import Uppers
@@ -158,6 +158,8 @@ async def _open_area(tenant: Tenant, prepared: Prepared, directory: Path | None)
     try:
         await trio.lowlevel.wait_readable(ours)
         data, received, _, _ = socket.recv_fds(ours, MESSAGE, 2, socket.MSG_CMSG_CLOEXEC)
+        if data == READY and len(received) < len(wanted):
+            raise no_room("the root of a job")
         if data != READY or len(received) != len(wanted):
             stage = "fuse_overlayfs" if "fuse" in wanted else "area"
             hint = 'root.driver = "kernel" or "tmpfs" does without it' if "fuse" in wanted else ""

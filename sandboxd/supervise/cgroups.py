@@ -90,6 +90,12 @@ class Cgroups:
             if len(self._used) > MOST_USED:
                 self.tidy()
 
+    def shrink(self) -> None:
+        """Nothing is kept ready: each free leaf holds descriptors, and there are none left."""
+        free, self._free = self._free, []
+        for leaf in free:
+            self._remove(leaf)
+
     def tidy(self) -> None:
         """Remove leaves that served, and make as many new ones of their kind."""
         used, self._used = self._used, []

@@ -2,9 +2,27 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from types import TracebackType
 from typing import Self
+
+from sandboxd.errors import HostError
+
+SCARCE = (errno.EMFILE, errno.ENFILE)
+
+
+def told(error: OSError, what: str = "") -> Exception:
+    """The error to raise for it: what to do about it where descriptors ran out, else itself."""
+    if error.errno not in SCARCE:
+        return error
+    return HostError("open files", f"{what}: {error.strerror}" if what else f"{error.strerror}",
+                     hint="fewer jobs at once, or raise the limit: ulimit -n")  # fmt: skip
+
+
+def no_room(what: str) -> Exception:
+    """For a message whose descriptors the kernel dropped for want of room (unix(7))."""
+    return told(OSError(errno.EMFILE, os.strerror(errno.EMFILE)), what)
 
 
 class Descriptors:

@@ -15,6 +15,8 @@ from typing import Any
 
 import msgspec
 
+from sandboxd.supervise.descriptors import SCARCE
+
 CPU_WORDS = ["usage_usec", "user_usec", "system_usec"]
 THROTTLED = "throttled_usec"
 INIT = 1
@@ -75,7 +77,9 @@ class Leaf:
         if name not in self._open:
             try:
                 self._open[name] = os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=self.fd)
-            except OSError:
+            except OSError as error:
+                if error.errno in SCARCE:  # it may be there
+                    raise
                 self._open[name] = None
         fd = self._open[name]
         if fd is None:

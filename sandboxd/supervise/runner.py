@@ -22,7 +22,7 @@ from sandboxd.supervise import builds, inputs, keeping, record, volumes
 from sandboxd.supervise.areas import Area, open_area
 from sandboxd.supervise.artifacts import check_place
 from sandboxd.supervise.cgroups import Cgroups, open_cgroups, slots_within
-from sandboxd.supervise.descriptors import Descriptors
+from sandboxd.supervise.descriptors import SCARCE, Descriptors, told
 from sandboxd.supervise.homes import Kept
 from sandboxd.supervise.known import Known
 from sandboxd.supervise.leavings import Leavings
@@ -226,6 +226,10 @@ class Runner:
                     result = await self._in_sandbox(kept, conduct, (asked, queued))
                 except GivenUp:
                     return self._never_started(job, asked)
+                except OSError as error:
+                    if self._cgroups is not None and error.errno in SCARCE:
+                        self._cgroups.shrink()
+                    raise told(error, "a run") from error
             self._finished += 1
             kept.runs += 1
             if not kept.refilling and self._lacks(kept):

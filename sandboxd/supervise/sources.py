@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import stat
 from collections.abc import Collection, Generator, Iterator
@@ -15,6 +14,7 @@ from sandboxd.job import Copied, File, Names, Tar, check_inside
 from sandboxd.linux import packets
 from sandboxd.linux.packets import NOW, Entry, Packet
 from sandboxd.supervise.archives import Item, Room, unpacked
+from sandboxd.supervise.descriptors import told
 
 _PERMISSIONS = 0o777
 _LONGEST = 4096  # PATH_MAX; no name that a program could use is longer
@@ -161,10 +161,9 @@ def _inline(name: bytes, data: bytes, mode: int) -> Item:
 
 
 def _unreadable(name: bytes, path: Path, error: OSError) -> JobError | HostError:
-    reason = f"{shown(name)}: {path}: {error.strerror}"
-    if error.errno in (errno.EMFILE, errno.ENFILE):
-        return HostError("open files", reason, hint="raise the limit: ulimit -n")
-    return JobError(reason)
+    what = f"{shown(name)}: {path}"
+    found = told(error, what)
+    return found if isinstance(found, HostError) else JobError(f"{what}: {error.strerror}")
 
 
 def _from_host(name: bytes, path: Path, mode: int | None, folders: list[Entry]) -> Iterator[Item]:

@@ -34,7 +34,7 @@ from sandboxd.script.record import Image
 from sandboxd.supervise import account, budgets, segments, stream
 from sandboxd.supervise.areas import Area
 from sandboxd.supervise.artifacts import open_sink
-from sandboxd.supervise.descriptors import Descriptors
+from sandboxd.supervise.descriptors import Descriptors, no_room
 from sandboxd.supervise.pipes import Pipes, open_pipes
 from sandboxd.supervise.porter import Porter
 from sandboxd.supervise.sandboxes import Sandbox
@@ -350,7 +350,9 @@ async def share_files(run: Conduct, box: Sandbox, image: Image, fds: Descriptors
     data, received, _, _ = socket.recv_fds(box.socket, len(FILES), 1, socket.MSG_CMSG_CLOEXEC)
     for fd in received:
         fds.own(fd)
-    if data != FILES or not received:
+    if data == FILES and not received:
+        raise no_room("the files of a job")
+    if data != FILES:
         await box.wait_known()
         data += await read_all(box.socket)
         raise setup_failure(run, box, image, data)

@@ -11,6 +11,7 @@ socket while it is idle, but to a doorbell: an eventfd(2) wakes it where it last
 from __future__ import annotations
 
 import os
+import resource
 import socket
 import subprocess
 from collections import deque
@@ -27,15 +28,15 @@ from sandboxd.errors import HostError, LaunchError
 from sandboxd.host import Host
 from sandboxd.linux import memfd
 from sandboxd.messages import FILES, GO, MAPS, READY, CloneReply, CloneRequest, Failure
-from sandboxd.plan import ExecPlan, IdMap, SetupPlan, Step
+from sandboxd.plan import ExecPlan, IdMap, OpenTree, SetupPlan, Step
 from sandboxd.script import elf
 from sandboxd.script.command import command
 from sandboxd.script.init import network_image, setup_image
-from sandboxd.script.lower import FIRST_DESCRIPTOR
+from sandboxd.script.lower import FIRST_DESCRIPTOR, FIRST_SLOT
 from sandboxd.script.record import Image
 from sandboxd.script.zygote import CLONE_INTO_CGROUP, CLONE_PIDFD, MEMORY, tenant_image
 from sandboxd.supervise.cgroups import Cgroups
-from sandboxd.supervise.descriptors import Descriptors
+from sandboxd.supervise.descriptors import Descriptors, no_room
 from sandboxd.supervise.processes import reap
 
 START_TIMEOUT = 30.0
@@ -130,6 +131,8 @@ class Tenant:
                 data, received, _, _ = socket.recv_fds(ours, MESSAGE, 1, socket.MSG_CMSG_CLOEXEC)
                 for fd in received:
                     fds.own(fd)
+                if data == FILES and not received:
+                    raise no_room("a network namespace")
                 if data != FILES or len(received) != 1:
                     raise failure(data, image, self.compiled.network.steps)
                 await trio.lowlevel.wait_readable(pidfd)
@@ -149,15 +152,19 @@ class Tenant:
             flags |= CLONE_INTO_CGROUP
             cgroup = plan_descriptor(setup, "cgroup")
         parts = CloneRequest(flags, cgroup, script).pack()
+        asked = Clone(self, flags)
         try:
             try:
                 socket.send_fds(self.control, parts, fds)
             except BlockingIOError:
                 await self._send_later(parts, fds)
         except OSError as error:
+            asked.make_room()
             raise self._died(error.errno or 0) from None
+        except BaseException:
+            asked.make_room()
+            raise
         os.eventfd_write(self._doorbell, 1)
-        asked = Clone(self, flags)
         self._asked.append(asked)
         return asked
 
@@ -174,21 +181,20 @@ class Tenant:
         """Take the answers that are there; they come in the order of the questions."""
         while self._asked:
             try:
-                data, received, _, _ = socket.recv_fds(
-                    self.control, MESSAGE, 1, socket.MSG_CMSG_CLOEXEC
-                )
+                data = self.control.recv(1, socket.MSG_PEEK)
             except BlockingIOError:
                 return
             except OSError:
-                data, received = b"", []
+                data = b""
             if not data:
-                error = self._died(0)
-                while self._asked:
-                    self._asked.popleft().error = error
-                if self._listening is not None:
-                    self._listening.cancel()
+                self._answer_no_more()
                 return
-            self._asked.popleft().answered(CloneReply.unpack(data).result, received)
+            asked = self._asked.popleft()
+            asked.make_room()
+            data, received, _, _ = socket.recv_fds(
+                self.control, MESSAGE, 1, socket.MSG_CMSG_CLOEXEC
+            )
+            asked.answered(CloneReply.unpack(data).result, received)
             if self._listening is not None:  # whoever waits for what has been taken here
                 self._listening.cancel()
 
@@ -203,13 +209,18 @@ class Tenant:
                     await trio.lowlevel.wait_readable(self.control)
                 self._listening = None
 
-    def abandon(self) -> None:
-        """Nobody will be answered any more: say so to who waits, before the socket closes."""
+    def _answer_no_more(self) -> None:
         error = self._died(0)
         while self._asked:
-            self._asked.popleft().error = error
+            asked = self._asked.popleft()
+            asked.make_room()
+            asked.error = error
         if self._listening is not None:
             self._listening.cancel()
+
+    def abandon(self) -> None:
+        """Nobody will be answered any more: say so to who waits, before the socket closes."""
+        self._answer_no_more()
         trio.lowlevel.notify_closing(self.control)
 
     def _died(self, errno: int) -> LaunchError:
@@ -235,13 +246,21 @@ Script = tuple[ExecPlan, Image, bytes]
 
 
 class Clone:
-    """A process that was asked for: its pidfd, or why there is none, once that is known."""
+    """A process that was asked for: its pidfd, or why there is none, once that is known.
+
+    A place is kept for the pidfd meanwhile: where a process has no descriptor left to give, the
+    kernel drops what a message brings (unix(7)), and nobody could kill or wait for the sandbox.
+    """
 
     def __init__(self, tenant: Tenant, flags: int) -> None:
         self.tenant = tenant
         self.pidfd = -1
         self.error: LaunchError | None = None
         self._flags = flags
+        self._place = os.dup(tenant.control.fileno())
+
+    def make_room(self) -> None:
+        os.close(self._place)
 
     @property
     def known(self) -> bool:
@@ -307,6 +326,7 @@ async def open_tenant(
     compiled: Compiled, host: Host, cgroups: Cgroups | None
 ) -> AsyncIterator[Tenant]:
     """A tenant; leaving ends it with everything in it and waits for that."""
+    _check_descriptors(compiled)
     image = tenant_image(host.arch, compiled.tenant)
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours, Descriptors() as fds:
@@ -328,6 +348,16 @@ async def open_tenant(
             with trio.CancelScope(shield=True):
                 await reap(process)
             tenant.close_networks()
+
+
+def _check_descriptors(compiled: Compiled) -> None:
+    """HostError if a tenant, which inherits our limit, has no room for the mounts it keeps."""
+    slots = [step.slot for step in compiled.tenant.steps if isinstance(step, OpenTree)]
+    need = FIRST_SLOT + max(slots, default=0) + 1
+    here, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if here < need:
+        raise HostError("open files", f"the limit of open files is {here}, and {need} are needed",
+                        hint=f"raise it: ulimit -n {max(need, 1024)}")  # fmt: skip
 
 
 def start(image: Image, control: int, doorbell: int, host: Host) -> subprocess.Popen[bytes]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +138,10 @@ def test_any_profile_is_decided_as_libseccomp_decides(text: Json) -> None:
         if "nothing says which counts" not in str(error):
             raise
         return
-    theirs = program_of_libseccomp(text) if not libseccomp_loses_one(text) else b""
+    theirs = b""
+    if not libseccomp_loses_one(text):
+        with suppress(FileExistsError):  # two that differ, before a third that counts in any case
+            theirs = program_of_libseccomp(text)
     for abi, most in (("x86_64", M64), ("i386", M32)):
         foreign = abi == "i386" and not text["architectures"]
         for name in ("umask", "alarm", "lseek", "brk", "read"):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import trio
 
+from sandboxd.errors import HostError
 from sandboxd.job import Job
 from sandboxd.policy import Limits, Policy
 from sandboxd.supervise.runner import Runner, open_runner
@@ -109,6 +110,51 @@ async def test_at_once(host: str) -> None:
                 nursery.start_soon(one)
         assert len(everybody) == AT_ONCE
         assert set(ended) == {"nonzero_exit"}  # read(1) of sh at the end of its input
+
+
+@pytest.fixture
+def few_descriptors() -> Iterator[int]:
+    """Enough for a tenant and some sandboxes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    few = 256
+    resource.setrlimit(resource.RLIMIT_NOFILE, (few, hard))
+    yield few
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.time_limit(100.0)
+@hosts("nothing", "cgroup")
+async def test_more_at_once_than_descriptors(host: str, few_descriptors: int) -> None:
+    """Each has its result, or an error that says what to do; none hangs, and then all is well."""
+    slots = few_descriptors // 4
+    async with open_runner(host=without(host), slots=slots) as runner:
+        ended: list[str] = []
+
+        async def one() -> None:
+            job = Job(argv=["sh", "-c", "echo on; exec sleep 0.2"], policy=limited())
+            try:
+                ended.append((await runner.run(job)).status)
+            except HostError as error:
+                ended.append(f"{error.missing}: {error.hint}")
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(slots):
+                nursery.start_soon(one)
+        assert len(ended) == slots
+        hint = "fewer jobs at once, or raise the limit: ulimit -n"
+        assert set(ended) == {"ok", f"open files: {hint}"}
+        await settled(runner)
+        assert (await runner.run(Job(argv=["true"], policy=limited()))).ok
+
+
+async def test_no_descriptors_for_a_tenant(few_descriptors: int) -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (90, hard))
+    async with open_runner(slots=1) as runner:
+        with pytest.raises(HostError, match=r"limit of open files is 90, .*: ulimit -n 1024"):
+            await runner.run(Job(argv=["true"], policy=limited()))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (few_descriptors, hard))
+        assert (await runner.run(Job(argv=["true"], policy=limited()))).ok
 
 
 async def test_a_new_policy_each_time_does_not_fill_memory(monkeypatch: pytest.MonkeyPatch) -> None:
