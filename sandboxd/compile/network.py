@@ -52,12 +52,15 @@ def _has_sockets(syscalls: Syscalls, arch: str) -> bool:
 
 def egress(policy: Policy, host: Host) -> Egress | None:
     """The way out under this policy here; None if there is to be none."""
-    if policy.network.mode == "none":
+    if policy.network.mode == "none" and host.place is None:
         return None
     if serves_again(policy, host):
         where = policy.origin("syscalls.rules")
-        raise PolicyError(where, 'no rule admits a socket that network.mode = "user" is for',
+        wants = 'network.mode = "user"' if host.place is None else "a group"
+        raise PolicyError(where, f"no rule admits a socket that {wants} is for",
                           hint='"@sockets" among the rules does')  # fmt: skip
+    if policy.network.mode == "none":
+        return None
     kind, path = carrying.program(policy, host)
     return dataclasses.replace(understood(policy.network), kind=kind, program=path)
 

@@ -60,7 +60,7 @@ _NEWTABLE, _NEWCHAIN, _NEWRULE, _NEWSET, _NEWSETELEM, _GETSETELEM, _DELSETELEM =
 )
 _NEWOBJ, _GETOBJ = 18, 19
 _INET, _IPV4, _IPV6 = 1, 2, 10
-_OUTPUT = 3
+_FORWARD, _OUTPUT = 2, 3
 _ACCEPT, _DROP, _GOTO = 1, 0, -4
 _ICMPV6 = 58
 _META_OIF, _META_NFPROTO, _META_L4PROTO = 5, 15, 16
@@ -207,8 +207,12 @@ def pin(address: IPAddress, groups: Iterable[int], seconds: float, *, again: boo
 # -- the filter ------------------------------------------------------------------------------
 
 
-def ruleset(egress: Egress, own: Iterable[IPAddress] = ()) -> bytes:
-    """The batch that makes it all; `own` are the host's addresses, which are not public."""
+def ruleset(egress: Egress, own: Iterable[IPAddress] = (), beside: int | None = None) -> bytes:
+    """The batch that makes it all; `own` are the host's addresses, which are not public.
+
+    `beside` is the index of the interface to the other members of a group: everything may leave by
+    it, and what comes from there goes no further.
+    """
     return batch(
         [
             _request(_NEWTABLE, text(1, TABLE), flags=NLM_F_CREATE),
@@ -218,7 +222,8 @@ def ruleset(egress: Egress, own: Iterable[IPAddress] = ()) -> bytes:
             _rule("let", *_is(_META_L4PROTO, TCP), _count("connections")),
             _rule("let", _verdict(_ACCEPT)),
             _chain("out", _OUTPUT),
-            *(_rule("out", *expressions) for expressions in _out(egress)),
+            *(_rule("out", *expressions) for expressions in _out(egress, beside)),
+            *([] if beside is None else [_chain("through", _FORWARD)]),
         ]
     )
 
@@ -262,9 +267,10 @@ def _is(key: int, value: int) -> tuple[bytes, bytes]:
     return _meta(key), _compare(_EQUAL, bytes([value]))
 
 
-def _out(egress: Egress) -> Iterator[tuple[bytes, ...]]:
+def _out(egress: Egress, beside: int | None) -> Iterator[tuple[bytes, ...]]:
     """The rules of the chain, in order."""
-    yield _meta(_META_OIF), _compare(_EQUAL, struct.pack("=I", _LOOPBACK)), _verdict(_ACCEPT)
+    for index in (_LOOPBACK,) if beside is None else (_LOOPBACK, beside):
+        yield _meta(_META_OIF), _compare(_EQUAL, struct.pack("=I", index)), _verdict(_ACCEPT)
     # Neighbour discovery, which the kernel itself does (RFC 4861): types 133 to 136.
     kind = _payload(_TRANSPORT_HEADER, 0, 1)
     first, last = _compare(_LEAST, bytes([133])), _compare(_MOST, bytes([136]))

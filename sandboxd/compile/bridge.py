@@ -1,0 +1,91 @@
+"""Requests to the kernel for a group's network: a bridge, and pairs of interfaces; nothing is sent.
+
+veth(4) makes two interfaces that are joined: one is a port of the bridge, in a namespace without
+any address, and the other a member's. Who owns the user namespace of both network namespaces may
+do this in one request (rtnetlink(7), IFLA_NET_NS_FD). And the question who listens there
+(sock_diag(7)). pyroute2 is what tests hold these messages against; at run time its import would
+take longer than a whole group does.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from ipaddress import IPv4Address
+
+from sandboxd.compile.carrying import RESOLVER
+from sandboxd.compile.netlink import (
+    AF_INET,
+    AF_INET6,
+    AF_UNSPEC,
+    IFF_UP,
+    IFLA_IFNAME,
+    IFLA_MTU,
+    NLM_F_ACK,
+    NLM_F_CREATE,
+    NLM_F_DUMP,
+    NLM_F_EXCL,
+    RTM_NEWLINK,
+    Answer,
+    attribute,
+    message,
+    nested,
+    text,
+)
+
+IFLA_MASTER, IFLA_LINKINFO, IFLA_NET_NS_FD = 10, 18, 28
+IFLA_INFO_KIND, IFLA_INFO_DATA = 1, 2
+IFLA_BR_MCAST_SNOOPING = 23
+VETH_INFO_PEER = 1
+_LINK = struct.Struct("=BxHiII")
+
+SOCK_DIAG_BY_FAMILY = 20
+TCP_LISTEN, TCP_CLOSE = 10, 7
+"""States of include/net/tcp_states.h; UDP sockets that are bound and not connected are closed."""
+_DIAG = struct.Struct("=BBBxI")
+_ADDRESS_PAIR = bytes(48)
+
+
+def add_bridge(name: str, sequence: int = 1) -> bytes:
+    """A bridge that is up and asks nobody anything: no spanning tree, no multicast queries."""
+    data = nested(IFLA_INFO_DATA, attribute(IFLA_BR_MCAST_SNOOPING, b"\0"))
+    body = _LINK.pack(AF_UNSPEC, 0, 0, IFF_UP, IFF_UP) + text(IFLA_IFNAME, name)
+    body += nested(IFLA_LINKINFO, text(IFLA_INFO_KIND, "bridge"), data)
+    return message(RTM_NEWLINK, NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL, body, sequence)
+
+
+def add_pair(port: str, bridge: int, peer: str, namespace: int, mtu: int) -> bytes:
+    """A port of the bridge of this index, whose other end is `peer` in another namespace.
+
+    `namespace` is a descriptor of whoever sends this.
+    """
+    other = _LINK.pack(AF_UNSPEC, 0, 0, 0, 0) + text(IFLA_IFNAME, peer)
+    other += attribute(IFLA_MTU, struct.pack("=I", mtu))
+    other += attribute(IFLA_NET_NS_FD, struct.pack("=I", namespace))
+    data = nested(IFLA_INFO_DATA, attribute(VETH_INFO_PEER, other))
+    body = _LINK.pack(AF_UNSPEC, 0, 0, IFF_UP, IFF_UP) + text(IFLA_IFNAME, port)
+    body += attribute(IFLA_MTU, struct.pack("=I", mtu))
+    body += attribute(IFLA_MASTER, struct.pack("=I", bridge))
+    body += nested(IFLA_LINKINFO, text(IFLA_INFO_KIND, "veth"), data)
+    return message(RTM_NEWLINK, NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL, body, 1)
+
+
+def get_listeners(family: int, protocol: int) -> bytes:
+    """Ask for the sockets of a namespace that wait for somebody (struct inet_diag_req_v2)."""
+    state = TCP_LISTEN if protocol == 6 else TCP_CLOSE
+    body = _DIAG.pack(family, protocol, 0, 1 << state) + _ADDRESS_PAIR
+    return message(SOCK_DIAG_BY_FAMILY, NLM_F_DUMP, body, 1)
+
+
+FAMILIES = (AF_INET, AF_INET6)
+
+
+def ports(answer: Answer) -> Iterator[int]:
+    """The local port of a socket in one answer, unless it is our name server's.
+
+    struct inet_diag_msg: four bytes, the ports, the addresses.
+    """
+    if answer.kind != SOCK_DIAG_BY_FAMILY or len(answer.body) < 12:
+        return
+    if answer.body[8:12] != IPv4Address(RESOLVER).packed:
+        yield int.from_bytes(answer.body[4:6])
