@@ -84,6 +84,8 @@ class Host:
     """A TAP device can be made in a network namespace of ours (/dev/net/tun)."""
     nftables: bool = False
     """A filter of nftables can be loaded in a network namespace of ours."""
+    bridge: bool = False
+    """A bridge and pairs of interfaces can be made in network namespaces of ours."""
     proc_whole: bool = True
     """A new proc mounts in a user namespace; False where the visible one is partly masked."""
     proc_subset: bool = True

@@ -46,12 +46,15 @@ _DIAG = struct.Struct("=BBBxI")
 _ADDRESS_PAIR = bytes(48)
 
 
-def add_bridge(name: str, sequence: int = 1) -> bytes:
-    """A bridge that is up and asks nobody anything: no spanning tree, no multicast queries."""
+def add_bridge(name: str, index: int = 0) -> bytes:
+    """A bridge that is up and asks nobody anything: no spanning tree, no multicast queries.
+
+    `index` is the one it gets; 0: the next.
+    """
     data = nested(IFLA_INFO_DATA, attribute(IFLA_BR_MCAST_SNOOPING, b"\0"))
-    body = _LINK.pack(AF_UNSPEC, 0, 0, IFF_UP, IFF_UP) + text(IFLA_IFNAME, name)
+    body = _LINK.pack(AF_UNSPEC, 0, index, IFF_UP, IFF_UP) + text(IFLA_IFNAME, name)
     body += nested(IFLA_LINKINFO, text(IFLA_INFO_KIND, "bridge"), data)
-    return message(RTM_NEWLINK, NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL, body, sequence)
+    return message(RTM_NEWLINK, NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL, body, 1)
 
 
 def add_pair(port: str, bridge: int, peer: str, namespace: int, mtu: int) -> bytes:
@@ -68,6 +71,16 @@ def add_pair(port: str, bridge: int, peer: str, namespace: int, mtu: int) -> byt
     body += attribute(IFLA_MASTER, struct.pack("=I", bridge))
     body += nested(IFLA_LINKINFO, text(IFLA_INFO_KIND, "veth"), data)
     return message(RTM_NEWLINK, NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL, body, 1)
+
+
+TRIAL_NAMESPACE, TRIAL_INDEX = 200, 1000
+
+
+def trial() -> tuple[bytes, ...]:
+    """A bridge and a port of it, to see whether they can be had; the other end comes to where the
+    descriptor TRIAL_NAMESPACE leads."""
+    pair = add_pair("port0", TRIAL_INDEX, "eth0", TRIAL_NAMESPACE, 1500)
+    return add_bridge("br0", TRIAL_INDEX), pair
 
 
 def get_listeners(family: int, protocol: int) -> bytes:

@@ -14,7 +14,7 @@ from sandboxd import plan
 from sandboxd.compile import assemble, bpf, carrying, seccomp
 from sandboxd.compile.egress import Egress, understood
 from sandboxd.compile.numbers import table
-from sandboxd.errors import PolicyError
+from sandboxd.errors import HostError, PolicyError
 from sandboxd.host import Host
 from sandboxd.plan import SetupPlan
 from sandboxd.policy import Policy, Syscalls
@@ -59,6 +59,10 @@ def egress(policy: Policy, host: Host) -> Egress | None:
         wants = 'network.mode = "user"' if host.place is None else "a group"
         raise PolicyError(where, f"no rule admits a socket that {wants} is for",
                           hint='"@sockets" among the rules does')  # fmt: skip
+    if host.place is not None and not host.place.shared and not host.bridge:
+        why = host.fault_notes.get("bridge", "not probed")
+        raise HostError("bridge", f"no bridge for a group can be made here: {why}",
+                        hint='share = "network" needs none; or run `sandboxd doctor`')  # fmt: skip
     if policy.network.mode == "none":
         return None
     kind, path = carrying.program(policy, host)

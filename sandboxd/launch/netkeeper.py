@@ -58,6 +58,8 @@ IN_A_GROUP = (
     # Any source can be given to a packet of IPv6 (ipv6(7), IPV6_FREEBIND), and a bridge would have
     # an address of its own.
     ("/proc/sys/net/ipv6/conf/default/disable_ipv6", "1"),
+    # On the bridge nobody is asked for the address that he has on the way out.
+    ("/proc/sys/net/ipv4/conf/all/arp_ignore", "1"),
 )
 PATIENCE = 2.0
 

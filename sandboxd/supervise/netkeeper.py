@@ -133,8 +133,11 @@ class UserNetwork:
         return not poll.poll(0)
 
     async def wait_lost(self) -> str:
-        """Until what carries its packets has ended; why."""
-        await trio.lowlevel.wait_readable(self.pidfd)
+        """Until what carries its packets has ended; why. In a group several may wait for that."""
+        with Descriptors() as fds:  # only one task may wait for a descriptor
+            await trio.lowlevel.wait_readable(fds.own(os.dup(self.pidfd)))
+        if self.lost:
+            return self.lost
         self.lost = f"{self.egress.kind} ended while the job ran"
         self.lost += await self.keeper.last_words(self.name)
         return self.lost

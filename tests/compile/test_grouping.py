@@ -12,14 +12,14 @@ import pytest
 from sandboxd import plan
 from sandboxd.compile import build, grouping
 from sandboxd.compile.etc import NETWORK
-from sandboxd.errors import JobError, PolicyError
+from sandboxd.errors import HostError, JobError, PolicyError
 from sandboxd.group import Group, Member
 from sandboxd.host import Host, Place
 from sandboxd.job import Job
 from sandboxd.policy import Identity, Network, Policy, Root, Syscalls
 
 JOB = Job(argv=("true",))
-HOST = Host(arch="x86_64", kernel="6.1.0", uid=1000, gid=1000, cpus=2, overlay=True)
+HOST = Host(arch="x86_64", kernel="6.1.0", uid=1000, gid=1000, cpus=2, overlay=True, bridge=True)
 PLACE = Place(name="web", domain="shop", hosts=(("db", "10.9.0.2"), ("web", "10.9.0.3")))
 TOGETHER = Place(
     name="web", domain="shop", hosts=(("db", "127.0.0.1"), ("web", "127.0.0.1")), shared=True
@@ -165,6 +165,15 @@ def test_what_is_enforced_says_so() -> None:
     able = dataclasses.replace(HOST, pasta="/x/pasta", tun=True, nftables=True, place=PLACE)
     found = build.compile_policy(Policy(network=Network(mode="user")), able)
     assert found.enforcement["network"] == "group: bridge; user: pasta, nftables"
+
+
+def test_without_a_bridge() -> None:
+    """One namespace for all can be had all the same."""
+    less = dataclasses.replace(HOST, bridge=False, place=PLACE)
+    with pytest.raises(HostError, match="no bridge for a group") as caught:
+        build.compile_policy(Policy(), less)
+    assert "share" in caught.value.hint
+    build.compile_policy(Policy(), dataclasses.replace(less, place=TOGETHER))
 
 
 def test_who_has_no_sockets_has_no_use_for_a_group() -> None:
