@@ -28,6 +28,7 @@ from sandboxd.errors import JobError, LaunchError
 from sandboxd.group import Group
 from sandboxd.job import Job
 from sandboxd.result import Event, Result
+from sandboxd.supervise import volumes
 from sandboxd.supervise.netkeeper import Netkeeper, UserNetwork, ask
 from sandboxd.supervise.one_error import one_error
 from sandboxd.supervise.seat import Seat
@@ -229,6 +230,8 @@ async def open_group(runner: Runner, group: Group) -> AsyncIterator[GroupRun]:
             for home in runner._known.homes:  # the network belongs to the tenant that there is now
                 if home.living is not None:
                     home.living.look()
+            for one in every.values():  # before slots, as all who wait for caches (volumes.py)
+                await stack.enter_async_context(volumes.lent(runner.policy(one.job)))
             await stack.enter_async_context(_slots(runner, seats))
             keeper = await ground.netkeeper()
             await stack.enter_async_context(open_networks(keeper, layout, seats, ways))

@@ -220,7 +220,7 @@ class Runner:
         job, policy = split.job, self._known.policy(job)
         lent = AsyncExitStack() if split.attached or volumes.stored(policy) else None
         if not await self._take_slot(token, run, policy, lent):
-            return self._never_started(job, asked, seat)
+            return self._never_started(job, asked, run, seat)
         try:
             queued = trio.current_time() - asked
             attached = lent.enter_context(inputs.held(split.attached)) if lent else None
@@ -250,7 +250,7 @@ class Runner:
                 try:
                     result = await self._in_sandbox(kept, conduct, (asked, queued), seat)
                 except GivenUp:
-                    return self._never_started(job, asked, seat)
+                    return self._never_started(job, asked, run, seat)
             self._finished += 1
             kept.runs += 1
             if seat is None and not kept.refilling and self._lacks(kept):
@@ -262,8 +262,10 @@ class Runner:
             if lent is not None:
                 await lent.aclose()
 
-    def _never_started(self, job: Job, asked: float, seat: Seat | None = None) -> Result:
-        seen, waited = record.never_started(asked)
+    def _never_started(
+        self, job: Job, asked: float, run: Run | None = None, seat: Seat | None = None
+    ) -> Result:
+        seen, waited = record.never_started(asked, run._cancelled if run is not None else "")
         kept = self._known.ready(job, None, seat)
         return record.make(job, kept.kind, seen, self.host, waited)
 
@@ -280,13 +282,13 @@ class Runner:
                 self._limiter.acquire_on_behalf_of_nowait(token)
                 return True
         with run._queue if run is not None else trio.CancelScope():
+            if isinstance(token, Seat):  # it has all that, and those before it may not be ready
+                await token.gate()
+                return True
             try:
                 if lent is not None:
                     await lent.enter_async_context(volumes.lent(policy))
-                if isinstance(token, Seat):  # it has its slot, and those before it may not be ready
-                    await token.gate()
-                else:
-                    await self._limiter.acquire_on_behalf_of(token)
+                await self._limiter.acquire_on_behalf_of(token)
             except BaseException:
                 if lent is not None:
                     await lent.aclose()

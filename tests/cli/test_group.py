@@ -245,3 +245,16 @@ def test_it_starts_from_any_directory(shop: Path) -> None:
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+
+
+def test_the_files_of_the_guide() -> None:
+    """docs/howto/groups.md: each block is a group file, or a part of one."""
+    import re
+
+    from sandboxd.compile.group_file import read
+
+    page = (Path(__file__).parents[2] / "docs/howto/groups.md").read_text()
+    blocks = re.findall(r"^```toml\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 3
+    for block in blocks:
+        assert read("groups.md", block).members

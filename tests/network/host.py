@@ -179,7 +179,7 @@ class Host:
             "-P",
             "-m",
             "sandboxd",
-            "run",
+            *request.get("command", ("run",)),
             "--cgroup",
             "none",
             *request["argv"],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -157,3 +159,24 @@ def test_many_groups_leave_nothing(world: World, helper: str) -> None:
     for _ in range(10):
         run(world, members)
     assert world.ask("until", names={helper: before}).count(helper) == before
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_nothing_outlives_the_supervisor(
+    world: World, helper: str, how: signal.Signals, tmp_path: Path
+) -> None:
+    before = {name: world.ask("processes").count(name) for name in (helper, "sleep")}
+    file = tmp_path / "group.toml"
+    file.write_text(
+        '[members.a]\nargv = ["/bin/sleep", "62"]\n'
+        f'[members.b]\nargv = ["/bin/sleep", "62"]\nallow = ["{PUBLIC}:443"]\n'
+        'policy = "./helped.toml"\n'
+    )
+    (tmp_path / "helped.toml").write_text(f'extends = "base"\n[network]\nhelper = "{helper}"\n')
+    tmp_path.chmod(0o755)
+    world.ask("start", command=["group", "run"], argv=[str(file)])
+    world.ask("until", names={helper: before[helper] + 1, "sleep": before["sleep"] + 2})
+    code, said = world.ask("end", signal=how, tenant=False)
+    assert code == {signal.SIGKILL: -9, signal.SIGTERM: 143}[how], said
+    left = world.ask("until", names=before)
+    assert {name: left.count(name) for name in before} == before

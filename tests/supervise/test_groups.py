@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
-import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,46 +15,12 @@ from sandboxd.errors import JobError, LaunchError
 from sandboxd.group import Group, Member
 from sandboxd.host import Host
 from sandboxd.job import File, Job
-from sandboxd.policy import Limits, Network, Root
-from sandboxd.result import Event, Result
-from sandboxd.supervise.groups import GroupRun
+from sandboxd.policy import Limits, Mount, Network, Root
+from sandboxd.result import Event
+from sandboxd.stores.volumes import Shelf
 from sandboxd.supervise.runner import Runner, open_runner
-from tests.escape.attack import python
-from tests.network.conftest import TOOLS
+from tests.supervise.members import ECHO, SERVE, WAITS, job, read, run, said
 from tests.supervise.variants import EVERY, policy, without
-
-SERVE = """
-server = socket.create_server(("0.0.0.0", 5432))
-server.settimeout(30)
-one, peer = server.accept()
-one.sendall(b"hello " + peer[0].encode())
-one.close()
-found["peer"] = peer[0]
-"""
-ECHO = """
-one = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-one.bind(("0.0.0.0", 5300)); one.settimeout(30)
-data, peer = one.recvfrom(100)
-one.sendto(b"echo " + data, peer)
-found["peer"] = peer[0]
-"""
-
-
-def job(body: str, **fields: Any) -> Job:
-    fields.setdefault("policy", policy())
-    return Job(argv=python(TOOLS + body), **fields)
-
-
-def said(result: Result) -> dict[str, Any]:
-    assert result.status == "ok", (result.status, result.message, result.stderr.decode())
-    answer: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
-    return answer
-
-
-async def run(group: Group, host: str = "nothing") -> dict[str, Result]:
-    async with open_runner(slots=len(group.members), host=without(host)) as runner:
-        return await runner.run_group(group)
-
 
 TWO = {"address": "192.168.100.10"}, {"address": "192.168.100.20"}
 
@@ -191,6 +154,81 @@ async def test_each_has_its_own_policy_limits_and_result() -> None:
     assert [one.path for one in found["third"].artifacts] == ["out.txt"]
 
 
+OTHER = Mount(target="/other", source="/usr/lib")
+"""What makes a tenant's root another one."""
+
+
+@EVERY
+async def test_roots_that_differ(host: str) -> None:
+    """Then tenants do, too, and share a user namespace: by name and at localhost they still meet.
+
+    Two of each root, files in and out, so that each tenant has two and a porter.
+    """
+    asking = "found['db'] = reach('db', 5432)\nfound['other'] = os.path.isdir('/other')\n"
+    looking = "found['other'] = os.path.isdir('/other')\nfound['in'] = reads('/box/in')\n"
+    other = msgspec.structs.replace(policy(), mounts=(OTHER,))
+    files: Any = {"files": {"in": b"there"}, "collect": ["in"]}
+    for share in ("bridge", "network"):
+        members = {
+            "db": Member(job=job(SERVE), ready="tcp:5432"),
+            "web": Member(job=job(asking, policy=other), after=["db"]),
+            "third": job(looking, **files),
+            "fourth": job(looking, policy=other, **files),
+        }
+        found = await run(Group(members=members, share=share), host)  # type: ignore[arg-type]
+        assert said(found["web"])["db"].startswith("hello")
+        assert said(found["web"])["other"] is True
+        assert said(found["third"]) == {"other": False, "in": "there"}
+        assert said(found["fourth"]) == {"other": True, "in": "there"}
+        assert found["fourth"].artifacts[0].data == b"there"
+
+
+@pytest.mark.needs("subuid")
+async def test_no_two_in_a_user_namespace_have_one_uid() -> None:
+    """As the kernel has them outside (proc(5), Uid), whatever tenant they are of."""
+    other = msgspec.structs.replace(policy(), mounts=(OTHER,))
+    members = {name: Job(argv=WAITS, policy=policy() if name < "c" else other) for name in "abcd"}
+    up: set[str] = set()
+    async with open_runner(slots=4) as runner:
+        async with runner.start_group(Group(members=members)) as live:
+
+            def all_up(name: str, event: Event) -> bool:
+                up.update({name} if event.type == "stdout" else ())
+                return len(up) == 4
+
+            await read(live, all_up)
+            boxes = [run._control._box for run in live.runs.values() if run._control is not None]
+            namespaces = {os.readlink(f"/proc/{box.tenant.pid}/ns/user") for box in boxes}
+            assert len({box.tenant.pid for box in boxes}) == 2
+            assert len(namespaces) == 1
+            uids = [
+                Path(f"/proc/{box.pid()}/status").read_text().partition("Uid:")[2].split()[0]  # noqa: ASYNC240
+                for box in boxes
+            ]
+            assert len(set(uids)) == 4, uids
+
+
+async def test_caches_are_had_before_slots() -> None:
+    """Two members with one cache, and again: nobody waits for a lock that its own group has."""
+    shared = Mount(target="/cache", type="cache", name="of-a-group", lock="shared-ro")
+    alone = Mount(target="/cache", type="cache", name="of-one", lock="exclusive")
+    with_shared, with_alone = (
+        msgspec.structs.replace(policy(), mounts=(one,)) for one in (shared, alone)
+    )
+    body = "found['x'] = len(os.listdir('/cache'))"
+    members = {
+        "a": job(body, policy=with_shared), "b": job(body, policy=with_shared),
+        "c": job(body, policy=with_alone),
+    }  # fmt: skip
+    try:
+        for _ in range(2):
+            found = await run(Group(members=members))
+            assert [said(one)["x"] for one in found.values()] == [0, 0, 0]
+    finally:
+        for name in ("of-a-group", "of-one"):
+            Shelf.own("cache").remove(name)
+
+
 SLEEPS = ("sleep", "60")
 
 
@@ -253,6 +291,7 @@ async def test_what_waits_for_nothing_is_not_started(ready: str) -> None:
     assert found["db"].status == "nonzero_exit"
     assert found["web"].status == "cancelled"
     assert found["web"].usage.wall_time is None
+    assert "db ended before it was ready" in found["web"].message
 
 
 async def test_what_cannot_be_started_ends_the_group() -> None:
@@ -274,128 +313,6 @@ async def test_slots_are_taken_together() -> None:
             await runner.run(job("found[0] = 0"))
         assert runner.statistics().running == 0
         assert runner.statistics().finished == 13
-
-
-def namespaces() -> int:
-    """Of networks, that somebody of ours is in or holds."""
-    found = set()
-    for fd in os.listdir("/proc/self/fd"):
-        try:
-            if (target := os.readlink(f"/proc/self/fd/{fd}")).startswith("net:"):
-                found.add(target)
-        except OSError:
-            continue
-    return len(found)
-
-
-async def test_many_in_a_row_leave_nothing() -> None:
-    """No process (the fixture looks), interface, namespace or descriptor."""
-    members = {
-        "db": Member(job=job(SERVE), ready="tcp:5432"),
-        "web": Member(job=job("found['x'] = reach('db', 5432)"), after=["db"]),
-    }
-    async with open_runner(slots=2, cgroup="none") as runner:
-        await runner.run_group(Group(members=members))
-        before = len(os.listdir("/proc/self/fd")), namespaces(), os.listdir("/sys/class/net")
-        for _ in range(24):
-            found = await runner.run_group(Group(members=members))
-            assert [one.status for one in found.values()] == ["ok", "ok"]
-        with trio.fail_after(10):
-            while before != (  # noqa: ASYNC110  nobody tells when the last init is reaped
-                len(os.listdir("/proc/self/fd")), namespaces(), os.listdir("/sys/class/net"),
-            ):  # fmt: skip
-                await trio.sleep(0.01)
-
-
-async def read(live: GroupRun, until: Callable[[str, Event], bool]) -> None:
-    """All events, up to the first that will do."""
-    async with trio.open_nursery() as nursery:
-
-        async def one(name: str) -> None:
-            async for event in live.runs[name].events:
-                if until(name, event):
-                    nursery.cancel_scope.cancel()
-
-        for name in live.runs:
-            nursery.start_soon(one, name)
-
-
-WAITS = ("sh", "-c", "echo up; exec sleep 60")
-
-
-def waiting(*names: str) -> Group:
-    return Group(members={name: Job(argv=WAITS, policy=policy()) for name in names})
-
-
-async def test_leaving_kills_all() -> None:
-    async with open_runner(slots=2) as runner:
-        async with runner.start_group(waiting("a", "b")) as live:
-            await read(live, lambda _, event: event.type == "stdout")
-        assert runner.statistics().running == 0
-        assert runner._limiter.borrowed_tokens == 0
-
-
-@pytest.mark.parametrize("seconds", [0.0, 0.01, 0.03, 0.1, 0.3])
-async def test_cancelled_at_any_time(seconds: float) -> None:
-    """Set up half-way or running: the fixture finds what is left."""
-    async with open_runner(slots=3) as runner:
-        with trio.move_on_after(seconds):
-            await runner.run_group(waiting("a", "b", "c"))
-        assert runner._limiter.borrowed_tokens == 0
-        found = await runner.run_group(Group(members={"x": job("found['y'] = 1")}))
-        assert said(found["x"]) == {"y": 1}
-
-
-def pids(name: str) -> list[int]:
-    """Our children that have this in their command line."""
-    found = []
-    for pid in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            words = Path(f"/proc/{pid}/cmdline").read_bytes()
-            parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]
-        except OSError:
-            continue
-        if name.encode() in words and int(parent) == os.getpid():
-            found.append(int(pid))
-    return found
-
-
-async def test_the_netkeeper_is_not_needed_any_more() -> None:
-    """A bridge is the kernel's; the next group has a new one."""
-    asks = job(
-        "print('up', flush=True); sys.stdin.read(); found['x'] = reach('db', 5432)", stdin=None
-    )
-    members = {"db": Member(job=job(SERVE), ready="tcp:5432"),
-               "web": Member(job=asks, after=["db"])}  # fmt: skip
-    async with open_runner(slots=2) as runner:
-        async with runner.start_group(Group(members=members)) as live:
-            await read(live, lambda name, event: name == "web" and event.type == "stdout")
-            (keeper,) = pids("sandboxd.launch.netkeeper")
-            os.kill(keeper, signal.SIGKILL)
-            stdin = live.runs["web"].stdin
-            assert stdin is not None
-            await stdin.aclose()
-            await read(live, lambda name, event: name == "web" and event.result is not None)
-            assert said((await live.wait())["web"])["x"].startswith("hello")
-        again = {name: job("found['x'] = 1") for name in "ab"}
-        assert (await runner.run_group(Group(members=again)))["a"].status == "ok"
-
-
-async def killed(runner: Runner) -> None:
-    async with runner.start_group(waiting("a", "b")) as live:
-        await read(live, lambda _, event: event.type == "stdout")
-        for pid in pids("sandboxd-tenant"):
-            os.kill(pid, signal.SIGKILL)
-        await read(live, lambda *_: False)
-        await live.wait()
-
-
-async def test_a_tenant_that_is_killed_is_an_error() -> None:
-    async with open_runner(slots=2) as runner:
-        with pytest.raises(LaunchError):
-            await killed(runner)
-        found = await runner.run_group(Group(members={"x": job("found['y'] = 1")}))
-        assert said(found["x"]) == {"y": 1}
 
 
 async def test_what_nobody_could_do_is_refused() -> None:
