@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
+from dataclasses import dataclass
 from ipaddress import IPv4Address
 
 from sandboxd.compile.carrying import RESOLVER
@@ -25,6 +26,7 @@ from sandboxd.compile.netlink import (
     NLM_F_CREATE,
     NLM_F_DUMP,
     NLM_F_EXCL,
+    NLM_F_REPLACE,
     RTM_NEWLINK,
     Answer,
     attribute,
@@ -33,7 +35,11 @@ from sandboxd.compile.netlink import (
     text,
 )
 
-IFLA_MASTER, IFLA_LINKINFO, IFLA_NET_NS_FD = 10, 18, 28
+IFLA_ADDRESS, IFLA_MASTER, IFLA_LINKINFO, IFLA_NET_NS_FD = 1, 10, 18, 28
+RTM_NEWNEIGH = 28
+NUD_PERMANENT = 0x80
+NDA_DST, NDA_LLADDR = 1, 2
+_NEIGHBOUR = struct.Struct("=BxxxiHBB")
 IFLA_INFO_KIND, IFLA_INFO_DATA = 1, 2
 IFLA_BR_MCAST_SNOOPING = 23
 VETH_INFO_PEER = 1
@@ -57,14 +63,28 @@ def add_bridge(name: str, index: int = 0) -> bytes:
     return message(RTM_NEWLINK, NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL, body, 1)
 
 
-def add_pair(port: str, bridge: int, peer: str, namespace: int, mtu: int) -> bytes:
-    """A port of the bridge of this index, whose other end is `peer` in another namespace.
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """The other end of a pair: its name, its hardware address, and a descriptor of its network
+    namespace, as whoever sends the request has it."""
 
-    `namespace` is a descriptor of whoever sends this.
-    """
-    other = _LINK.pack(AF_UNSPEC, 0, 0, 0, 0) + text(IFLA_IFNAME, peer)
+    name: str
+    hardware: bytes
+    namespace: int
+
+
+def hardware(address: IPv4Address) -> bytes:
+    """The one of a member: no manufacturer's (IEEE 802, the second bit), and a function of its
+    address, so that everybody can be told everybody's."""
+    return b"\x02\x00" + address.packed
+
+
+def add_pair(port: str, bridge: int, peer: Peer, mtu: int) -> bytes:
+    """A port of the bridge of this index, whose other end is `peer`."""
+    other = _LINK.pack(AF_UNSPEC, 0, 0, 0, 0) + text(IFLA_IFNAME, peer.name)
+    other += attribute(IFLA_ADDRESS, peer.hardware)
     other += attribute(IFLA_MTU, struct.pack("=I", mtu))
-    other += attribute(IFLA_NET_NS_FD, struct.pack("=I", namespace))
+    other += attribute(IFLA_NET_NS_FD, struct.pack("=I", peer.namespace))
     data = nested(IFLA_INFO_DATA, attribute(VETH_INFO_PEER, other))
     body = _LINK.pack(AF_UNSPEC, 0, 0, IFF_UP, IFF_UP) + text(IFLA_IFNAME, port)
     body += attribute(IFLA_MTU, struct.pack("=I", mtu))
@@ -73,13 +93,22 @@ def add_pair(port: str, bridge: int, peer: str, namespace: int, mtu: int) -> byt
     return message(RTM_NEWLINK, NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL, body, 1)
 
 
+def add_neighbour(index: int, address: IPv4Address) -> bytes:
+    """Where a member is, for good: nobody asks, and it is not counted (neigh_alloc in
+    net/core/neighbour.c)."""
+    body = _NEIGHBOUR.pack(AF_INET, index, NUD_PERMANENT, 0, 0)  # struct ndmsg
+    body += attribute(NDA_DST, address.packed) + attribute(NDA_LLADDR, hardware(address))
+    return message(RTM_NEWNEIGH, NLM_F_ACK | NLM_F_CREATE | NLM_F_REPLACE, body, 1)
+
+
 TRIAL_NAMESPACE, TRIAL_INDEX = 200, 1000
 
 
 def trial() -> tuple[bytes, ...]:
     """A bridge and a port of it, to see whether they can be had; the other end comes to where the
     descriptor TRIAL_NAMESPACE leads."""
-    pair = add_pair("port0", TRIAL_INDEX, "eth0", TRIAL_NAMESPACE, 1500)
+    peer = Peer("eth0", hardware(IPv4Address("192.168.100.2")), TRIAL_NAMESPACE)
+    pair = add_pair("port0", TRIAL_INDEX, peer, 1500)
     return add_bridge("br0", TRIAL_INDEX), pair
 
 

@@ -80,7 +80,7 @@ def _pick(limit: object, exact: bool, best: str, fallback: str) -> str:
 def _network(policy: Policy, host: Host) -> str:
     found = []
     if host.place is not None:
-        found.append("group: one namespace" if host.place.shared else "group: bridge")
+        found.append("group: one namespace" if host.place.shared else "group: bridge, nftables")
     if policy.network.mode == "user":
         found.append(f"user: {carrying.program(policy, host)[0]}, nftables")
     return "; ".join(found) or NONE

@@ -31,6 +31,12 @@ class Layout:
     bits: int
     addresses: Mapping[str, IPv4Address]
 
+    def reachable(self) -> tuple[IPv4Address, ...]:
+        """Whom members may send to: each other, and all of them."""
+        subnet = IPv4Network((next(iter(self.addresses.values())), self.bits), strict=False)
+        everybody = (subnet.broadcast_address, IPv4Address("255.255.255.255"))
+        return (*self.addresses.values(), *everybody)
+
     def place(self, name: str) -> Place:
         """What the sandbox of a member is told."""
         hosts = tuple((one, str(address)) for one, address in self.addresses.items())

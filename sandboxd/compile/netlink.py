@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
 
 NLM_F_REQUEST, NLM_F_ACK, NLM_F_DUMP = 0x1, 0x4, 0x300
-NLM_F_CREATE, NLM_F_EXCL, NLM_F_APPEND = 0x400, 0x200, 0x800
+NLM_F_REPLACE, NLM_F_CREATE, NLM_F_EXCL, NLM_F_APPEND = 0x100, 0x400, 0x200, 0x800
 NLMSG_ERROR, NLMSG_DONE = 2, 3
 NESTED = 0x8000
 _HEADER = struct.Struct("=IHHII")

@@ -59,14 +59,21 @@ def egress(policy: Policy, host: Host) -> Egress | None:
         wants = 'network.mode = "user"' if host.place is None else "a group"
         raise PolicyError(where, f"no rule admits a socket that {wants} is for",
                           hint='"@sockets" among the rules does')  # fmt: skip
-    if host.place is not None and not host.place.shared and not host.bridge:
-        why = host.fault_notes.get("bridge", "not probed")
-        raise HostError("bridge", f"no bridge for a group can be made here: {why}",
-                        hint='share = "network" needs none; or run `sandboxd doctor`')  # fmt: skip
+    if host.place is not None and not host.place.shared:
+        _check_bridge(host)
     if policy.network.mode == "none":
         return None
     kind, path = carrying.program(policy, host)
     return dataclasses.replace(understood(policy.network), kind=kind, program=path)
+
+
+def _check_bridge(host: Host) -> None:
+    """With a filter: without one a member could fill what the whole machine shares."""
+    for fact, there in (("bridge", host.bridge), ("nftables", host.nftables)):
+        if not there:
+            why = host.fault_notes.get(fact, "not probed")
+            raise HostError(fact, f"no bridge for a group can be made here: {fact}: {why}",
+                            hint='share = "network" has none; `sandboxd doctor`')  # fmt: skip
 
 
 def network_plan() -> SetupPlan:

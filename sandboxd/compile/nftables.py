@@ -7,6 +7,8 @@
       sets closed4, closed6                   what the public Internet is without
       sets names4_N, names6_N                 addresses that allowed names have; they time out
       sets denied4, denied6                   who was refused, how often
+      chain through (hook forward, drop)      only beside other members of a group, as is
+      set members                             who is there
 
 Every packet of a TCP connection but its first has ACK or RST: only SYN asks for anything, because
 the programs that carry packets open a connection on SYN alone. So there is no connection tracking,
@@ -70,7 +72,8 @@ _INTERVAL, _TIMEOUT, _EVAL = 0x4, 0x10, 0x20
 _INTERVAL_END = 1
 _VERDICT, _REGISTER = 0, 8
 _COUNTER = 1
-_TCP_RESET, _ICMP, _PROHIBITED = 1, 2, 3
+_TCP_RESET, _ICMP, _NO_HOST, _PROHIBITED = 1, 2, 2, 3
+_MEMBERS, _MEMBERS_NUMBER = "members", 1000
 _LOOPBACK = 1
 """The index of lo, in every network namespace (LOOPBACK_IFINDEX)."""
 _FAMILIES: tuple[tuple[int, int, int, int], ...] = ((4, _IPV4, 16, 4), (6, _IPV6, 24, 16))
@@ -207,17 +210,30 @@ def pin(address: IPAddress, groups: Iterable[int], seconds: float, *, again: boo
 # -- the filter ------------------------------------------------------------------------------
 
 
-def ruleset(egress: Egress, own: Iterable[IPAddress] = (), beside: int | None = None) -> bytes:
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """The interface to the bridge of a group, by its index, and what may be reached over it.
+
+    Nobody else: for each address that anybody in a namespace sends to, with SO_BINDTODEVICE also
+    without a route, the kernel has an entry in a table of neighbours that all of the machine share
+    (gc_thresh3 in Documentation/networking/ip-sysctl.rst; 1024 unless somebody raised it).
+    """
+
+    index: int
+    members: tuple[IPv4Address, ...]
+
+
+def ruleset(egress: Egress, own: Iterable[IPAddress] = (), beside: Beside | None = None) -> bytes:
     """The batch that makes it all; `own` are the host's addresses, which are not public.
 
-    `beside` is the index of the interface to the other members of a group: everything may leave by
-    it, and what comes from there goes no further.
+    What comes from `beside` goes no further.
     """
     return batch(
         [
             _request(_NEWTABLE, text(1, TABLE), flags=NLM_F_CREATE),
             *(_counter(name) for name in ("connections", "denied")),
             *_sets(egress, own),
+            *_members(beside),
             _chain("let"),
             _rule("let", *_is(_META_L4PROTO, TCP), _count("connections")),
             _rule("let", _verdict(_ACCEPT)),
@@ -267,10 +283,11 @@ def _is(key: int, value: int) -> tuple[bytes, bytes]:
     return _meta(key), _compare(_EQUAL, bytes([value]))
 
 
-def _out(egress: Egress, beside: int | None) -> Iterator[tuple[bytes, ...]]:
+def _out(egress: Egress, beside: Beside | None) -> Iterator[tuple[bytes, ...]]:
     """The rules of the chain, in order."""
-    for index in (_LOOPBACK,) if beside is None else (_LOOPBACK, beside):
-        yield _meta(_META_OIF), _compare(_EQUAL, struct.pack("=I", index)), _verdict(_ACCEPT)
+    yield *_leaves_by(_LOOPBACK), _verdict(_ACCEPT)
+    if beside is not None:
+        yield from _beside(beside)
     # Neighbour discovery, which the kernel itself does (RFC 4861): types 133 to 136.
     kind = _payload(_TRANSPORT_HEADER, 0, 1)
     first, last = _compare(_LEAST, bytes([133])), _compare(_MOST, bytes([136]))
@@ -296,6 +313,27 @@ def _out(egress: Egress, beside: int | None) -> Iterator[tuple[bytes, ...]]:
     # At once for whoever waits: an ICMPv6 error is kept for a second from a socket in connect(2).
     yield *_is(_META_L4PROTO, TCP), _refuse(_TCP_RESET, 0)
     yield (_refuse(_ICMP, _PROHIBITED),)
+
+
+def _leaves_by(index: int) -> tuple[bytes, ...]:
+    return _meta(_META_OIF), _compare(_EQUAL, struct.pack("=I", index))
+
+
+def _beside(beside: Beside) -> Iterator[tuple[bytes, ...]]:
+    """Whatever goes to a member, and nothing else."""
+    leaves = _leaves_by(beside.index)
+    _, number, offset, length = _FAMILIES[0]
+    address = (*_is(_META_NFPROTO, number), _payload(_NETWORK_HEADER, offset, length))
+    yield *leaves, *address, _lookup(_MEMBERS), _verdict(_ACCEPT)
+    yield *leaves, *_is(_META_L4PROTO, TCP), _refuse(_TCP_RESET, 0)
+    yield *leaves, _refuse(_ICMP, _NO_HOST)
+
+
+def _members(beside: Beside | None) -> Iterator[bytes]:
+    if beside is not None:
+        yield _set(_MEMBERS, 4, 0, _MEMBERS_NUMBER)
+        found = (nested(1, _value(1, address.packed)) for address in beside.members)
+        yield _elements(_MEMBERS, found)
 
 
 def _destination(network: IPNetwork) -> tuple[bytes, ...]:

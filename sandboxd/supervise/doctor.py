@@ -417,7 +417,8 @@ def _isolation(host: Host) -> tuple[_Row, ...]:
             "there is none (network.mode = user)",
         ),
         (
-            *("groups", host.bridge, "on request: a bridge of their own, or one namespace"),
+            *("groups", host.bridge and host.nftables),
+            "on request: a bridge of their own with a filter of nftables, or one namespace",
             *("partly", "one namespace for all members, no addresses of their own"),
         ),
         (

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from sandboxd.compile import bridge, netlink
+from sandboxd.compile import bridge, netlink, nftables
 from sandboxd.compile.egress import PROTOCOLS, Egress
 from sandboxd.compile.grouping import BRIDGE, INTERFACE, MTU, Layout, lay_out
 from sandboxd.errors import JobError, LaunchError
@@ -160,10 +160,9 @@ async def open_networks(
         else:
             middle = await bare(NO_WAY_OUT, next(iter(seats.values())))
             index = make_bridge(middle)
-            for number, (name, seat) in enumerate(seats.items()):
+            for name, seat in seats.items():
                 seat.network = network = await bare(ways[name], seat)
-                connect(middle, index, network, number)
-                give_address(network, layout, name)
+                connect(middle, index, network, layout, name)
                 if network.is_carried:
                     await keeper.furnish(network)
         yield
@@ -179,25 +178,30 @@ def make_bridge(middle: UserNetwork) -> int:
                           hint="`sandboxd doctor` tries that") from None  # fmt: skip
 
 
-def connect(middle: UserNetwork, index: int, network: UserNetwork, number: int) -> None:
-    """A pair of interfaces between the bridge and a member."""
+def connect(
+    middle: UserNetwork, index: int, network: UserNetwork, layout: Layout, name: str
+) -> None:
+    """A pair of interfaces between the bridge and a member, its filter, and its address."""
+    step, own = 1, layout.addresses[name]
     try:
-        request = bridge.add_pair(f"port{number}", index, INTERFACE, network.namespace, MTU)
-        ask(middle.routes, request)
-        network.beside = index_of(network, INTERFACE)
+        peer = bridge.Peer(INTERFACE, bridge.hardware(own), network.namespace)
+        port = f"port{list(layout.addresses).index(name)}"
+        ask(middle.routes, bridge.add_pair(port, index, peer, MTU))
+        at = index_of(network, INTERFACE)
+        network.beside = nftables.Beside(at, layout.reachable())
+        step = 2
+        if not network.is_carried:  # else it is a part of the filter of the way out
+            ask(network.tables, nftables.ruleset(network.egress, (), network.beside))
+        step = 3
+        ask(network.routes, netlink.set_up(at, MTU))
+        ask(network.routes, netlink.add_address(at, own, layout.bits))
+        for other in layout.addresses.values():
+            if other != own:
+                ask(network.routes, bridge.add_neighbour(at, other))
     except OSError as error:
-        raise LaunchError("group", 1, error.errno or 0, "join a member to the bridge",
+        what = ("join a member to the bridge", "filter what a member sends", "give it its address")
+        raise LaunchError("group", step, error.errno or 0, f"{name}: {what[step - 1]}",
                           hint="`sandboxd doctor` tries that") from None  # fmt: skip
-
-
-def give_address(network: UserNetwork, layout: Layout, name: str) -> None:
-    assert network.beside is not None
-    try:
-        ask(network.routes, netlink.set_up(network.beside, MTU))
-        address = layout.addresses[name]
-        ask(network.routes, netlink.add_address(network.beside, address, layout.bits))
-    except OSError as error:
-        raise LaunchError("group", 2, error.errno or 0, f"give {name} its address") from None
 
 
 def index_of(network: UserNetwork, name: str) -> int:

@@ -76,8 +76,8 @@ class UserNetwork:
     """Names that were asked for and not allowed -> how often."""
     place: Place | None = None
     """Of a member of a group, which the network outlives: the group ends it."""
-    beside: int | None = None
-    """The index of the interface to the group's bridge."""
+    beside: nftables.Beside | None = None
+    """Its interface to the group's bridge."""
 
     # -- what the filter and the interface say
 

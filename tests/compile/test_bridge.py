@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from ipaddress import IPv4Address
 from typing import Any
 
 import pytest
@@ -10,6 +11,9 @@ import pytest
 from sandboxd.compile import bridge, netlink
 
 ASK = netlink.NLM_F_REQUEST | netlink.NLM_F_ACK | netlink.NLM_F_CREATE | netlink.NLM_F_EXCL
+
+
+PEER = bridge.Peer("eth0", bridge.hardware(IPv4Address("10.9.0.2")), 42)
 
 
 def read(data: bytes) -> Any:
@@ -45,7 +49,7 @@ def test_a_bridge_as_pyroute2_reads_it() -> None:
 
 
 def test_a_port_as_pyroute2_reads_it() -> None:
-    found = read(bridge.add_pair("port7", 3, "eth0", 42, 1500))
+    found = read(bridge.add_pair("port7", 3, PEER, 1500))
     assert found["header"]["flags"] == ASK
     assert (found.get("ifname"), found.get("master"), found.get("mtu")) == ("port7", 3, 1500)
     assert found["flags"] == 1
@@ -53,7 +57,19 @@ def test_a_port_as_pyroute2_reads_it() -> None:
     assert info.get("kind") == "veth"
     peer = info.get("data").get("veth_info_peer")
     assert (peer.get("ifname"), peer.get("mtu"), peer.get("net_ns_fd")) == ("eth0", 1500, 42)
+    assert peer.get("address") == "02:00:0a:09:00:02"
     assert peer["flags"] == 0  # its owner sets it up
+
+
+def test_a_neighbour_as_pyroute2_reads_it() -> None:
+    from pyroute2.netlink.rtnl.ndmsg import ndmsg
+
+    found: Any = ndmsg(bridge.add_neighbour(5, IPv4Address("10.9.0.2")))
+    found.decode()
+    flags = ASK & ~netlink.NLM_F_EXCL | netlink.NLM_F_REPLACE
+    assert (found["header"]["type"], found["header"]["flags"]) == (28, flags)
+    assert (found["family"], found["ifindex"], found["state"]) == (2, 5, 0x80)
+    assert (found.get("dst"), found.get("lladdr")) == ("10.9.0.2", "02:00:0a:09:00:02")
 
 
 def test_what_pyroute2_writes_is_the_same_bridge() -> None:

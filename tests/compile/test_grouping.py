@@ -19,7 +19,16 @@ from sandboxd.job import Job
 from sandboxd.policy import Identity, Network, Policy, Root, Syscalls
 
 JOB = Job(argv=("true",))
-HOST = Host(arch="x86_64", kernel="6.1.0", uid=1000, gid=1000, cpus=2, overlay=True, bridge=True)
+HOST = Host(
+    arch="x86_64",
+    kernel="6.1.0",
+    uid=1000,
+    gid=1000,
+    cpus=2,
+    overlay=True,
+    bridge=True,
+    nftables=True,
+)
 PLACE = Place(name="web", domain="shop", hosts=(("db", "10.9.0.2"), ("web", "10.9.0.3")))
 TOGETHER = Place(
     name="web", domain="shop", hosts=(("db", "127.0.0.1"), ("web", "127.0.0.1")), shared=True
@@ -43,6 +52,12 @@ def test_an_address_that_is_wanted_is_kept_free() -> None:
     assert {name: str(one) for name, one in layout.addresses.items()} == {
         "a": "10.7.0.3", "b": "10.7.0.2", "c": "10.7.0.4",
     }  # fmt: skip
+
+
+def test_whom_members_may_send_to() -> None:
+    layout = grouping.lay_out(group("a", "b", subnet="10.7.0.0/29"))
+    found = ["10.7.0.2", "10.7.0.3", "10.7.0.7", "255.255.255.255"]
+    assert list(map(str, layout.reachable())) == found
 
 
 def test_one_network_is_localhost() -> None:
@@ -160,16 +175,18 @@ def test_each_has_files_of_its_own(root: Root) -> None:
 
 
 def test_what_is_enforced_says_so() -> None:
-    assert compiled(Policy(), PLACE).enforcement["network"] == "group: bridge"
+    assert compiled(Policy(), PLACE).enforcement["network"] == "group: bridge, nftables"
     assert compiled(Policy(), TOGETHER).enforcement["network"] == "group: one namespace"
     able = dataclasses.replace(HOST, pasta="/x/pasta", tun=True, nftables=True, place=PLACE)
     found = build.compile_policy(Policy(network=Network(mode="user")), able)
-    assert found.enforcement["network"] == "group: bridge; user: pasta, nftables"
+    assert found.enforcement["network"] == "group: bridge, nftables; user: pasta, nftables"
 
 
 def test_without_a_bridge() -> None:
-    """One namespace for all can be had all the same."""
+    """Or without a filter for it. One namespace for all can be had all the same."""
     less = dataclasses.replace(HOST, bridge=False, place=PLACE)
+    with pytest.raises(HostError, match="no bridge for a group"):
+        build.compile_policy(Policy(), dataclasses.replace(HOST, nftables=False, place=PLACE))
     with pytest.raises(HostError, match="no bridge for a group") as caught:
         build.compile_policy(Policy(), less)
     assert "share" in caught.value.hint

@@ -73,7 +73,7 @@ def test_each_has_its_own_way_out(world: World, helper: str) -> None:
     assert found["web"].result["usage"]["net_connections"] == 1  # what stays in the group is none
     assert found["none"].result["usage"]["net_received"] is None
     assert found["web"].result["enforcement"]["network"] == (
-        f"group: bridge; user: {helper}, nftables"
+        f"group: bridge, nftables; user: {helper}, nftables"
     )
 
 
@@ -106,7 +106,7 @@ def test_nobody_goes_out_through_another(world: World, helper: str) -> None:
     found = run(world, members)
     answers = found["hostile"].found
     assert answers.pop("end") == "from 192.168.100.3"
-    assert set(answers.values()) <= {"EHOSTUNREACH", "ETIMEDOUT", "ENETUNREACH", "EPERM", "EINVAL"}
+    assert set(answers.values()) <= {"ECONNREFUSED", "ENETUNREACH", "EPERM", "EINVAL", "ETIMEDOUT"}
     assert found["way"].result["usage"]["net_connections"] == 0
 
 
