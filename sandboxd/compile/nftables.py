@@ -1,7 +1,8 @@
 """The filter of a network namespace, as messages to nf_tables; nothing is sent here.
 
     table inet sandboxd
-      chain out (hook output, policy drop)    to lo, answers, neighbours; then who is allowed;
+      chain out (hook output, policy drop)    to lo, answers, neighbours; by the gateway to
+                                              who is allowed;
                                               what is left is written down and refused
       chain let                               counts connections, accepts
       sets closed4, closed6                   what the public Internet is without
@@ -23,6 +24,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, ip_network
 
+from sandboxd.compile.carrying import GATEWAY, GATEWAY6
 from sandboxd.compile.egress import (
     CLOSED,
     TCP,
@@ -73,6 +75,7 @@ _INTERVAL_END = 1
 _VERDICT, _REGISTER = 0, 8
 _COUNTER = 1
 _TCP_RESET, _ICMP, _NO_HOST, _PROHIBITED = 1, 2, 2, 3
+_NEXT_HOP = {4: 1, 6: 2}
 _MEMBERS, _MEMBERS_NUMBER = "members", 1000
 _LOOPBACK = 1
 """The index of lo, in every network namespace (LOOPBACK_IFINDEX)."""
@@ -296,6 +299,7 @@ def _out(egress: Egress, beside: Beside | None) -> Iterator[tuple[bytes, ...]]:
     yield _meta(_META_L4PROTO), *neither, _verdict(_DROP)
     flags = (_payload(_TRANSPORT_HEADER, 13, 1), _masked(b"\x12"), _compare(_OTHER, b"\x02"))
     yield *_is(_META_L4PROTO, TCP), *flags, _verdict(_ACCEPT)
+    yield from _past_the_gateway()
     for network, ports in egress.networks:
         yield *_destination(network), *_ports(ports), _verdict(_GOTO, "let")
     for version, number, offset, length in _FAMILIES:
@@ -313,6 +317,21 @@ def _out(egress: Egress, beside: Beside | None) -> Iterator[tuple[bytes, ...]]:
     # At once for whoever waits: an ICMPv6 error is kept for a second from a socket in connect(2).
     yield *_is(_META_L4PROTO, TCP), _refuse(_TCP_RESET, 0)
     yield (_refuse(_ICMP, _PROHIBITED),)
+
+
+def _past_the_gateway() -> Iterator[tuple[bytes, ...]]:
+    """By SO_DONTROUTE or SO_BINDTODEVICE everybody can be a neighbour; why that matters: Beside."""
+    gateways: tuple[IPAddress, ...] = (GATEWAY, GATEWAY6)
+    for (version, number, offset, length), gateway in zip(_FAMILIES, gateways, strict=True):
+        hop = _expression("rt", _number(1, _REGISTER), _number(2, _NEXT_HOP[version]))
+        other = (*_is(_META_NFPROTO, number), hop, _compare(_OTHER, gateway.packed))
+        address = _payload(_NETWORK_HEADER, offset, length)
+        protocol = _meta(_META_L4PROTO, _REGISTER + length // 4)
+        port = _payload(_TRANSPORT_HEADER, 2, 2, _REGISTER + length // 4 + 1)
+        yield *other, address, protocol, port, _note(f"denied{version}")
+        yield *other, _count("denied")
+        yield *other, *_is(_META_L4PROTO, TCP), _refuse(_TCP_RESET, 0)
+        yield *other, _refuse(_ICMP, _PROHIBITED)
 
 
 def _leaves_by(index: int) -> tuple[bytes, ...]:
