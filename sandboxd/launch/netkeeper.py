@@ -54,13 +54,14 @@ SYSCTLS = (
     ("/proc/sys/net/ipv4/conf/all/proxy_arp", "0"),
     ("/proc/sys/net/ipv4/conf/default/proxy_arp", "0"),
 )
-IN_A_GROUP = (
-    # Any source can be given to a packet of IPv6 (ipv6(7), IPV6_FREEBIND), and a bridge would have
-    # an address of its own.
-    ("/proc/sys/net/ipv6/conf/default/disable_ipv6", "1"),
+MORE = {
+    "": (),
     # On the bridge nobody is asked for the address that he has on the way out.
-    ("/proc/sys/net/ipv4/conf/all/arp_ignore", "1"),
-)
+    "member": (("/proc/sys/net/ipv4/conf/all/arp_ignore", "1"),),
+    # It would have an address of its own.
+    "bridge": (("/proc/sys/net/ipv6/conf/default/disable_ipv6", "1"),),
+}
+"""By what the namespace has to do with a group."""
 PATIENCE = 2.0
 
 
@@ -175,7 +176,7 @@ def _carry_out(
 ) -> None:
     server, programs, poll = state
     if "make" in request:
-        _make(link, request["make"], server, grouped=request["group"])
+        _make(link, request["make"], server, request["group"])
     elif "start" in request:
         name = request["start"]
         try:
@@ -194,7 +195,7 @@ def _carry_out(
         os.kill(ending.pid, signal.SIGKILL)
 
 
-def _make(link: socket.socket, name: str, server: str, *, grouped: bool) -> None:
+def _make(link: socket.socket, name: str, server: str, group: str) -> None:
     """In a process of its own: there is no way back from another's network namespace."""
     pid = os.fork()
     if pid:
@@ -202,7 +203,7 @@ def _make(link: socket.socket, name: str, server: str, *, grouped: bool) -> None
         return
     try:
         unshare(CLONE_NEWNET)
-        _up((*SYSCTLS, *IN_A_GROUP) if grouped else SYSCTLS)
+        _up((*SYSCTLS, *MORE[group]))
         fds = (os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC), *_sockets(server))
         _tell(link, {"made": name}, fds)
     except OSError as error:

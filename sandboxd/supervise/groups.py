@@ -24,7 +24,7 @@ import trio
 from sandboxd.compile import bridge, netlink, nftables
 from sandboxd.compile.egress import PROTOCOLS, Egress
 from sandboxd.compile.grouping import BRIDGE, INTERFACE, MTU, Layout, lay_out
-from sandboxd.errors import JobError, LaunchError
+from sandboxd.errors import JobError, LaunchError, SandboxError
 from sandboxd.group import Group
 from sandboxd.job import Job
 from sandboxd.result import Event, Result
@@ -145,8 +145,8 @@ async def open_networks(
     """Give each seat its network; leaving ends them. LaunchError names the step."""
     async with AsyncExitStack() as stack:
 
-        async def bare(egress: Egress, seat: Seat) -> UserNetwork:
-            network = await keeper.bare(egress, seat.place)
+        async def bare(egress: Egress, seat: Seat, group: str = "member") -> UserNetwork:
+            network = await keeper.bare(egress, seat.place, group)
             stack.push_async_callback(network.end)
             return network
 
@@ -158,7 +158,7 @@ async def open_networks(
             for one in seats.values():
                 one.network = network
         else:
-            middle = await bare(NO_WAY_OUT, next(iter(seats.values())))
+            middle = await bare(NO_WAY_OUT, next(iter(seats.values())), "bridge")
             index = make_bridge(middle)
             for name, seat in seats.items():
                 seat.network = network = await bare(ways[name], seat)
@@ -219,6 +219,8 @@ async def open_group(runner: Runner, group: Group) -> AsyncIterator[GroupRun]:
     """All members, started; leaving ends what is left of them and their network."""
     layout = lay_out(group)
     every = group.every()
+    if runner._closed:
+        raise SandboxError("the runner is closed", hint="use it inside `async with`")
     if len(every) > runner.slots:
         raise JobError(f"group: {len(every)} members, and {runner.slots} jobs may run at once",
                        hint=f"open_runner(slots={len(every)})")  # fmt: skip

@@ -269,15 +269,17 @@ class Netkeeper:
         await self.furnish(network)
         return network
 
-    async def bare(self, egress: Egress, place: Place | None = None) -> UserNetwork:
-        """A namespace with loopback; for a member of a group, or its bridge, with `place`."""
+    async def bare(
+        self, egress: Egress, place: Place | None = None, group: str = ""
+    ) -> UserNetwork:
+        """A namespace with loopback; with `place` a group's, which is "member" or "bridge"."""
         name = f"n{next(self._numbers)}"
         try:
             own = own_addresses()
         except OSError as error:
             what = "ask for the addresses of this host"
             raise LaunchError("network", 0, error.errno or 0, what) from None
-        made, received = await self._ask({"make": name, "group": place is not None}, "made", name)
+        made, received = await self._ask({"make": name, "group": group}, "made", name)
         if "why" in made or len(received) != 6:
             packets.close(received)
             raise LaunchError("network", 0, 0, f"no network namespace: {made.get('why')}")
@@ -286,7 +288,7 @@ class Netkeeper:
         routes, links, tables, listeners, names = (socket.socket(fileno=fd) for fd in received[1:])
         return UserNetwork(
             self, name, egress, kept, namespace, routes, links, tables, listeners, names, own,
-            place is None and has_ipv6(), place=place,
+            has_ipv6(), place=place,
         )  # fmt: skip
 
     async def furnish(self, network: UserNetwork) -> None:

@@ -241,7 +241,7 @@ async def test_a_namespace_forwards_nothing_whatever_the_host_does() -> None:
     async with open_runner(slots=1) as runner:
         seat = Seat(place, None, trio.lowlevel.checkpoint)
         ground = runner._known.ready(Job(argv=("true",)), None, seat).home
-        network = await (await ground.netkeeper()).bare(Egress("", ""), place)
+        network = await (await ground.netkeeper()).bare(Egress("", ""), place, "member")
         try:
             body = struct.pack("=B3xHHi", 2, 8, 1, ALL)  # struct netconfmsg, NETCONFA_IFINDEX
             request = netlink.message(RTM_GETNETCONF, netlink.NLM_F_ACK, body, 1)

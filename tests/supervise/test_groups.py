@@ -11,7 +11,7 @@ import msgspec
 import pytest
 import trio
 
-from sandboxd.errors import JobError, LaunchError
+from sandboxd.errors import JobError, LaunchError, SandboxError
 from sandboxd.group import Group, Member
 from sandboxd.host import Host
 from sandboxd.job import File, Job
@@ -323,6 +323,25 @@ async def test_what_nobody_could_do_is_refused() -> None:
             await runner.run_group(live)
         with pytest.raises(JobError, match='a: collect_to="stream"'):
             await runner.run_group(stream)
+
+
+async def test_an_error_of_the_caller_comes_out_as_itself() -> None:
+    """In the block, and in what gets the events: all members are killed by it."""
+
+    async def emit(name: str, event: Event) -> None:
+        if event.type == "stdout" and name == "a":
+            raise KeyError(name)
+
+    group = Group(members={name: Job(argv=WAITS, policy=policy()) for name in "ab"})
+    async with open_runner(slots=2) as runner:
+        with pytest.raises(ZeroDivisionError):
+            async with runner.start_group(group):
+                raise ZeroDivisionError
+        with pytest.raises(KeyError):
+            await runner.run_group(group, emit=emit)
+        assert runner.statistics().running == 0
+    with pytest.raises(SandboxError, match="closed"):
+        await runner.run_group(group)
 
 
 async def whose(runner: Runner, group: Group) -> str | None:
