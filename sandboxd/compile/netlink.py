@@ -54,7 +54,7 @@ def message(kind: int, flags: int, body: bytes, sequence: int = 0) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One message of the kernel's: `error` is an errno if it is an acknowledgement."""
+    """One message of the kernel's: `error` is an errno or 0 if it is the end of an answer."""
 
     kind: int
     sequence: int
@@ -70,7 +70,9 @@ def answers(data: bytes) -> Iterator[Answer]:
         if not _HEADER.size <= size <= len(data) - at:
             return
         body = data[at + _HEADER.size : at + size]
-        error = -struct.unpack_from("=i", body)[0] if kind == NLMSG_ERROR else None
+        # The end of a dump has an error, too: that of a module that is not there, for one.
+        told = kind in (NLMSG_ERROR, NLMSG_DONE) and len(body) >= 4
+        error = -struct.unpack_from("=i", body)[0] if told else None
         yield Answer(kind, sequence, body, error)
         at += size + -size % 4
 

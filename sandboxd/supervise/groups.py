@@ -126,12 +126,15 @@ class GroupRun:
 
 
 def listeners(network: UserNetwork, protocol: int) -> set[int]:
-    """Ports of a namespace at which somebody waits."""
+    """Ports of a namespace at which somebody waits; LaunchError if the kernel cannot tell."""
     found: set[int] = set()
-    for family in bridge.FAMILIES:
-        with suppress(FileNotFoundError):  # ENOENT: a kernel without this family
+    try:
+        for family in bridge.FAMILIES:
             for answer in ask(network.listeners, bridge.get_listeners(family, protocol)):
                 found.update(bridge.ports(answer))
+    except OSError as error:  # ENOENT: no such module
+        hint = "modprobe -a tcp_diag udp_diag, or leave `ready` out"
+        raise LaunchError("group", 4, error.errno or 0, "ask who listens", hint=hint) from None
     return found
 
 

@@ -12,8 +12,12 @@ import trio
 
 from sandboxd.errors import LaunchError
 from sandboxd.group import Group, Member
+from sandboxd.host import Place
+from sandboxd.job import Job
 from sandboxd.policy import Mount
+from sandboxd.supervise.groups import NO_WAY_OUT, listeners
 from sandboxd.supervise.runner import Runner, open_runner
+from sandboxd.supervise.seat import Seat
 from tests.supervise.members import SERVE, job, read, said, waiting
 from tests.supervise.variants import policy
 
@@ -139,3 +143,19 @@ async def test_a_tenant_that_shares_is_killed(which: str) -> None:
             assert victim is not None
             os.kill(victim.pid, signal.SIGKILL)
             await trio.lowlevel.wait_readable(victim.control)  # its zygote has gone with it
+
+
+async def test_a_kernel_that_cannot_tell_who_listens() -> None:
+    """ENOENT without the module of a protocol (sock_diag(7)): nobody waits for what never comes."""
+    nobody_has = 254  # for experiments (RFC 3692)
+    async with open_runner(slots=1) as runner:
+        place = Place(name="a", domain="group", hosts=(("a", "127.0.0.1"),), shared=True)
+        seat = Seat(place, None, trio.lowlevel.checkpoint)
+        ground = runner._known.ready(Job(argv=("true",)), None, seat).home
+        network = await (await ground.netkeeper()).bare(NO_WAY_OUT, place, "member")
+        try:
+            assert listeners(network, 6) == listeners(network, 17) == set()
+            with pytest.raises(LaunchError, match="group: step 4 ask who listens: No such file"):
+                listeners(network, nobody_has)
+        finally:
+            await network.end()
