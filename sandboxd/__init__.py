@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         SandboxError,
         WorkloadFailed,
     )
+    from sandboxd.group import Group, Member
     from sandboxd.job import File, Job, Pattern, Tar, Terminal
     from sandboxd.policy import Artifacts, Limits, Policy
     from sandboxd.reference import Reference
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from sandboxd.serve.client import Client, ClientRun, connect
     from sandboxd.supervise.builds import Build
     from sandboxd.supervise.bundles import load_bundle
+    from sandboxd.supervise.group_files import load_group
+    from sandboxd.supervise.groups import GroupRun
     from sandboxd.supervise.keeping import Change, KeptRoot, commit, find_kept, kept_roots
     from sandboxd.supervise.leavings import OpenArtifact
     from sandboxd.supervise.oneshot import run, run_sync
@@ -42,6 +45,7 @@ _HOMES = {
         "Busy", "HostError", "ImageError", "InternalError", "JobError", "LaunchError",
         "PolicyError", "PolicyErrors", "SandboxError", "WorkloadFailed",
     ),
+    "group": ("Group", "Member"),
     "job": ("File", "Job", "Pattern", "Tar", "Terminal"),
     "policy": ("Artifacts", "Limits", "Policy"),
     "reference": ("Reference",),
@@ -49,6 +53,8 @@ _HOMES = {
     "serve.client": ("Client", "ClientRun", "connect"),
     "supervise.builds": ("Build",),
     "supervise.bundles": ("load_bundle",),
+    "supervise.group_files": ("load_group",),
+    "supervise.groups": ("GroupRun",),
     "supervise.keeping": ("Change", "KeptRoot", "commit", "find_kept", "kept_roots"),
     "supervise.leavings": ("OpenArtifact",),
     "supervise.oneshot": ("run", "run_sync"),
@@ -59,11 +65,12 @@ _WHERE = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "Artifact", "Artifacts", "Build", "Busy", "Change", "Client", "ClientRun", "Event", "File",
-    "HostError", "ImageError", "InternalError", "Job", "JobError", "Kept", "KeptRoot",
-    "LaunchError", "Limits", "OpenArtifact", "Output", "Pattern", "Policy", "PolicyError",
-    "PolicyErrors", "Reference", "Result", "Run", "Runner", "RunnerStatistics", "SandboxError",
-    "Tar", "Terminal", "Usage", "WorkloadFailed", "__version__", "commit", "connect", "find_kept",
-    "find_policy", "kept_roots", "load_bundle", "open_runner", "run", "run_sync", "to_json",
+    "Group", "GroupRun", "HostError", "ImageError", "InternalError", "Job", "JobError", "Kept",
+    "KeptRoot", "LaunchError", "Limits", "Member", "OpenArtifact", "Output", "Pattern", "Policy",
+    "PolicyError", "PolicyErrors", "Reference", "Result", "Run", "Runner", "RunnerStatistics",
+    "SandboxError", "Tar", "Terminal", "Usage", "WorkloadFailed", "__version__", "commit",
+    "connect", "find_kept", "find_policy", "kept_roots", "load_bundle", "load_group", "open_runner",
+    "run", "run_sync", "to_json",
 ]  # fmt: skip
 
 

@@ -33,6 +33,17 @@ class CgroupSubtree:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where a sandbox is in its group: what it is called, and who is at which address."""
+
+    name: str
+    domain: str
+    hosts: tuple[tuple[str, str], ...]
+    shared: bool = False
+    """All are in one network namespace."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Host:
     """A snapshot. Everything here was found by doing, or is a plain fact read from the kernel."""
 
@@ -73,6 +84,8 @@ class Host:
     """A TAP device can be made in a network namespace of ours (/dev/net/tun)."""
     nftables: bool = False
     """A filter of nftables can be loaded in a network namespace of ours."""
+    bridge: bool = False
+    """A bridge and pairs of interfaces can be made in network namespaces of ours."""
     proc_whole: bool = True
     """A new proc mounts in a user namespace; False where the visible one is partly masked."""
     proc_subset: bool = True
@@ -99,6 +112,8 @@ class Host:
     """The image a policy's root is."""
     inputs: Inputs | None = None
     """The files of builds that a job refers to."""
+    place: Place | None = None
+    """Of a job that is a member of a group."""
     proc_entries: frozenset[str] = frozenset()
     """Names below /proc that are not processes."""
     hard_limits: dict[str, int] = field(default_factory=dict)

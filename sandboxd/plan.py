@@ -78,11 +78,14 @@ class UserNamespace(Step):
     """The user namespace everything else belongs to (user_namespaces(7))."""
 
     ids: IdMap
+    joined: bool = False
+    """It is another tenant's, which came as descriptor 1."""
 
     def describe(self) -> str:
-        return ", ".join(
+        ids = ", ".join(
             f"uid {outside}+{count} as {inside}+" for inside, outside, count in self.ids.uids
         )
+        return f"{ids} (another tenant's)" if self.joined else ids
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

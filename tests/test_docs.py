@@ -278,6 +278,7 @@ def members(kind: type) -> set[str]:
     [
         *(Job, File, Tar, Pattern, Artifacts, Terminal, sandboxd.OpenArtifact),
         *(sandboxd.Run, sandboxd.Runner, sandboxd.RunnerStatistics),
+        *(sandboxd.Group, sandboxd.Member, sandboxd.GroupRun),
         *(sandboxd.Client, sandboxd.ClientRun),
     ],
     ids=lambda kind: kind.__name__,

@@ -21,7 +21,7 @@ PACKAGE = ROOT / "sandboxd"
 
 VALUES = frozenset(
     {
-        *("errors", "units", "kernel", "policy", "reference", "job", "host", "image"),
+        *("errors", "units", "kernel", "policy", "reference", "job", "group", "host", "image"),
         *("plan", "messages", "result"),
     }
 )
@@ -36,6 +36,7 @@ INSIDE: dict[str, frozenset[str]] = {
     "policy": frozenset({"errors"}),
     "reference": frozenset({"errors"}),
     "job": frozenset({"errors", "policy", "reference"}),
+    "group": frozenset({"errors", "job"}),
     "image": frozenset(),
     "host": frozenset({"errors", "image", "policy", "reference"}),
     "result": frozenset({"errors", "policy"}),
@@ -59,7 +60,7 @@ OUTSIDE: dict[str, frozenset[str]] = {
     "errors": frozenset(),
     "plan": frozenset(),
     "messages": frozenset(),
-    "compile": frozenset({"msgspec", "pyroute2", "pyseccomp", "seccomp"}),
+    "compile": frozenset({"msgspec", "pyseccomp", "seccomp"}),
     "stores": frozenset({"msgspec"}),
     "images": frozenset({"msgspec"}),  # and zstd where it is installed, by name
     "supervise": frozenset({"jeepney", "msgspec", "trio"}),

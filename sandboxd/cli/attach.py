@@ -90,7 +90,7 @@ async def attached(job: Job, output: Output, wanted: Wanted = Wanted()) -> Endin
     with contextlib.ExitStack() as stack:
         if job.terminal is not None and job.stdin is None:
             stack.enter_context(raw_terminal())
-        signals = stack.enter_context(trio.open_signal_receiver(*_wanted_signals()))
+        signals = stack.enter_context(trio.open_signal_receiver(*wanted_signals()))
         async with trio.open_nursery() as nursery:
             here = _Foreground(ending, nursery.cancel_scope, trio.CancelScope())
             nursery.start_soon(_obey, signals, here)
@@ -106,7 +106,7 @@ async def attached(job: Job, output: Output, wanted: Wanted = Wanted()) -> Endin
     return ending
 
 
-def _wanted_signals() -> list[signal.Signals]:
+def wanted_signals() -> list[signal.Signals]:
     """All that would end us, unless who started us had them ignored (nohup, `&` in a script)."""
     endings = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
     wanted = [one for one in endings if signal.getsignal(one) is not signal.SIG_IGN]
@@ -130,7 +130,7 @@ async def _follow(run: Run, here: _Foreground, output: Output) -> None:
             here.ending.result = event.result
             if (piece := output(event)) is not None:
                 try:
-                    await _write(*piece)
+                    await write(*piece)
                 except OSError as error:
                     here.ending.error = error
                     here.end()
@@ -145,7 +145,7 @@ def _leaves_line_open(fd: int, data: bytes) -> bool:
     return not data.endswith(b"\n") and os.isatty(fd)
 
 
-async def _write(fd: int, data: bytes) -> None:
+async def write(fd: int, data: bytes) -> None:
     import trio
 
     await trio.to_thread.run_sync(write_all, fd, data, abandon_on_cancel=True)

@@ -24,6 +24,7 @@ from sandboxd.errors import ImageError, JobError, PolicyError, PolicyErrors, San
 COMMANDS: Mapping[str, str] = MappingProxyType(
     {
         "run": "run one program in a sandbox",
+        "group": "run jobs that reach each other",
         "build": "run one program once, and keep what it made for many runs",
         "cache": "list, check and remove what builds made",
         "volume": "make, list and remove volumes and caches",
@@ -205,7 +206,7 @@ def _failed(name: str | None, error: BaseException) -> int:
         return exitcodes.SANDBOXD_FAILED
     complain(found)
     own_fault = isinstance(found, PolicyError | JobError | ImageError)
-    runs = name in ("run", "build")
+    runs = name in ("run", "build", "group")
     return exitcodes.FAILED if own_fault and not runs else exitcodes.SANDBOXD_FAILED
 
 

@@ -6,6 +6,7 @@ or refuses the job when the policy requires it (`check_required`).
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +14,17 @@ from dataclasses import dataclass
 import msgspec
 
 from sandboxd import plan
-from sandboxd.compile import enforce, idmap, landlock, network, resources, rootfs, seccomp, sources
+from sandboxd.compile import (
+    enforce,
+    etc,
+    idmap,
+    landlock,
+    network,
+    resources,
+    rootfs,
+    seccomp,
+    sources,
+)
 from sandboxd.compile.egress import Egress
 from sandboxd.errors import HostError
 from sandboxd.host import Host
@@ -126,6 +137,16 @@ def tenant_plan(policy: Policy, host: Host) -> TenantPlan:
     return TenantPlan(ids=ids, steps=tuple(steps))
 
 
+def joined(compiled: Compiled) -> Compiled:
+    """The same in the user namespace of another tenant."""
+    tenant = compiled.tenant
+    steps = tuple(
+        dataclasses.replace(step, joined=True) if isinstance(step, plan.UserNamespace) else step
+        for step in tenant.steps
+    )
+    return dataclasses.replace(compiled, tenant=dataclasses.replace(tenant, steps=steps))
+
+
 def with_user(policy: Policy, image: Image | None) -> Policy:
     """The policy with the ids that an image means its program to be seen with."""
     config = image.config if image is not None else Config()
@@ -158,7 +179,7 @@ def setup_plan(policy: Policy, host: Host, *, keep: bool = False) -> SetupPlan:
     if host.cgroup:
         steps.append(plan.NewCgroupNamespace(why="every sandbox"))
     steps += [
-        plan.Hostname(name=policy.identity.hostname, why=policy.origin("identity.hostname")),
+        _hostname(policy, host),
         plan.NewSession(why="every sandbox"),
         *idmap.steps(
             policy.identity, ids, resources.quotas(policy, host), policy.origin("identity")
@@ -182,6 +203,12 @@ def setup_plan(policy: Policy, host: Host, *, keep: bool = False) -> SetupPlan:
         own_uid=idmap.own_uid(policy.identity, ids),
         landlock=host.landlock > 0,
     )
+
+
+def _hostname(policy: Policy, host: Host) -> Step:
+    if host.place is not None:
+        return plan.Hostname(name=host.place.name, why=etc.GROUP)
+    return plan.Hostname(name=policy.identity.hostname, why=policy.origin("identity.hostname"))
 
 
 def exec_plan(job: Job, compiled: Compiled, environ: Mapping[bytes, bytes]) -> ExecPlan:

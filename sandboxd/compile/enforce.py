@@ -78,9 +78,12 @@ def _pick(limit: object, exact: bool, best: str, fallback: str) -> str:
 
 
 def _network(policy: Policy, host: Host) -> str:
-    if policy.network.mode == "none":
-        return NONE
-    return f"user: {carrying.program(policy, host)[0]}, nftables"
+    found = []
+    if host.place is not None:
+        found.append("group: one namespace" if host.place.shared else "group: bridge, nftables")
+    if policy.network.mode == "user":
+        found.append(f"user: {carrying.program(policy, host)[0]}, nftables")
+    return "; ".join(found) or NONE
 
 
 def _asks(policy: Policy, what: str) -> bool:

@@ -129,7 +129,7 @@ def _chain(name: str, read: Read, errors: list[PolicyError]) -> list[File]:
             errors.append(PolicyError(why, f"more than {DEEPEST} files that extend each other"))
             break
         try:
-            file = File.of(label, text, _table(label, text))
+            file = File.of(label, text, table(label, text))
         except PolicyError as error:
             errors.append(error)
             break
@@ -138,7 +138,8 @@ def _chain(name: str, read: Read, errors: list[PolicyError]) -> list[File]:
     return files
 
 
-def _table(label: str, text: str) -> dict[str, Any]:
+def table(label: str, text: str) -> dict[str, Any]:
+    """The tables of a TOML text; PolicyError with line and column."""
     try:
         return tomllib.loads(text)
     except ValueError as error:  # TOMLDecodeError, or a number with thousands of digits

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
 
 NLM_F_REQUEST, NLM_F_ACK, NLM_F_DUMP = 0x1, 0x4, 0x300
-NLM_F_CREATE, NLM_F_EXCL, NLM_F_APPEND = 0x400, 0x200, 0x800
+NLM_F_REPLACE, NLM_F_CREATE, NLM_F_EXCL, NLM_F_APPEND = 0x100, 0x400, 0x200, 0x800
 NLMSG_ERROR, NLMSG_DONE = 2, 3
 NESTED = 0x8000
 _HEADER = struct.Struct("=IHHII")
@@ -54,7 +54,7 @@ def message(kind: int, flags: int, body: bytes, sequence: int = 0) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One message of the kernel's: `error` is an errno if it is an acknowledgement."""
+    """One message of the kernel's: `error` is an errno or 0 if it is the end of an answer."""
 
     kind: int
     sequence: int
@@ -70,7 +70,9 @@ def answers(data: bytes) -> Iterator[Answer]:
         if not _HEADER.size <= size <= len(data) - at:
             return
         body = data[at + _HEADER.size : at + size]
-        error = -struct.unpack_from("=i", body)[0] if kind == NLMSG_ERROR else None
+        # The end of a dump has an error, too: that of a module that is not there, for one.
+        told = kind in (NLMSG_ERROR, NLMSG_DONE) and len(body) >= 4
+        error = -struct.unpack_from("=i", body)[0] if told else None
         yield Answer(kind, sequence, body, error)
         at += size + -size % 4
 

@@ -14,7 +14,7 @@ from sandboxd import plan
 from sandboxd.compile import assemble, bpf, carrying, seccomp
 from sandboxd.compile.egress import Egress, understood
 from sandboxd.compile.numbers import table
-from sandboxd.errors import PolicyError
+from sandboxd.errors import HostError, PolicyError
 from sandboxd.host import Host
 from sandboxd.plan import SetupPlan
 from sandboxd.policy import Policy, Syscalls
@@ -52,14 +52,28 @@ def _has_sockets(syscalls: Syscalls, arch: str) -> bool:
 
 def egress(policy: Policy, host: Host) -> Egress | None:
     """The way out under this policy here; None if there is to be none."""
-    if policy.network.mode == "none":
+    if policy.network.mode == "none" and host.place is None:
         return None
     if serves_again(policy, host):
         where = policy.origin("syscalls.rules")
-        raise PolicyError(where, 'no rule admits a socket that network.mode = "user" is for',
+        wants = 'network.mode = "user"' if host.place is None else "a group"
+        raise PolicyError(where, f"no rule admits a socket that {wants} is for",
                           hint='"@sockets" among the rules does')  # fmt: skip
+    if host.place is not None and not host.place.shared:
+        _check_bridge(host)
+    if policy.network.mode == "none":
+        return None
     kind, path = carrying.program(policy, host)
     return dataclasses.replace(understood(policy.network), kind=kind, program=path)
+
+
+def _check_bridge(host: Host) -> None:
+    """With a filter: without one a member could fill what the whole machine shares."""
+    for fact, there in (("bridge", host.bridge), ("nftables", host.nftables)):
+        if not there:
+            why = host.fault_notes.get(fact, "not probed")
+            raise HostError(fact, f"no bridge for a group can be made here: {fact}: {why}",
+                            hint='share = "network" has none; `sandboxd doctor`')  # fmt: skip
 
 
 def network_plan() -> SetupPlan:

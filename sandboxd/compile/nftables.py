@@ -1,12 +1,15 @@
 """The filter of a network namespace, as messages to nf_tables; nothing is sent here.
 
     table inet sandboxd
-      chain out (hook output, policy drop)    to lo, answers, neighbours; then who is allowed;
+      chain out (hook output, policy drop)    to lo, answers, neighbours; by the gateway to
+                                              who is allowed;
                                               what is left is written down and refused
       chain let                               counts connections, accepts
       sets closed4, closed6                   what the public Internet is without
       sets names4_N, names6_N                 addresses that allowed names have; they time out
       sets denied4, denied6                   who was refused, how often
+      chain through (hook forward, drop)      only beside other members of a group, as is
+      set members                             who is there
 
 Every packet of a TCP connection but its first has ACK or RST: only SYN asks for anything, because
 the programs that carry packets open a connection on SYN alone. So there is no connection tracking,
@@ -21,6 +24,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, ip_network
 
+from sandboxd.compile.carrying import GATEWAY, GATEWAY6
 from sandboxd.compile.egress import (
     CLOSED,
     TCP,
@@ -60,7 +64,7 @@ _NEWTABLE, _NEWCHAIN, _NEWRULE, _NEWSET, _NEWSETELEM, _GETSETELEM, _DELSETELEM =
 )
 _NEWOBJ, _GETOBJ = 18, 19
 _INET, _IPV4, _IPV6 = 1, 2, 10
-_OUTPUT = 3
+_FORWARD, _OUTPUT = 2, 3
 _ACCEPT, _DROP, _GOTO = 1, 0, -4
 _ICMPV6 = 58
 _META_OIF, _META_NFPROTO, _META_L4PROTO = 5, 15, 16
@@ -70,7 +74,9 @@ _INTERVAL, _TIMEOUT, _EVAL = 0x4, 0x10, 0x20
 _INTERVAL_END = 1
 _VERDICT, _REGISTER = 0, 8
 _COUNTER = 1
-_TCP_RESET, _ICMP, _PROHIBITED = 1, 2, 3
+_TCP_RESET, _ICMP, _NO_HOST, _PROHIBITED = 1, 2, 2, 3
+_NEXT_HOP = {4: 1, 6: 2}
+_MEMBERS, _MEMBERS_NUMBER = "members", 1000
 _LOOPBACK = 1
 """The index of lo, in every network namespace (LOOPBACK_IFINDEX)."""
 _FAMILIES: tuple[tuple[int, int, int, int], ...] = ((4, _IPV4, 16, 4), (6, _IPV6, 24, 16))
@@ -207,18 +213,36 @@ def pin(address: IPAddress, groups: Iterable[int], seconds: float, *, again: boo
 # -- the filter ------------------------------------------------------------------------------
 
 
-def ruleset(egress: Egress, own: Iterable[IPAddress] = ()) -> bytes:
-    """The batch that makes it all; `own` are the host's addresses, which are not public."""
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """The interface to the bridge of a group, by its index, and what may be reached over it.
+
+    Nobody else: for each address that anybody in a namespace sends to, with SO_BINDTODEVICE also
+    without a route, the kernel has an entry in a table of neighbours that all of the machine share
+    (gc_thresh3 in Documentation/networking/ip-sysctl.rst; 1024 unless somebody raised it).
+    """
+
+    index: int
+    members: tuple[IPv4Address, ...]
+
+
+def ruleset(egress: Egress, own: Iterable[IPAddress] = (), beside: Beside | None = None) -> bytes:
+    """The batch that makes it all; `own` are the host's addresses, which are not public.
+
+    What comes from `beside` goes no further.
+    """
     return batch(
         [
             _request(_NEWTABLE, text(1, TABLE), flags=NLM_F_CREATE),
             *(_counter(name) for name in ("connections", "denied")),
             *_sets(egress, own),
+            *_members(beside),
             _chain("let"),
             _rule("let", *_is(_META_L4PROTO, TCP), _count("connections")),
             _rule("let", _verdict(_ACCEPT)),
             _chain("out", _OUTPUT),
-            *(_rule("out", *expressions) for expressions in _out(egress)),
+            *(_rule("out", *expressions) for expressions in _out(egress, beside)),
+            *([] if beside is None else [_chain("through", _FORWARD)]),
         ]
     )
 
@@ -262,9 +286,11 @@ def _is(key: int, value: int) -> tuple[bytes, bytes]:
     return _meta(key), _compare(_EQUAL, bytes([value]))
 
 
-def _out(egress: Egress) -> Iterator[tuple[bytes, ...]]:
+def _out(egress: Egress, beside: Beside | None) -> Iterator[tuple[bytes, ...]]:
     """The rules of the chain, in order."""
-    yield _meta(_META_OIF), _compare(_EQUAL, struct.pack("=I", _LOOPBACK)), _verdict(_ACCEPT)
+    yield *_leaves_by(_LOOPBACK), _verdict(_ACCEPT)
+    if beside is not None:
+        yield from _beside(beside)
     # Neighbour discovery, which the kernel itself does (RFC 4861): types 133 to 136.
     kind = _payload(_TRANSPORT_HEADER, 0, 1)
     first, last = _compare(_LEAST, bytes([133])), _compare(_MOST, bytes([136]))
@@ -273,6 +299,7 @@ def _out(egress: Egress) -> Iterator[tuple[bytes, ...]]:
     yield _meta(_META_L4PROTO), *neither, _verdict(_DROP)
     flags = (_payload(_TRANSPORT_HEADER, 13, 1), _masked(b"\x12"), _compare(_OTHER, b"\x02"))
     yield *_is(_META_L4PROTO, TCP), *flags, _verdict(_ACCEPT)
+    yield from _past_the_gateway()
     for network, ports in egress.networks:
         yield *_destination(network), *_ports(ports), _verdict(_GOTO, "let")
     for version, number, offset, length in _FAMILIES:
@@ -290,6 +317,42 @@ def _out(egress: Egress) -> Iterator[tuple[bytes, ...]]:
     # At once for whoever waits: an ICMPv6 error is kept for a second from a socket in connect(2).
     yield *_is(_META_L4PROTO, TCP), _refuse(_TCP_RESET, 0)
     yield (_refuse(_ICMP, _PROHIBITED),)
+
+
+def _past_the_gateway() -> Iterator[tuple[bytes, ...]]:
+    """By SO_DONTROUTE or SO_BINDTODEVICE everybody can be a neighbour; why that matters: Beside."""
+    gateways: tuple[IPAddress, ...] = (GATEWAY, GATEWAY6)
+    for (version, number, offset, length), gateway in zip(_FAMILIES, gateways, strict=True):
+        hop = _expression("rt", _number(1, _REGISTER), _number(2, _NEXT_HOP[version]))
+        other = (*_is(_META_NFPROTO, number), hop, _compare(_OTHER, gateway.packed))
+        address = _payload(_NETWORK_HEADER, offset, length)
+        protocol = _meta(_META_L4PROTO, _REGISTER + length // 4)
+        port = _payload(_TRANSPORT_HEADER, 2, 2, _REGISTER + length // 4 + 1)
+        yield *other, address, protocol, port, _note(f"denied{version}")
+        yield *other, _count("denied")
+        yield *other, *_is(_META_L4PROTO, TCP), _refuse(_TCP_RESET, 0)
+        yield *other, _refuse(_ICMP, _PROHIBITED)
+
+
+def _leaves_by(index: int) -> tuple[bytes, ...]:
+    return _meta(_META_OIF), _compare(_EQUAL, struct.pack("=I", index))
+
+
+def _beside(beside: Beside) -> Iterator[tuple[bytes, ...]]:
+    """Whatever goes to a member, and nothing else."""
+    leaves = _leaves_by(beside.index)
+    _, number, offset, length = _FAMILIES[0]
+    address = (*_is(_META_NFPROTO, number), _payload(_NETWORK_HEADER, offset, length))
+    yield *leaves, *address, _lookup(_MEMBERS), _verdict(_ACCEPT)
+    yield *leaves, *_is(_META_L4PROTO, TCP), _refuse(_TCP_RESET, 0)
+    yield *leaves, _refuse(_ICMP, _NO_HOST)
+
+
+def _members(beside: Beside | None) -> Iterator[bytes]:
+    if beside is not None:
+        yield _set(_MEMBERS, 4, 0, _MEMBERS_NUMBER)
+        found = (nested(1, _value(1, address.packed)) for address in beside.members)
+        yield _elements(_MEMBERS, found)
 
 
 def _destination(network: IPNetwork) -> tuple[bytes, ...]:

@@ -110,6 +110,12 @@ class Reading:
         table = {key: value for key, value in self.file.table.items() if key != "extends"}
         return self._table(known, table, "")
 
+    def section(self, kind: type[Section], value: object, key: str) -> dict[str, Any]:
+        """Everything that is right in a table of this kind, wherever it stands."""
+        with contextlib.suppress(_BadError):
+            return self._struct(kind, value, key)
+        return {}
+
     @property
     def _full(self) -> bool:
         """Whether what is wrong from here on will only be counted."""

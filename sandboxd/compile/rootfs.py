@@ -114,7 +114,8 @@ def template(policy: Policy, host: Host) -> tuple[Step, ...]:
         steps += _host_links(NEW, host, why)
     else:
         steps.append(plan.MakeDir(path=NEW + LOWER, why=why))
-    steps += etc.files(NEW, policy, whole=of_host(policy))
+    network = etc.of_template(policy, host.place)
+    steps += etc.files(NEW, policy, network, whole=of_host(policy))
     steps += [plan.Symlink(path=f"{NEW}/dev/{name}", to=to, why=why) for name, to in LINKS]
     for slot, piece in enumerate(pieces):
         steps += _placed(slot, piece, NEW)
@@ -149,7 +150,7 @@ def _image_template(policy: Policy, host: Host) -> tuple[Step, ...]:
     ours += [STORE[1:]] if host.inputs is not None else []
     steps += [plan.MakeDir(path=f"{top}/{name}", why=why) for name in ours]
     steps += [plan.MakeDir(path=f"{bottom}/{name}", why=why) for name in DIRS if name not in ours]
-    steps += etc.files(top, policy, whole=False)
+    steps += etc.files(top, policy, etc.of_template(policy, host.place), whole=False)
     steps += [plan.Symlink(path=f"{top}/dev/{name}", to=to, why=why) for name, to in LINKS]
     above = [(slot, piece) for slot, piece in enumerate(pieces) if not piece.layered]
     for slot, piece in enumerate(pieces):
@@ -245,6 +246,8 @@ def sandbox(policy: Policy, host: Host, received: tuple[str, ...]) -> tuple[Step
     steps = _private_area(policy, own, received)
     if own:
         steps += _layers(policy, host, root, received)
+    elif host.place is not None:
+        steps += etc.over(policy, host.place, f"{NEW}/etc")
     steps += [*_copies(policy, host, root), *_inputs(host)]
     shared = policy.origin("limits.disk")
     within = host.inputs is not None or any(mount.is_copy for mount in policy.mounts)
@@ -386,12 +389,14 @@ def _layers(policy: Policy, host: Host, root: str, received: tuple[str, ...]) ->
         # First: the sidecar's descriptor is closed with the strays of the next file written.
         steps += _layer(how, lower, root, received, policy)
         steps += _host_links(root, host, why)
-        steps += etc.files(root, policy, whole=of_host(policy))
+        network = etc.network_files(policy, host.place)
+        steps += etc.files(root, policy, network, whole=of_host(policy))
     else:
         steps += _layer(how, lower, root, received, policy)
         if how != "tmpfs":
             steps += [plan.MakeDir(path=f"{root}/{name}", why=why) for name in DIRS]
-            steps += etc.files(root, policy, whole=of_host(policy), anew=True)
+            network = etc.network_files(policy, host.place)
+            steps += etc.files(root, policy, network, whole=of_host(policy), anew=True)
     steps.append(plan.Bind(source="/dev", target=f"{root}/dev", recursive=True, why=why,
                            attributes=Attributes.NONE))  # fmt: skip
     for piece in pieces_of(policy, host):

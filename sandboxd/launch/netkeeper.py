@@ -7,8 +7,8 @@ the host's network, so it can have both. It serves requests over a SEQPACKET soc
 a packet, descriptors beside it:
 
     supervisor                                     netkeeper
-      | - {"make": id} ------------------------------>|
-      | <- {"made": id}; namespace, four sockets -----|
+      | - {"make": id, "group"} --------------------->|
+      | <- {"made": id}; namespace, five sockets -----|
       | - {"start": id, "argv", "api"}; namespace --->|
       | <- {"started": id} ---------------------------|
       | - {"publish": id, "requests"} --------------->|
@@ -16,10 +16,10 @@ a packet, descriptors beside it:
       | - {"end": id} ------------------------------->|
       | <- {"ended": id, "status", "said"} -----------|   at any time
 
-The sockets: netlink for routes, for what happens to interfaces, for nf_tables; and UDP, bound where
-the sandbox looks for its name server. The supervisor configures and filters through them: whoever
-owns a user namespace may (capabilities(7)). Programs started here die with the netkeeper, and that
-ends with its socket or with its supervisor.
+The sockets: netlink for routes, for what happens to interfaces, for nf_tables, for who listens;
+and UDP, bound where the sandbox looks for its name server. The supervisor configures and filters
+through them: whoever owns a user namespace may (capabilities(7)). Programs started here die with
+the netkeeper, and that ends with its socket or with its supervisor.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ TYPE_CHECKING = False  # as typing's, which is not imported for it
 if TYPE_CHECKING:
     from typing import Any, NoReturn
 
-NETLINK_ROUTE, NETLINK_NETFILTER = 0, 12
+NETLINK_ROUTE, NETLINK_SOCK_DIAG, NETLINK_NETFILTER = 0, 4, 12
 RTMGRP_LINK = 1
 SIOCSIFFLAGS = 0x8914
 IFF_UP = 1
@@ -50,7 +50,18 @@ AREA = "/tmp"  # in a mount namespace of our own
 SYSCTLS = (
     ("/proc/sys/net/ipv6/conf/default/accept_ra", "0"),  # only addresses and routes that are given
     ("/proc/sys/net/ipv4/ip_unprivileged_port_start", "0"),  # who is to be reached at 80 is no root
+    ("/proc/sys/net/ipv4/ip_forward", "0"),  # a copy of the host's (devconf_inherit_init_net)
+    ("/proc/sys/net/ipv4/conf/all/proxy_arp", "0"),
+    ("/proc/sys/net/ipv4/conf/default/proxy_arp", "0"),
 )
+MORE = {
+    "": (),
+    # On the bridge nobody is asked for the address that he has on the way out.
+    "member": (("/proc/sys/net/ipv4/conf/all/arp_ignore", "1"),),
+    # It would have an address of its own.
+    "bridge": (("/proc/sys/net/ipv6/conf/default/disable_ipv6", "1"),),
+}
+"""By what the namespace has to do with a group."""
 PATIENCE = 2.0
 
 
@@ -165,7 +176,7 @@ def _carry_out(
 ) -> None:
     server, programs, poll = state
     if "make" in request:
-        _make(link, request["make"], server)
+        _make(link, request["make"], server, request["group"])
     elif "start" in request:
         name = request["start"]
         try:
@@ -184,7 +195,7 @@ def _carry_out(
         os.kill(ending.pid, signal.SIGKILL)
 
 
-def _make(link: socket.socket, name: str, server: str) -> None:
+def _make(link: socket.socket, name: str, server: str, group: str) -> None:
     """In a process of its own: there is no way back from another's network namespace."""
     pid = os.fork()
     if pid:
@@ -192,7 +203,7 @@ def _make(link: socket.socket, name: str, server: str) -> None:
         return
     try:
         unshare(CLONE_NEWNET)
-        _up()
+        _up((*SYSCTLS, *MORE[group]))
         fds = (os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC), *_sockets(server))
         _tell(link, {"made": name}, fds)
     except OSError as error:
@@ -201,11 +212,11 @@ def _make(link: socket.socket, name: str, server: str) -> None:
         os._exit(0)
 
 
-def _up() -> None:
+def _up(sysctls: tuple[tuple[str, str], ...]) -> None:
     """Loopback, and what else a network is by default (ip-sysctl.rst)."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as one:
         fcntl.ioctl(one, SIOCSIFFLAGS, struct.pack("16sh22x", b"lo", IFF_UP))
-    for path, value in SYSCTLS:
+    for path, value in sysctls:
         try:
             with open(path, "w", encoding="ascii") as file:
                 file.write(value)
@@ -213,18 +224,19 @@ def _up() -> None:
             pass  # no IPv6, or /proc/sys is read-only: the filter holds with any address
 
 
-def _sockets(server: str) -> tuple[int, int, int, int]:
+def _sockets(server: str) -> tuple[int, ...]:
     """SOCK_NONBLOCK is for the supervisor, which waits for none of them."""
     kind = socket.SOCK_RAW | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
     routes = socket.socket(socket.AF_NETLINK, kind, NETLINK_ROUTE)
     links = socket.socket(socket.AF_NETLINK, kind, NETLINK_ROUTE)
     links.bind((0, RTMGRP_LINK))
     tables = socket.socket(socket.AF_NETLINK, kind, NETLINK_NETFILTER)
+    listeners = socket.socket(socket.AF_NETLINK, kind, NETLINK_SOCK_DIAG)
     names = socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
     names.setblocking(False)
     host, _, port = server.rpartition(":")
     names.bind((host, int(port)))
-    return routes.detach(), links.detach(), tables.detach(), names.detach()
+    return tuple(one.detach() for one in (routes, links, tables, listeners, names))
 
 
 def _start(argv: list[str], namespace: int) -> Program:

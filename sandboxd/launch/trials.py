@@ -286,6 +286,27 @@ def nftables(request: Request) -> object:
     return True
 
 
+def bridge(request: Request) -> object:
+    """A bridge and a pair of interfaces, as the supervisor makes them for a group (veth(4))."""
+    import socket
+
+    with step("open its own network namespace"):
+        own = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+        os.dup2(own, request["namespace"])
+    with (
+        step("open a socket of rtnetlink"),
+        socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 0) as link,
+    ):
+        link.settimeout(_PATIENCE)
+        for what, message in zip(("bridge", "veth"), request["bridge"], strict=True):
+            with step(f"make an interface of kind {what}"):
+                link.send(bytes.fromhex(message))
+                error = struct.unpack_from("=i", link.recv(65536), 16)[0]  # struct nlmsgerr
+                if error:
+                    raise OSError(-error, os.strerror(-error))
+    return True
+
+
 def into_cgroup(request: Request) -> object:
     """CLONE_INTO_CGROUP (Linux 5.7, ef2c41cf38a7) asks for the permission that a move needs."""
     with step(f"open {request['cgroup']}"):
@@ -328,6 +349,7 @@ TRIALS: Mapping[str, Trial] = MappingProxyType(
         "proc": Trial(proc, ns.CLONE_NEWNS | ns.CLONE_NEWPID),
         "tun": Trial(tun, ns.CLONE_NEWNET, ranges=True),
         "nftables": Trial(nftables, ns.CLONE_NEWNET),
+        "bridge": Trial(bridge, ns.CLONE_NEWNET),
         "seccomp": Trial(seccomp, None),
         "memfd_exec": Trial(memfd_exec, None),
         "into_cgroup": Trial(into_cgroup, None),

@@ -44,7 +44,7 @@ SIOCSIFFLAGS, IFF_UP_RUNNING = 0x8914, 0x41
 AF_INET, AF_UNIX, SOCK_DGRAM, SOCK_CLOEXEC = 2, 1, 2, 0o2000000
 MSG_WAITALL, MSG_NOSIGNAL = 0x100, 0x4000
 POLLIN, POLLRDHUP = 0x1, 0x2000
-SIGKILL, SIG_SETMASK = 9, 2
+SIGKILL, SIG_SETMASK, STDOUT, STDERR = 9, 2, 1, 2
 RLIM_INFINITY = (1 << 64) - 1
 RESOURCES = {
     "CPU": 0, "FSIZE": 1, "DATA": 2, "STACK": 3, "CORE": 4, "NPROC": 6, "NOFILE": 7,
@@ -427,8 +427,13 @@ def _filter(w: Writer, step: plan.Filter) -> None:
 
 
 def _user_namespace(w: Writer, step: plan.UserNamespace) -> None:
-    w.call("unshare", plan.NAMESPACES["user"])
-    if step.ids.writer == "self":
+    if step.joined:
+        # Who owns a user namespace may enter it from its parent (user_namespaces(7)).
+        w.call("setns", STDOUT, plan.NAMESPACES["user"])
+        w.call("dup3", STDERR, STDOUT, 0)
+    else:
+        w.call("unshare", plan.NAMESPACES["user"])
+    if step.ids.writer == "self" and not step.joined:
         w.write_file("/proc/self/setgroups", b"deny")
         for name, rows in (("uid_map", step.ids.uids), ("gid_map", step.ids.gids)):
             text = "".join(f"{inside} {outside} {count}\n" for inside, outside, count in rows)

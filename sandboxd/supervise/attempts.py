@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sandboxd.compile import nftables
+from sandboxd.compile import bridge, nftables
 from sandboxd.compile.egress import parse as parse_allowed
 from sandboxd.plan import IdMap
 
@@ -82,6 +82,8 @@ def attempt(
         "maps": maps,
         "fuse_overlayfs": tools.fuse_overlayfs,
         "cgroup": cgroup,
+        "bridge": [message.hex() for message in bridge.trial()],
+        "namespace": bridge.TRIAL_NAMESPACE,
         "filter": nftables.ruleset(parse_allowed(("*", "example.org:443"))).hex(),
     }
     try:

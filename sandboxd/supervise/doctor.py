@@ -91,7 +91,7 @@ def _check(what: str, why_not: str, found: str, fix: str, bad: State = "warn") -
 _NEED_A_USER_NAMESPACE = frozenset(
     {
         *("id maps", "new /proc", "time namespace", "kernel overlay", "fuse-overlayfs", "TUN"),
-        "nftables",
+        *("nftables", "groups"),
     }
 )
 
@@ -185,6 +185,12 @@ def _network(seen: Examination) -> Iterator[Check]:
     carriers = [path for path in (seen.tools.slirp4netns, seen.tools.pasta) if path]
     why = seen.why_not.get("carrier", "")
     yield _check("user networking", why, " and ".join(carriers), fixes.carrier())
+    yield _check(
+        "groups",
+        seen.outcomes["bridge"].why,
+        "a bridge and pairs of interfaces in a user namespace",
+        fixes.bridge(),
+    )
     yield _check("IPv6", "", "out of here" if has_ipv6() else "no way out: none inside either", "")
 
 
@@ -409,6 +415,11 @@ def _isolation(host: Host) -> tuple[_Row, ...]:
             *("way out", bool(carrier and host.tun and host.nftables)),
             *(f"on request: {os.path.basename(carrier or '')}, a filter of nftables", "none"),
             "there is none (network.mode = user)",
+        ),
+        (
+            *("groups", host.bridge and host.nftables),
+            "on request: a bridge of their own with a filter of nftables, or one namespace",
+            *("partly", "one namespace for all members, no addresses of their own"),
         ),
         (
             *("writable root", bool(overlay), overlay, "partly"),

@@ -107,6 +107,12 @@ def nftables() -> str:
     return f"boot a kernel with CONFIG_NF_TABLES_INET, or {admin('modprobe nf_tables')}"
 
 
+def bridge() -> str:
+    return (
+        f"boot a kernel with CONFIG_BRIDGE and CONFIG_VETH, or {admin('modprobe -a bridge veth')}"
+    )
+
+
 def device(path: str, module: str) -> str:
     if not os.path.exists(path):
         return admin(f"modprobe {module}")

@@ -12,6 +12,7 @@ import trio
 
 from sandboxd.host import Host
 from sandboxd.images.store import using
+from sandboxd.plan import TenantPlan
 from sandboxd.policy import Policy
 from sandboxd.supervise import record, volumes
 from sandboxd.supervise.areas import Area
@@ -28,7 +29,12 @@ from sandboxd.supervise.vigil import Vigil
 class Home:
     """A tenant's place. Policies whose tenants have equal plans share one."""
 
-    def __init__(self, prepared: Prepared, host: Host, cgroups: Cgroups | None) -> None:
+    def __init__(
+        self, prepared: Prepared, host: Host, cgroups: Cgroups | None, ground: Home | None = None
+    ) -> None:
+        self.ground = ground
+        """Whose tenant's user namespace this one's shares: they are members of one group."""
+        self._beside: Tenant | None = None
         self.living: Tenant | None = None
         self.living_netkeeper: Netkeeper | None = None
         self.kept: list[Kept] = []
@@ -42,12 +48,15 @@ class Home:
 
     async def tenant(self) -> Tenant:
         """The tenant; LaunchError or HostError if it cannot be started."""
-        if self.living is not None and not self.living.dead:
+        beside = await self.ground.tenant() if self.ground is not None else None
+        if self._lives(beside):
+            assert self.living is not None
             return self.living
         async with self._lock:
-            if self.living is not None and self.living.dead:
+            if self.living is not None and not self._lives(beside):
                 await self.leave()
             if self.living is None:
+                self._beside = beside
                 try:
                     self.living = await self._open()
                 except BaseException:
@@ -55,12 +64,19 @@ class Home:
                     raise
             return self.living
 
+    def _lives(self, beside: Tenant | None) -> bool:
+        return self.living is not None and not self.living.dead and self._beside is beside
+
+    def is_of(self, tenant: TenantPlan) -> bool:
+        """Whether this is the tenant that is had here."""
+        return self._prepared.compiled.tenant == tenant
+
     async def _open(self) -> Tenant:
         compiled = self._prepared.compiled
         if (image := self._prepared.host.image) is not None:
             self._stack.enter_context(using(image))
         self._stack.enter_context(volumes.using(compiled.policy, self._host))
-        opened = open_tenant(compiled, self._host, self._cgroups)
+        opened = open_tenant(compiled, self._host, self._cgroups, self._beside)
         return await self._stack.enter_async_context(opened)
 
     async def porter(self) -> Porter:

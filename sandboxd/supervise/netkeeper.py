@@ -37,6 +37,7 @@ from sandboxd.compile.carrying import (
 )
 from sandboxd.compile.egress import Egress, IPAddress
 from sandboxd.errors import LaunchError
+from sandboxd.host import Place
 from sandboxd.linux import packets
 from sandboxd.script.command import netkeeper_command
 from sandboxd.supervise.descriptors import Descriptors
@@ -60,6 +61,7 @@ class UserNetwork:
     routes: socket.socket
     links: socket.socket
     tables: socket.socket
+    listeners: socket.socket
     names: socket.socket
     """Where the sandbox sends its questions to."""
     own: tuple[IPAddress, ...]
@@ -72,6 +74,10 @@ class UserNetwork:
     pinned: dict[tuple[IPAddress, int], float] = field(default_factory=dict)
     refused: dict[str, int] = field(default_factory=dict)
     """Names that were asked for and not allowed -> how often."""
+    place: Place | None = None
+    """Of a member of a group, which the network outlives: the group ends it."""
+    beside: nftables.Beside | None = None
+    """Its interface to the group's bridge."""
 
     # -- what the filter and the interface say
 
@@ -127,11 +133,19 @@ class UserNetwork:
         return not poll.poll(0)
 
     async def wait_lost(self) -> str:
-        """Until what carries its packets has ended; why."""
-        await trio.lowlevel.wait_readable(self.pidfd)
+        """Until what carries its packets has ended; why. In a group several may wait for that."""
+        with Descriptors() as fds:  # only one task may wait for a descriptor
+            await trio.lowlevel.wait_readable(fds.own(os.dup(self.pidfd)))
+        if self.lost:
+            return self.lost
         self.lost = f"{self.egress.kind} ended while the job ran"
         self.lost += await self.keeper.last_words(self.name)
         return self.lost
+
+    @property
+    def is_carried(self) -> bool:
+        """Whether somebody carries its packets: a group may have no way out."""
+        return bool(self.egress.program)
 
     def kill(self) -> None:
         if self.pidfd >= 0:
@@ -139,14 +153,18 @@ class UserNetwork:
                 signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
 
     async def close(self) -> None:
-        """Nothing of it is left when this returns."""
+        """Nothing of it is left when this returns, unless it is a group's."""
+        if self.place is None:
+            await self.end()
+
+    async def end(self) -> None:
         self.kill()
         pidfd, self.pidfd = self.pidfd, -1
         if pidfd >= 0:
             with trio.CancelScope(shield=True):
                 await trio.lowlevel.wait_readable(pidfd)
         self.keeper.forget(self.name, started=pidfd >= 0)
-        for one in (self.routes, self.links, self.tables, self.names):
+        for one in (self.routes, self.links, self.tables, self.listeners, self.names):
             one.close()
         self.fds.close_all()
 
@@ -247,37 +265,50 @@ class Netkeeper:
             return self._ended.pop(name)
 
     async def _make(self, egress: Egress) -> UserNetwork:
+        network = await self.bare(egress)
+        await self.furnish(network)
+        return network
+
+    async def bare(
+        self, egress: Egress, place: Place | None = None, group: str = ""
+    ) -> UserNetwork:
+        """A namespace with loopback; with `place` a group's, which is "member" or "bridge"."""
         name = f"n{next(self._numbers)}"
         try:
             own = own_addresses()
         except OSError as error:
             what = "ask for the addresses of this host"
             raise LaunchError("network", 0, error.errno or 0, what) from None
-        made, received = await self._ask({"make": name}, "made", name)
-        if "why" in made or len(received) != 5:
+        made, received = await self._ask({"make": name, "group": group}, "made", name)
+        if "why" in made or len(received) != 6:
             packets.close(received)
             raise LaunchError("network", 0, 0, f"no network namespace: {made.get('why')}")
         kept = Descriptors()
         namespace = kept.own(received[0])
-        routes, links, tables, names = (socket.socket(fileno=fd) for fd in received[1:])
-        network = UserNetwork(self, name, egress, kept, namespace, routes, links, tables, names,
-                              own, has_ipv6())  # fmt: skip
+        routes, links, tables, listeners, names = (socket.socket(fileno=fd) for fd in received[1:])
+        return UserNetwork(
+            self, name, egress, kept, namespace, routes, links, tables, listeners, names, own,
+            has_ipv6(), place=place,
+        )  # fmt: skip
+
+    async def furnish(self, network: UserNetwork) -> None:
+        """A filter, and who carries packets; nothing is left of the network if that fails."""
         try:
             with trio.fail_after(TIMEOUT):
                 await self._furnish(network)
         except trio.TooSlowError:
-            await network.close()
-            raise LaunchError("network", 2, 110, f"{egress.kind} made no interface") from None
+            await network.end()
+            what = f"{network.egress.kind} made no interface"
+            raise LaunchError("network", 2, 110, what) from None
         except BaseException:
-            await network.close()
+            await network.end()
             raise
-        return network
 
     async def _furnish(self, network: UserNetwork) -> None:
         """The filter first: there is no moment without."""
         egress, step = network.egress, 0
         try:
-            ask(network.tables, nftables.ruleset(egress, network.own))
+            ask(network.tables, nftables.ruleset(egress, network.own, network.beside))
             step = 1
             self._live.add(network.name)
             argv = command(egress, network.name, network.ipv6)

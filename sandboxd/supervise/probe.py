@@ -45,6 +45,7 @@ COSTS: Mapping[str, str] = {
     "time_namespaces": "[clock] offsets are not possible",
     "tun": "no program has a way out (network.mode = 'user')",
     "nftables": "no program has a way out (network.mode = 'user')",
+    "bridge": "members of a group have no addresses of their own",
     "carrier": "no program has a way out (network.mode = 'user')",
     "proc": "no new proc can be mounted: only policies with root.proc = 'none' run",
     "processes": "without cgroups nothing is sampled: memory and idle time are not limited",
@@ -286,7 +287,7 @@ def _ranges(tools: Tools) -> tuple[IdRange, IdRange] | str:
 def _outcomes(host: Host, tools: Tools, cached: bool) -> dict[str, Outcome]:
     ids = tenant_ids(host) if host.subuid else None
     names = ["user_namespace", "overlay", "time_namespace", "proc", "seccomp", "memfd_exec"]
-    names += ["tun", "nftables"]
+    names += ["tun", "nftables", "bridge"]
     if ids is not None:
         names.insert(1, "id_maps")
     if tools.fuse_overlayfs is not None:
@@ -321,6 +322,7 @@ def _with_outcomes(
         ("memfd_exec", "memfd_exec"),
         ("tun", "tun"),
         ("nftables", "nftables"),
+        ("bridge", "bridge"),
     ):
         if trial in outcomes and not outcomes[trial].ok:
             notes[name] = outcomes[trial].why
@@ -343,6 +345,7 @@ def _with_outcomes(
         pasta=tools.pasta,
         tun=outcomes["tun"].ok,
         nftables=outcomes["nftables"].ok,
+        bridge=outcomes["bridge"].ok,
         proc_whole=isinstance(procs, list) and "whole" in procs,
         proc_subset=isinstance(procs, list) and "subset" in procs,
     )

@@ -52,6 +52,9 @@ def moment(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).isoformat()
 
 
+BY_CALLER = "cancelled by the caller"
+
+
 @functools.cache
 def degraded(pairs: tuple[tuple[str, str], ...]) -> tuple[Degraded, ...]:
     return tuple(Degraded(what=what, why=why) for what, why in pairs)
@@ -74,10 +77,10 @@ def machine_id() -> str:
     return "unknown"
 
 
-def never_started(asked: float) -> tuple[Observed, tuple[float, float]]:
+def never_started(asked: float, why: str = "") -> tuple[Observed, tuple[float, float]]:
     """What there is to say of a run that was cancelled while it waited for a slot."""
     now = trio.current_time()
-    cause: tuple[Status, str] = ("cancelled", "cancelled by the caller")
+    cause: tuple[Status, str] = ("cancelled", why or BY_CALLER)
     facts = Facts(ended=None, usage=Usage(), output=0, stopped_by=cause)
     return Observed(facts, {}, (), now, now), (asked, now - asked)
 

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import trio
 
-from sandboxd.compile import dns
+from sandboxd.compile import dns, grouping
 from sandboxd.compile.egress import IPAddress, entry, is_closed
 from sandboxd.errors import LaunchError
 from sandboxd.policy import Policy
@@ -47,6 +47,8 @@ MOST_PINNED = 4096
 """Addresses that one sandbox has let through at a time; beyond them a name is not answered."""
 MOST_REFUSED = 256
 PORT = 53
+LIFETIME = 60
+"""Seconds for which a member's address is good: its group does not outlive it."""
 PATIENCE = 1.0
 
 
@@ -93,6 +95,8 @@ class Resolver:
     async def _resolve(self, query: dns.Query) -> bytes:
         if not dns.is_standard(query):
             return dns.answer(query, dns.NOTIMP)
+        if (ours := self._of_group(query)) is not None:
+            return ours
         if not self._egress.admits(query.name):
             refused = self._network.refused
             if query.name in refused or len(refused) < MOST_REFUSED:
@@ -110,6 +114,17 @@ class Resolver:
         if kept and not self._pin(query.name, kept, lifetime):
             return dns.answer(query, dns.SERVFAIL)
         return dns.answer(query, said.code, kept, lifetime)
+
+    def _of_group(self, query: dns.Query) -> bytes | None:
+        """The answer for a member's name; nothing of the group's domain is asked of others."""
+        place = self._network.place
+        found = grouping.look_up(place, query.name) if place is not None else None
+        if found is None:
+            return None
+        if found == "missing":
+            return dns.answer(query, dns.NXDOMAIN)
+        addresses = [] if query.kind != dns.A or isinstance(found, str) else [found]
+        return dns.answer(query, dns.NOERROR, addresses, LIFETIME)
 
     def _is_admissible(self, address: IPAddress) -> bool:
         network = self._network
@@ -213,14 +228,15 @@ async def with_way_out(run: Conduct, box: Sandbox, network: UserNetwork) -> Obse
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(Resolver(network).serve)
-        nursery.start_soon(watch)
+        if network.is_carried:
+            nursery.start_soon(watch)
         try:
             seen = await supervise(run, box)
         except LaunchError:
             if network.lost:
                 raise lost(network) from None
             raise
-        if not network.is_alive():
+        if network.is_carried and not network.is_alive():
             with trio.move_on_after(PATIENCE):
                 await told.wait()
             raise lost(network)
@@ -242,6 +258,8 @@ def refused(network: UserNetwork, policy: Policy) -> tuple[Violation, ...]:
     found = []
     for name, times in network.refused.items():
         found.append(_violation(name, times, f'{rule} = ["{entry(name, "PORT")}"]'))
+    if not network.is_carried:
+        return tuple(found)
     told = 0
     for one in network.denied():
         told += one.packets

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
+
 import trio
 
 from sandboxd.errors import SandboxError
+from sandboxd.job import Job
 from sandboxd.result import Artifact, Event, Result, Usage
+from sandboxd.supervise.areas import Area
 from sandboxd.supervise.leavings import Leavings, OpenArtifacts
 from sandboxd.supervise.pipes import resize_terminal
+from sandboxd.supervise.porter import Porter
 from sandboxd.supervise.stops import Control
-from sandboxd.supervise.supervise import Reports
+from sandboxd.supervise.supervise import Emit, Reports
 
 EVENTS_BUFFER = 16
 """Events a reader may lag behind before the job is stalled."""
@@ -27,7 +32,9 @@ class Run:
         self._seq = 0
         self._control: Control | None = None
         self._reports: Reports | None = None
-        self._cancelled = False
+        self._cancelled = ""
+        """Why it is to end."""
+        self._begun = trio.Event()
         self._terminal: int | None = None
         self._done = trio.Event()
         self._result: Result | None = None
@@ -37,11 +44,11 @@ class Run:
         self._files = trio.CancelScope()
         self._artifacts = OpenArtifacts(self._collected)
 
-    def kill(self) -> None:
+    def kill(self, why: str = "cancelled by the caller") -> None:
         """End it now; its status will be `cancelled`."""
-        self._cancelled = True
+        self._cancelled = self._cancelled or why
         if self._control is not None:
-            self._control.stops.stop("cancelled", "cancelled by the caller")
+            self._control.stops.stop("cancelled", self._cancelled)
         else:
             self._queue.cancel()
             self._files.cancel()
@@ -100,8 +107,9 @@ class Run:
 
     def _started(self, control: Control) -> None:
         self._control = control
+        self._begun.set()
         if self._cancelled:
-            self.kill()
+            self.kill(self._cancelled)
 
     async def _forward(self, name: str, data: bytes) -> None:
         try:
@@ -122,3 +130,22 @@ class Run:
     async def _emit(self, event: Event) -> None:
         self._seq += 1
         await self._send.send(event)
+
+
+def forwarding(run: Run | None) -> Emit | None:
+    """Who gets what is printed as it comes."""
+    return run._forward if run is not None else None
+
+
+def leaving(
+    run: Run | None, job: Job, porter: Callable[[], Awaitable[Porter]]
+) -> Callable[[int, Area | None], None] | None:
+    """Who collects a run's files later has the working directory and what it lies in."""
+    if run is None or job.collect_to != "stream":
+        return None
+
+    def leave(directory: int, area: Area | None) -> None:
+        remove = area.hand_over() if area is not None else None
+        run._leave(Leavings(directory, porter, remove))
+
+    return leave

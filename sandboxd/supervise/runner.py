@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 
 import msgspec
 import trio
@@ -14,33 +14,32 @@ import trio
 from sandboxd import plan
 from sandboxd.compile.load import tighten_artifacts
 from sandboxd.errors import InternalError, JobError, LaunchError, SandboxError
+from sandboxd.group import Group
 from sandboxd.host import Host
 from sandboxd.job import Job
 from sandboxd.policy import Policy
 from sandboxd.result import Event, Result
-from sandboxd.supervise import builds, inputs, keeping, record, volumes
-from sandboxd.supervise.areas import Area, open_area
+from sandboxd.supervise import builds, groups, inputs, keeping, record, volumes
+from sandboxd.supervise.areas import open_area
 from sandboxd.supervise.artifacts import check_place
 from sandboxd.supervise.cgroups import Cgroups, open_cgroups, slots_within
 from sandboxd.supervise.descriptors import SCARCE, Descriptors, told
 from sandboxd.supervise.homes import Kept
 from sandboxd.supervise.known import Known
-from sandboxd.supervise.leavings import Leavings
 from sandboxd.supervise.netkeeper import UserNetwork
 from sandboxd.supervise.one_error import one_error
 from sandboxd.supervise.pipes import Pipes, open_pipes
 from sandboxd.supervise.place import open_place
 from sandboxd.supervise.planning import plan_on
-from sandboxd.supervise.porter import Porter
 from sandboxd.supervise.resolver import with_way_out
-from sandboxd.supervise.run import FASTEST, Run
+from sandboxd.supervise.run import FASTEST, Run, forwarding, leaving
 from sandboxd.supervise.sandboxes import Sandbox, make
+from sandboxd.supervise.seat import Seat
 from sandboxd.supervise.seen import host_for
 from sandboxd.supervise.supervise import (
     NO_VIGIL,
     Conduct,
     Dispatch,
-    Emit,
     GivenUp,
     Reports,
     supervise,
@@ -81,6 +80,7 @@ class Runner:
         self._burying = False
         self._known = Known(host, cgroups, nursery)
         self._building = builds.Building()
+        self._grouping = trio.Lock()
 
     # -- what callers use
 
@@ -108,12 +108,35 @@ class Runner:
         policy = self._known.policy(job)
         return policy, host_for(policy, self.host)
 
-    @asynccontextmanager
-    async def start(self, job: Job, *, usage_every: float | None = None) -> AsyncIterator[Run]:
+    async def run_group(
+        self, group: Group, *, emit: groups.Emit | None = None
+    ) -> dict[str, Result]:
+        """Carry jobs out that reach each other; their results by name.
+
+        `emit` gets what happens meanwhile: a member's name and an Event. JobError for a group that
+        cannot be; it needs as many slots as it has members. What one member of it could not have
+        (SandboxError) ends all of them.
+        """
+        return await groups.run_group(self, group, emit)
+
+    def start_group(self, group: Group) -> AbstractAsyncContextManager[groups.GroupRun]:
+        """The same while the events of all members are read; leaving the block kills what is
+        left."""
+        return groups.open_group(self, group)
+
+    def start(
+        self, job: Job, *, usage_every: float | None = None
+    ) -> AbstractAsyncContextManager[Run]:
         """Carry a job out while its events are read; leaving the block kills what is left.
 
         `usage_every`: seconds between two events that say what it has used; None for no such.
         """
+        return self._begin(job, usage_every, None)
+
+    @asynccontextmanager
+    async def _begin(
+        self, job: Job, usage_every: float | None, seat: Seat | None
+    ) -> AsyncIterator[Run]:
         if usage_every is not None and not FASTEST <= usage_every < math.inf:
             raise JobError(f"usage_every={usage_every!r}", hint=f"{FASTEST:g} seconds or more")
         with Descriptors() as fds:
@@ -130,7 +153,7 @@ class Runner:
             try:
                 with one_error():
                     async with trio.open_nursery() as nursery:
-                        nursery.start_soon(self._conduct, job, run, pipes)
+                        nursery.start_soon(self._conduct, job, run, pipes, seat)
                         try:
                             yield run
                         finally:
@@ -170,13 +193,13 @@ class Runner:
 
     # -- one run
 
-    async def _conduct(self, job: Job, run: Run, pipes: Pipes) -> None:
+    async def _conduct(self, job: Job, run: Run, pipes: Pipes, seat: Seat | None) -> None:
         try:
             try:
                 await run._emit(Event(seq=0, type="start"))
             except trio.BrokenResourceError:  # the events were closed before anything happened
                 run.kill()
-            run._result = await self._run(job, run, pipes)
+            run._result = await self._run(job, run, pipes, seat)
             with suppress(trio.BrokenResourceError):  # nobody reads any more; wait() has it
                 await run._emit(Event(seq=run._seq, type="exit", result=run._result))
         except Exception as error:  # told by wait(), or at the end of the block
@@ -185,22 +208,24 @@ class Runner:
             run._done.set()
             run._send.close()
 
-    async def _run(self, job: Job, run: Run | None, pipes: Pipes | None = None) -> Result:
+    async def _run(
+        self, job: Job, run: Run | None, pipes: Pipes | None = None, seat: Seat | None = None
+    ) -> Result:
         if self._closed:
             raise SandboxError("the runner is closed", hint="use it inside `async with`")
         asked = trio.current_time()
         check_place(job)
-        token = object()
+        token = seat or object()
         split = inputs.split(job)
         job, policy = split.job, self._known.policy(job)
         lent = AsyncExitStack() if split.attached or volumes.stored(policy) else None
         if not await self._take_slot(token, run, policy, lent):
-            return self._never_started(job, asked)
+            return self._never_started(job, asked, run, seat)
         try:
             queued = trio.current_time() - asked
             attached = lent.enter_context(inputs.held(split.attached)) if lent else None
             with Descriptors() as fds:
-                kept = self._known.ready(job, attached)
+                kept = self._known.ready(job, attached, seat)
                 caps = tighten_artifacts(kept.policy, job.artifacts)
                 porter = kept.home.porter
                 conduct = Conduct(
@@ -211,8 +236,8 @@ class Runner:
                     caps=caps,
                     porter=porter,
                     giving_up=run._files if run else trio.CancelScope(),
-                    leave=_leaving(run, job, porter),
-                    emit=_forwarding(run),
+                    leave=leaving(run, job, porter),
+                    emit=forwarding(run),
                     on_start=run._started if run else lambda _: None,
                     reports=run._reports if run else None,
                     vigil=kept.vigil if self._is_alone() else NO_VIGIL,
@@ -223,16 +248,16 @@ class Runner:
                     watched = volumes.watched(kept.policy, host, started)
                     conduct.on_start = await lent.enter_async_context(watched)
                 try:
-                    result = await self._in_sandbox(kept, conduct, (asked, queued))
+                    result = await self._in_sandbox(kept, conduct, (asked, queued), seat)
                 except GivenUp:
-                    return self._never_started(job, asked)
+                    return self._never_started(job, asked, run, seat)
                 except OSError as error:
                     if self._cgroups is not None and error.errno in SCARCE:
                         self._cgroups.shrink()
                     raise told(error, "a run") from error
             self._finished += 1
             kept.runs += 1
-            if not kept.refilling and self._lacks(kept):
+            if seat is None and not kept.refilling and self._lacks(kept):
                 kept.refilling = True
                 self._nursery.start_soon(self._refill, kept)
             return result
@@ -241,9 +266,12 @@ class Runner:
             if lent is not None:
                 await lent.aclose()
 
-    def _never_started(self, job: Job, asked: float) -> Result:
-        seen, waited = record.never_started(asked)
-        return record.make(job, self._known.ready(job).kind, seen, self.host, waited)
+    def _never_started(
+        self, job: Job, asked: float, run: Run | None = None, seat: Seat | None = None
+    ) -> Result:
+        seen, waited = record.never_started(asked, run._cancelled if run is not None else "")
+        kept = self._known.ready(job, None, seat)
+        return record.make(job, kept.kind, seen, self.host, waited)
 
     def _is_alone(self) -> bool:
         """Whether there is one run, and a CPU for it beside ours."""
@@ -253,11 +281,14 @@ class Runner:
         self, token: object, run: Run | None, policy: Policy, lent: AsyncExitStack | None
     ) -> bool:
         """After the caches of its policy. False if the run was killed before it got one."""
-        if lent is None:
+        if lent is None and not isinstance(token, Seat):
             with suppress(trio.WouldBlock):
                 self._limiter.acquire_on_behalf_of_nowait(token)
                 return True
         with run._queue if run is not None else trio.CancelScope():
+            if isinstance(token, Seat):  # it has all that, and those before it may not be ready
+                await token.gate()
+                return True
             try:
                 if lent is not None:
                     await lent.enter_async_context(volumes.lent(policy))
@@ -270,9 +301,9 @@ class Runner:
         return False
 
     async def _in_sandbox(
-        self, kept: Kept, conduct: Conduct, waited: tuple[float, float]
+        self, kept: Kept, conduct: Conduct, waited: tuple[float, float], seat: Seat | None
     ) -> Result:
-        box = await self._take(kept, conduct.dispatch)
+        box = await self._take(kept, conduct.dispatch, seat)
         try:
             if box.way_out is None:
                 seen = await supervise(conduct, box)
@@ -292,7 +323,7 @@ class Runner:
         elif leaves_by_itself:
             box.socket.close()  # which init waits for: its end is the kernel's work, and not ours
             self._dying.append(box)
-            if box.way_out is not None:
+            if box.way_out is not None and seat is None:
                 way_out, box.way_out = box.way_out, None
                 await self._close_later(way_out)
         if not self._burying:
@@ -321,13 +352,13 @@ class Runner:
             await self._closing.acquire_on_behalf_of(way_out)
         self._nursery.start_soon(close)
 
-    async def _take(self, kept: Kept, dispatch: Dispatch) -> Sandbox:
+    async def _take(self, kept: Kept, dispatch: Dispatch, seat: Seat | None) -> Sandbox:
         """A spare or a new sandbox, with the job on its way into it."""
         dispatch.prepare()
         self._bury()  # what they had is used again
         while len(self._dying) > self.slots:
             await self._dying.pop(0).end()
-        box = await self._spare(kept) or await self._new(kept)
+        box = await self._spare(kept) or await self._new(kept, seat)
         try:
             dispatch.begin(box.socket)
         except BaseException:
@@ -357,21 +388,23 @@ class Runner:
             await box.end()  # it died with its tenant
         return None
 
-    async def _new(self, kept: Kept) -> Sandbox:
+    async def _new(self, kept: Kept, seat: Seat | None) -> Sandbox:
         """Made now; a tenant that has died is started anew, once."""
         for attempt in range(2):
             try:
-                return await self._make(kept)
+                return await self._make(kept, seat)
             except LaunchError as error:
-                if error.stage != "tenant" or attempt:
+                if error.stage != "tenant" or attempt or seat is not None:
                     raise
         raise InternalError("unreachable")
 
-    async def _make(self, kept: Kept) -> Sandbox:
+    async def _make(self, kept: Kept, seat: Seat | None = None) -> Sandbox:
         tenant, uppers = await kept.home.tenant(), await kept.uppers()
         area, way_out = await kept.take_area(tenant), None
         try:
-            if (egress := kept.prepared.compiled.egress) is not None:
+            if seat is not None:
+                way_out = seat.network
+            elif (egress := kept.prepared.compiled.egress) is not None:
                 way_out = await (await kept.home.netkeeper()).take(egress)
         except BaseException:
             if area is not None:
@@ -417,7 +450,7 @@ class Runner:
                 box = await self._make(kept)
                 kept.spares.append(box)
                 await box.wait_known()
-        except SandboxError:
+        except (SandboxError, OSError):
             return  # the next job meets the same error, and can tell somebody
         finally:
             kept.refilling = False
@@ -430,24 +463,6 @@ class Runner:
             while self._dying:
                 await self._dying.pop().end()
             await self._known.close()
-
-
-def _forwarding(run: Run | None) -> Emit | None:
-    return run._forward if run is not None else None
-
-
-def _leaving(
-    run: Run | None, job: Job, porter: Callable[[], Awaitable[Porter]]
-) -> Callable[[int, Area | None], None] | None:
-    """Who collects a run's files later has the working directory and what it lies in."""
-    if run is None or job.collect_to != "stream":
-        return None
-
-    def leave(directory: int, area: Area | None) -> None:
-        remove = area.hand_over() if area is not None else None
-        run._leave(Leavings(directory, porter, remove))
-
-    return leave
 
 
 @asynccontextmanager

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import resource
+import select
 import socket
 import subprocess
 from collections import deque
@@ -49,7 +50,13 @@ class Tenant:
     """A running tenant. `clone` makes a sandbox; `take_network` lends a network namespace."""
 
     def __init__(
-        self, compiled: Compiled, host: Host, control: socket.socket, doorbell: int, pid: int
+        self,
+        compiled: Compiled,
+        host: Host,
+        control: socket.socket,
+        doorbell: int,
+        pid: int,
+        beside: Tenant | None = None,
     ) -> None:
         self.compiled = compiled
         self.host = host
@@ -65,7 +72,9 @@ class Tenant:
         self._lent: set[int] = set()
         first = compiled.first_job_uid
         last = min(plan.FIRST_JOB_UID + compiled.tenant.ids.job_uids, 60000)
-        self._uids = deque(range(first, last))
+        # In one user namespace two sandboxes must not have one uid: what the kernel counts is per
+        # user in it.
+        self._uids: deque[int] = beside._uids if beside else deque(range(first, last))
 
     def user_namespace(self) -> str:
         """The path of the tenant's user namespace, as long as the tenant lives."""
@@ -223,6 +232,12 @@ class Tenant:
         self._answer_no_more()
         trio.lowlevel.notify_closing(self.control)
 
+    def look(self) -> None:
+        """Whether the zygote is still there, for who cannot try and see."""
+        poll = select.poll()
+        poll.register(self.control, select.POLLRDHUP)
+        self.dead = self.dead or bool(poll.poll(0))
+
     def _died(self, errno: int) -> LaunchError:
         self.dead = True
         return LaunchError("tenant", 0, errno, "the zygote is gone", hint="it is started anew")
@@ -323,9 +338,12 @@ def failure(data: bytes, image: Image, steps: tuple[Step, ...]) -> LaunchError:
 
 @asynccontextmanager
 async def open_tenant(
-    compiled: Compiled, host: Host, cgroups: Cgroups | None
+    compiled: Compiled, host: Host, cgroups: Cgroups | None, beside: Tenant | None = None
 ) -> AsyncIterator[Tenant]:
-    """A tenant; leaving ends it with everything in it and waits for that."""
+    """A tenant; leaving ends it with everything in it and waits for that.
+
+    `beside`: whose user namespace it shares, as its compile/build.py:joined() plan has it.
+    """
     _check_descriptors(compiled)
     image = tenant_image(host.arch, compiled.tenant)
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -334,8 +352,8 @@ async def open_tenant(
         flags = os.EFD_SEMAPHORE | os.EFD_NONBLOCK | os.EFD_CLOEXEC
         doorbell = fds.own(os.eventfd(0, flags))
         with theirs:
-            process = start(image, theirs.fileno(), doorbell, host)
-        tenant = Tenant(compiled, host, ours, doorbell, process.pid)
+            process = start(image, theirs.fileno(), doorbell, host, beside)
+        tenant = Tenant(compiled, host, ours, doorbell, process.pid, beside)
         try:
             with trio.fail_after(START_TIMEOUT):
                 await _boot(tenant, image, cgroups)
@@ -360,10 +378,15 @@ def _check_descriptors(compiled: Compiled) -> None:
                         hint=f"raise it: ulimit -n {max(need, 1024)}")  # fmt: skip
 
 
-def start(image: Image, control: int, doorbell: int, host: Host) -> subprocess.Popen[bytes]:
+def start(
+    image: Image, control: int, doorbell: int, host: Host, beside: Tenant | None = None
+) -> subprocess.Popen[bytes]:
     """Execute a tenant's image: by the machine, or by the executor where it cannot run."""
     content = image.patched(dict.fromkeys(image.marks, control))
     with Descriptors() as fds:
+        stdout = subprocess.DEVNULL
+        if beside is not None:
+            stdout = fds.own(os.open(beside.user_namespace(), os.O_RDONLY | os.O_CLOEXEC))
         if host.memfd_exec and host.arch in ("x86_64", "aarch64"):
             fd = fds.own(memfd.program(elf.program(host.arch, content, MEMORY)))
             argv, executable = ["sandboxd-tenant"], f"/proc/self/fd/{fd}"
@@ -375,12 +398,14 @@ def start(image: Image, control: int, doorbell: int, host: Host) -> subprocess.P
         return subprocess.Popen(
             argv, executable=executable, pass_fds=(fd, control), cwd=PACKAGE_PARENT,
             env={"PATH": os.path.dirname(executable)},
-            stdin=doorbell, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            stdin=doorbell, stdout=stdout, stderr=subprocess.DEVNULL,
         )  # fmt: skip
 
 
 async def _boot(tenant: Tenant, image: Image, cgroups: Cgroups | None) -> None:
     control, ids = tenant.control, tenant.compiled.tenant.ids
+    first = tenant.compiled.tenant.steps[0]
+    is_joined = isinstance(first, plan.UserNamespace) and first.joined
     while True:
         await trio.lowlevel.wait_readable(control)
         try:
@@ -391,7 +416,8 @@ async def _boot(tenant: Tenant, image: Image, cgroups: Cgroups | None) -> None:
             return
         if data != MAPS:
             raise failure(data, image, tenant.compiled.tenant.steps)
-        await write_maps(ids, tenant.pid)
+        if not is_joined:
+            await write_maps(ids, tenant.pid)
         if cgroups is not None:
             await cgroups.admit(tenant.pid, ids.uids[0][1] if ids.writer == "direct" else None)
         control.send(GO)

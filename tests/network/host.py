@@ -22,6 +22,7 @@ from typing import Any
 import msgspec
 import trio
 
+from sandboxd.group import Group, Member
 from sandboxd.job import Job
 from sandboxd.policy import Network, Policy
 from sandboxd.result import to_json
@@ -94,6 +95,22 @@ class Host:
             result = await self.runner.run(job)
         return to_json(result)
 
+    async def group(self, request: dict[str, Any]) -> Any:
+        """Members, each with a program and a [network]; the result's JSON of each, by name."""
+        members = {
+            name: Member(job=Job(argv=tuple(one["argv"]), policy=policy(one["network"])),
+                         after=one.get("after", ()), ready=one.get("ready", "started"))
+            for name, one in request["members"].items()
+        }  # fmt: skip
+        group = Group(members=members, **request["group"])
+        async with open_runner(slots=len(members), cgroup="none") as runner:
+            async with trio.open_nursery() as nursery:
+                if "kill" in request:
+                    nursery.start_soon(self._kill, request["kill"])
+                found = await runner.run_group(group)
+                nursery.cancel_scope.cancel()
+        return {name: to_json(result) for name, result in found.items()}
+
     async def many(self, request: dict[str, Any]) -> Any:
         """The same job many times in a runner of its own; what is there before and after that."""
         job = Job(argv=tuple(request["argv"]), policy=policy(request["network"]))
@@ -162,7 +179,7 @@ class Host:
             "-P",
             "-m",
             "sandboxd",
-            "run",
+            *request.get("command", ("run",)),
             "--cgroup",
             "none",
             *request["argv"],

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.root_ok
 WHAT = (
     *("machine", "memfd exec", "user namespace", "AppArmor", "id maps", "new /proc"),
     *("seeing processes", "time namespace", "kernel overlay", "fuse-overlayfs", "TUN"),
-    *("nftables", "user networking", "IPv6"),
+    *("nftables", "user networking", "groups", "IPv6"),
     "cgroup v2 subtree",
     *("cgroup: given", "cgroup: own", "cgroup: systemd", "cgroup: prepared"),
     *("start in a cgroup", "cgroup memory", "cgroup pids", "cgroup cpu", "cgroup io"),
@@ -107,6 +107,16 @@ def test_a_way_out(report: Report) -> None:
     assert (found.state == "ok") == bool(carriers)
     able = report.ok and needs.missing("nft") == ""
     assert (rows(report)["nftables"].state == "ok") >= able
+
+
+def test_a_bridge(report: Report) -> None:
+    """As ip(8) finds it."""
+    there = "ip link add br0 type bridge && ip link add a type veth peer name b"
+    able = needs.missing("ip") == "" and (
+        needs.works("unshare", "--map-root-user", "--net", "sh", "-c", there) == ""
+    )
+    assert (rows(report)["groups"].state == "ok") >= able
+    assert probe(cached=False).bridge == (rows(report)["groups"].state == "ok")
 
 
 def test_tun(report: Report) -> None:
@@ -286,6 +296,7 @@ def test_nothing_is_guaranteed_without_user_namespaces() -> None:
         fixes.id_maps("/etc/subuid has no line for me"),
         fixes.id_maps("newuidmap: write to uid_map failed"),
         fixes.fuse_overlayfs(found=False),
+        fixes.bridge(),
         fixes.device("/nonexistent", "tun"),
         fixes.device("/dev/null", "null"),
     ],
