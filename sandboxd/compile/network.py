@@ -59,7 +59,13 @@ def egress(policy: Policy, host: Host) -> Egress | None:
         raise PolicyError(where, 'no rule admits a socket that network.mode = "user" is for',
                           hint='"@sockets" among the rules does')  # fmt: skip
     kind, path = carrying.program(policy, host)
-    return dataclasses.replace(understood(policy.network), kind=kind, program=path)
+    found = understood(policy.network)
+    caps = dataclasses.replace(
+        found.caps,
+        bytes=found.caps.bytes if host.net_bytes else None,
+        rate=found.caps.rate if host.net_rate else None,
+    )
+    return dataclasses.replace(found, kind=kind, program=path, caps=caps)
 
 
 def network_plan() -> SetupPlan:

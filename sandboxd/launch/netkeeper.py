@@ -49,6 +49,9 @@ IFF_UP = 1
 AREA = "/tmp"  # in a mount namespace of our own
 SYSCTLS = (
     ("/proc/sys/net/ipv6/conf/default/accept_ra", "0"),  # only addresses and routes that are given
+    # Nobody else could have the same address there; and pasta takes the unspecified one, from
+    # which this is asked, for the sandbox's.
+    ("/proc/sys/net/ipv6/conf/default/dad_transmits", "0"),
     ("/proc/sys/net/ipv4/ip_unprivileged_port_start", "0"),  # who is to be reached at 80 is no root
 )
 PATIENCE = 2.0

@@ -45,6 +45,8 @@ COSTS: Mapping[str, str] = {
     "time_namespaces": "[clock] offsets are not possible",
     "tun": "no program has a way out (network.mode = 'user')",
     "nftables": "no program has a way out (network.mode = 'user')",
+    "net_bytes": "network.bytes caps nothing",
+    "net_rate": "network.rate slows nothing",
     "carrier": "no program has a way out (network.mode = 'user')",
     "proc": "no new proc can be mounted: only policies with root.proc = 'none' run",
     "processes": "without cgroups nothing is sampled: memory and idle time are not limited",
@@ -286,7 +288,7 @@ def _ranges(tools: Tools) -> tuple[IdRange, IdRange] | str:
 def _outcomes(host: Host, tools: Tools, cached: bool) -> dict[str, Outcome]:
     ids = tenant_ids(host) if host.subuid else None
     names = ["user_namespace", "overlay", "time_namespace", "proc", "seccomp", "memfd_exec"]
-    names += ["tun", "nftables"]
+    names += ["tun", "nftables", "net_bytes", "net_rate"]
     if ids is not None:
         names.insert(1, "id_maps")
     if tools.fuse_overlayfs is not None:
@@ -321,6 +323,8 @@ def _with_outcomes(
         ("memfd_exec", "memfd_exec"),
         ("tun", "tun"),
         ("nftables", "nftables"),
+        ("net_bytes", "net_bytes"),
+        ("net_rate", "net_rate"),
     ):
         if trial in outcomes and not outcomes[trial].ok:
             notes[name] = outcomes[trial].why
@@ -343,6 +347,8 @@ def _with_outcomes(
         pasta=tools.pasta,
         tun=outcomes["tun"].ok,
         nftables=outcomes["nftables"].ok,
+        net_bytes=outcomes["net_bytes"].ok,
+        net_rate=outcomes["net_rate"].ok,
         proc_whole=isinstance(procs, list) and "whole" in procs,
         proc_subset=isinstance(procs, list) and "subset" in procs,
     )

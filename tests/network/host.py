@@ -196,6 +196,8 @@ class Host:
 
     async def connect(self, request: dict[str, Any]) -> Any:
         """As somebody on the host."""
+        if request.get("kind") == "udp":
+            return await ask_datagram(request["address"], request["port"])
         with trio.move_on_after(20):
             while True:
                 try:
@@ -212,6 +214,19 @@ class Host:
                         if said := await stream.receive_some():
                             return said.decode()
         return "nobody"
+
+
+async def ask_datagram(address: str, port: int) -> str:
+    """Ask until somebody answers; what he says."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with trio.move_on_after(20), trio.socket.socket(family, socket.SOCK_DGRAM) as one:
+        await one.connect((address, port))
+        while True:
+            with trio.move_on_after(0.2), suppress(ConnectionRefusedError):
+                await one.send(b"hello")
+                return (await one.recv(100)).decode()
+            await trio.sleep(0.01)
+    return "nobody"
 
 
 def started(command: list[str]) -> subprocess.Popen[bytes]:

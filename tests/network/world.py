@@ -25,7 +25,7 @@ def ip(*words: str) -> None:
 
 
 def answer_tcp(server: socket.socket, who: str) -> None:
-    """Say who one is, then echo; "flood N" is answered with N bytes."""
+    """Say who one is, then echo; "flood N" is answered with N bytes, "sink" with how many came."""
     while True:
         one, _ = server.accept()
         threading.Thread(target=talk, args=(one, who), daemon=True).start()
@@ -41,6 +41,12 @@ def talk(one: socket.socket, who: str) -> None:
                     for _ in range(size >> 20):
                         one.sendall(block)
                     one.sendall(bytes(size & (1 << 20) - 1))
+                    return
+                if data.startswith(b"sink"):
+                    size = len(data)
+                    while data := one.recv(1 << 20):
+                        size += len(data)
+                    one.sendall(b"%d" % size)
                     return
                 one.sendall(data)
         except OSError:
