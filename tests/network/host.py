@@ -153,6 +153,10 @@ class Host:
             if name == what or f"sandboxd.launch.{what} " in line:
                 os.kill(pid, signal.SIGKILL)
 
+    async def memory(self, _: dict[str, Any]) -> Any:
+        """Bytes that the supervisor has now, and has had at most (proc_pid_status(5))."""
+        return memory()
+
     async def processes(self, _: dict[str, Any]) -> Any:
         return processes()
 
@@ -214,6 +218,12 @@ class Host:
                         if said := await stream.receive_some():
                             return said.decode()
         return "nobody"
+
+
+def memory() -> list[int]:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    found = dict(line.split(":") for line in lines if line.startswith(("VmRSS", "VmHWM")))
+    return [int(found[name].split()[0]) << 10 for name in ("VmRSS", "VmHWM")]
 
 
 async def ask_datagram(address: str, port: int) -> str:
