@@ -110,7 +110,7 @@ def test_caps_are_a_set_a_quota_and_a_limit() -> None:
     found = listed(nftables.ruleset(egress))
     assert sets(found)["opened"]["size"] == 7
     (quota,) = (one["quota"] for one in found if "quota" in one)
-    assert (quota["bytes"], quota.get("inv", "over")) == (1001, True) or quota["bytes"] == 1001
+    assert (quota["name"], quota["bytes"]) == ("bytes", 1001)  # a packet that leads to it is over
     assert '"target": "full"' in rules(found, "let")[-3]
     assert '"quota": "bytes"' in rules(found, "pass")[0]
     (limit,) = (one for one in rules(found, "in") if '"limit"' in one)
@@ -133,4 +133,5 @@ def test_a_published_udp_port_may_answer_who_asked_it() -> None:
     assert sets(found)["askers4"]["type"] == ["ipv4_addr", "inet_service", "inet_service"]
     noted = [one for one in rules(found, "in") if "@askers" in one]
     assert ['"right": 53' in one for one in noted] == [True, True]
+    assert ['"timeout": 180' in one for one in noted] == [True, True]  # three minutes
     assert len([one for one in rules(found) if "@askers" in one]) == 2
