@@ -97,16 +97,25 @@ async def stream(runner: Runner, kind: str, size: int) -> float:
 
 
 def bare_slirp4netns(path: str, argv: list[str]) -> bytes:
-    """As its manual shows it, with the same MTU."""
+    """As its manual shows it, with the same MTU.
+
+    Job and carrier have a session each, as they have with sandboxd: on a busy machine sessions
+    share the CPUs (autogroup, sched(7)), and within one a stream has both ends to itself.
+    """
     waiting = ["unshare", "--user", "--map-root-user", "--net", "sh", "-c", 'echo; read x; "$@"']
     with subprocess.Popen(
-        [*waiting, "sh", *argv], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        [*waiting, "sh", *argv],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
     ) as job:
         assert job.stdin is not None
         assert job.stdout is not None
         job.stdout.readline()
         words = [path, "--configure", "--mtu=65520", "--ready-fd=1", str(job.pid), "tap0"]
-        with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as carrier:
+        with subprocess.Popen(
+            words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
+        ) as carrier:
             assert carrier.stdout is not None
             carrier.stdout.read(1)
             job.stdin.write(b"\n")
@@ -117,8 +126,15 @@ def bare_slirp4netns(path: str, argv: list[str]) -> bytes:
 
 
 def bare_pasta(path: str, argv: list[str]) -> bytes:
-    words = [path, "--config-net", "--quiet", "--mtu", "65520", "--", *argv]
-    return subprocess.run(words, check=True, stdin=subprocess.DEVNULL, capture_output=True).stdout
+    words = [path, "--config-net", "--quiet", "--mtu", "65520", "--", "setsid", "--wait", *argv]
+    done = subprocess.run(
+        words,
+        check=True,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        start_new_session=True,
+    )
+    return done.stdout
 
 
 BARE = {"slirp4netns": bare_slirp4netns, "pasta": bare_pasta}
