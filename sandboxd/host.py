@@ -86,6 +86,10 @@ class Host:
     """A filter of nftables can be loaded in a network namespace of ours."""
     bridge: bool = False
     """A bridge and pairs of interfaces can be made in network namespaces of ours."""
+    net_bytes: bool = False
+    """It can have a quota (network.bytes)."""
+    net_rate: bool = False
+    """It can have a limit of bytes a second, and an interface can be shaped (network.rate)."""
     proc_whole: bool = True
     """A new proc mounts in a user namespace; False where the visible one is partly masked."""
     proc_subset: bool = True

@@ -188,7 +188,13 @@ class Network(Section, frozen=True):
     resolvers: tuple[str, ...] = ()
     """Addresses of name servers for allowed names; none: the host's (/etc/resolv.conf)."""
     publish: tuple[str, ...] = ()
-    """TCP ports of the host's that lead into the sandbox: "[ADDRESS:]PORT:PORT_INSIDE"."""
+    """Ports of the host's that lead into the sandbox: "[ADDRESS:]PORT:PORT_INSIDE[/udp]"."""
+    connections: Annotated[int, Meta(ge=1, le=1_000_000)] | None = None
+    """TCP connections that may be opened in all, and UDP flows: a port inside with one outside."""
+    bytes: Bytes | None = None
+    """Bytes that may be sent and received in all, headers of IP included."""
+    rate: Annotated[int, Meta(ge=1024, le=1 << 33, extra={"unit": "bytes"})] | None = None
+    """Bytes a second, each way; those of a second may go at once, and at least 256 KiB."""
 
 
 class Argument(Section, frozen=True):
@@ -307,6 +313,8 @@ class Require(Section, frozen=True):
     processes: Literal["enforced", "any"] = "any"
     cpus: Literal["enforced", "any"] = "any"
     syscalls: Literal["enforced", "any"] = "any"
+    network: Literal["enforced", "any"] = "any"
+    """The caps of [network]: connections, bytes, rate."""
     user_namespace: Literal["subuid", "any"] = "any"
     landlock: Annotated[int, Meta(ge=0)] = 0
     """Lowest Landlock ABI; 6 adds the scopes for signals and abstract sockets."""

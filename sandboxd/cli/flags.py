@@ -185,8 +185,8 @@ def _add_surroundings(group: argparse._ArgumentGroup) -> None:
         help="who may be reached: NAME, *.NAME, ADDRESS[/BITS] or *; --network user with it",
     )  # fmt: skip
     group.add_argument(
-        "--publish", action="append", default=[], metavar="[ADDRESS:]PORT:INSIDE",
-        help="a TCP port of this machine that leads inside; at 127.0.0.1 if nothing is said",
+        "--publish", action="append", default=[], metavar="[ADDRESS:]PORT:INSIDE[/udp]",
+        help="a port of this machine that leads inside; at 127.0.0.1 if nothing is said",
     )  # fmt: skip
 
 

@@ -81,6 +81,11 @@ def is_standard(query: Query) -> bool:
     return not query.flags & _OPCODE and query.family == IN
 
 
+def is_plain(query: Query) -> bool:
+    """Whether its name is one that can be asked of others: text, and not what stands for bytes."""
+    return "\\" not in query.name
+
+
 def read_answer(data: bytes) -> Answer:
     """A packet from a name server."""
     number, flags, questions, count, *_ = _header(data)

@@ -47,7 +47,7 @@ NEVER: tuple[IPNetwork, ...] = tuple(
 _LABEL = r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?"
 _NAME = re.compile(rf"(?=.{{1,253}}$){_LABEL}(\.{_LABEL})*")
 _PORTS = re.compile(r"(?:(\*)|(\d{1,5})(?:-(\d{1,5}))?)(?:/(tcp|udp))?")
-_PUBLISHED = re.compile(r"(?:(?:\[([^]]*)\]|([0-9.]+)):)?(\d{1,5}):(\d{1,5})(?:/tcp)?")
+_PUBLISHED = re.compile(r"(?:(?:\[([^]]*)\]|([0-9.]+)):)?(\d{1,5}):(\d{1,5})(?:/(tcp|udp))?")
 
 FORMS = "NAME:PORT, *.NAME:PORT, ADDRESS[/BITS]:PORT, [IPV6/BITS]:PORT, *:PORT or *"
 
@@ -63,11 +63,33 @@ class Ports:
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """A TCP port of the host's that leads into the sandbox."""
+    """A port of the host's that leads into the sandbox."""
 
     address: str
     host: int
     inside: int
+    protocol: int = TCP
+
+    @property
+    def is_datagrams_at_loopback(self) -> bool:
+        return self.protocol == UDP and ip_address(self.address).is_loopback
+
+    @property
+    def needs_pasta(self) -> bool:
+        """slirp4netns has no IPv6 there, and carries no answer to the host's loopback.
+
+        So with --disable-host-loopback, without which a job would reach all that listens there.
+        """
+        return ":" in self.address or self.is_datagrams_at_loopback
+
+
+@dataclass(frozen=True, slots=True)
+class Caps:
+    """How much at most; None is as much as there is. The policy says what each means."""
+
+    connections: int | None = None
+    bytes: int | None = None
+    rate: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +104,7 @@ class Egress:
     public: tuple[Ports, ...] = ()
     resolvers: tuple[str, ...] = ()
     published: tuple[Published, ...] = ()
+    caps: Caps = Caps()
 
     @property
     def groups(self) -> tuple[Ports, ...]:
@@ -177,22 +200,28 @@ def _name(who: str, where: str) -> str:
 
 
 def published(entries: Iterable[str]) -> tuple[Published, ...]:
-    """`publish`: [ADDRESS:]PORT:PORT_INSIDE, at 127.0.0.1 if nothing else is said."""
+    """`publish`: [ADDRESS:]PORT:PORT_INSIDE[/udp], at 127.0.0.1 if nothing else is said."""
     found: list[Published] = []
     for number, entry in enumerate(entries):
         where = f"network.publish[{number}]"
         match = _PUBLISHED.fullmatch(entry)
         if match is None:
-            raise PolicyError(where, f"{entry!r} is not [ADDRESS:]PORT:PORT_INSIDE",
-                              hint="TCP only; without an address it is 127.0.0.1")  # fmt: skip
-        six, four, host, inside = match.groups()
-        address = four or "127.0.0.1"
-        if six is not None or not _is_address(address):
-            raise PolicyError(where, f"{entry!r}: an IPv4 address of this host's")
+            raise PolicyError(where, f"{entry!r} is not [ADDRESS:]PORT:PORT_INSIDE[/udp]",
+                              hint="without an address it is 127.0.0.1")  # fmt: skip
+        six, four, host, inside, protocol = match.groups()
+        address = six or four or "127.0.0.1"
+        if not _is_address(address) or (":" in address) != (six is not None) or "%" in address:
+            raise PolicyError(where, f"{entry!r}: an address of this host's, IPv6 in brackets")
         if not (1 <= int(host) <= 65535 and 1 <= int(inside) <= 65535):
             raise PolicyError(where, f"{entry!r}: ports are 1 to 65535")
-        found.append(Published(address, int(host), int(inside)))
-    if len({(one.address, one.host) for one in found}) < len(found):
+        kind = PROTOCOLS[protocol or "tcp"]
+        one = Published(f"{ip_address(address)}", int(host), int(inside), kind)
+        if one.is_datagrams_at_loopback and one.host != one.inside:
+            # pasta of 2023 sends what answers such a port to nowhere.
+            raise PolicyError(where, f"{entry!r}: at loopback both ports of UDP are the same",
+                              hint="or publish at another address of this host's")  # fmt: skip
+        found.append(one)
+    if len({(one.address, one.host, one.protocol) for one in found}) < len(found):
         raise PolicyError("network.publish", "a port of the host's can lead to one place only")
     return tuple(found)
 
@@ -232,7 +261,8 @@ def understood(network: Network) -> Egress:
     """A whole [network], but for what carries it; PolicyError if it is not clear."""
     found = parse(network.allow)
     return Egress("", "", found.names, found.networks, found.public,
-                  resolvers(network.resolvers), published(network.publish))  # fmt: skip
+                  resolvers(network.resolvers), published(network.publish),
+                  Caps(network.connections, network.bytes, network.rate))  # fmt: skip
 
 
 def entry(address: IPAddress | str, port: int | str, protocol: int | None = None) -> str:

@@ -24,6 +24,14 @@ ON_REQUEST = {"memory_high": "memory", "cpu_weight": "cpu", "pinning": "cpuset",
 """What [resources] may ask for -> the controller without which there is none of it."""
 
 
+CAPS = {
+    "network_connections": "nftables",
+    "network_bytes": "net_bytes",
+    "network_rate": "net_rate",
+}
+"""What [network] may ask for -> what this host must have."""
+
+
 @dataclass(frozen=True, slots=True)
 class Found:
     enforcement: dict[str, str]
@@ -61,6 +69,7 @@ def judge(policy: Policy, host: Host, ids: IdMap, setup: SetupPlan) -> Found:
     for what in ON_REQUEST:
         there = "cgroup2" if ON_REQUEST[what] in controllers else NONE
         says[what] = there if _asks(policy, what) else NOT_ASKED
+    says |= _caps(policy, host)
     return Found(says, tuple(_degraded(policy, host, says)))
 
 
@@ -84,6 +93,20 @@ def _network(policy: Policy, host: Host) -> str:
     if policy.network.mode == "user":
         found.append(f"user: {carrying.program(policy, host)[0]}, nftables")
     return "; ".join(found) or NONE
+
+
+def _caps(policy: Policy, host: Host) -> dict[str, str]:
+    """The caps of [network]."""
+    network = policy.network
+    rows = {
+        "network_connections": (network.connections, True, "nftables"),
+        "network_bytes": (network.bytes, host.net_bytes, "nftables"),
+        "network_rate": (network.rate, host.net_rate, "nftables and tbf"),
+    }
+    return {
+        what: NOT_ASKED if cap is None or network.mode == "none" else how if there else NONE
+        for what, (cap, there, how) in rows.items()
+    }
 
 
 def _asks(policy: Policy, what: str) -> bool:
@@ -116,6 +139,7 @@ def _degraded(policy: Policy, host: Host, says: dict[str, str]) -> list[tuple[st
         if host.other_groups:  # user_namespaces(7): who maps a single gid must deny setgroups
             found.append(("groups", "a single id: jobs stay in all groups that the caller is in"))
     found += _without_controllers(policy, host, says)
+    found += _uncapped(host, says)
     if says["syscalls"] == NONE:
         why = notes.get("seccomp", f"{policy.origin('syscalls')} allows everything")
         found.append(("syscalls", why))
@@ -139,6 +163,11 @@ def _degraded(policy: Policy, host: Host, says: dict[str, str]) -> list[tuple[st
     if policy.root.image and host.image is not None:
         found += [("image", note) for note in host.image.notes]
     return found
+
+
+def _uncapped(host: Host, says: dict[str, str]) -> list[tuple[str, str]]:
+    why = {what: host.fault_notes.get(fact, "not there") for what, fact in CAPS.items()}
+    return [(what, f"{why[what]}; {NONE}") for what in CAPS if says[what] == NONE]
 
 
 def _without_controllers(
@@ -180,11 +209,13 @@ def check_required(policy: Policy, host: Host, found: Found) -> None:
         "processes": says["processes"] in ("cgroup2", "RLIMIT_NPROC"),
         "cpus": says["cpus"] == "cgroup2",
         "syscalls": says["syscalls"] != NONE,
+        "network": not (lacking := _uncapped(host, says)),
     }
+    reasons["network"] = "; ".join(f"{what}: {why}" for what, why in lacking)
     for name, holds in exact.items():
         if getattr(require, name) == "enforced" and not holds:
             where = policy.origin(f"require.{name}")
-            why = reasons.get(name, says[name])
+            why = reasons.get(name) or says[name]
             raise HostError(name, f"{where}: required to be enforced, but {why}",
                             hint="run `sandboxd doctor`, or relax the policy")  # fmt: skip
     if require.user_namespace == "subuid" and says["user_namespace"] != "subuid":

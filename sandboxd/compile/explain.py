@@ -77,7 +77,7 @@ def keys(struct: msgspec.Struct) -> list[msgspec.structs.FieldInfo]:
 
 
 def _meaning(key: str, value: object) -> str:
-    if value is None and key.startswith(("limits.", "artifacts.")):
+    if value is None and key.startswith(("limits.", "artifacts.", "network.")):
         return NO_LIMIT
     if value is None and key.startswith("resources."):
         return AS_FOUND
@@ -294,6 +294,10 @@ MEANINGS: Mapping[str, str | Callable[[Any], str]] = MappingProxyType(
         " their addresses into sets of the filter; all else is refused and told in the result",
         "network.resolvers": "asked by sandboxd, from the host's network; else those of the host",
         "network.publish": "bound on the host while the job runs, at 127.0.0.1 if no other address",
+        "network.connections": "a set of the filter with so many places; who finds none is refused",
+        "network.bytes": "a quota of the filter (nftables); beyond it connections are reset",
+        "network.rate": "out: a token bucket (tc-tbf) on tap0, where packets wait; in: a limit of"
+        " the filter, which drops",
         "syscalls.default": _choice(
             enosys="seccomp: every other call answers ENOSYS, as if the kernel were older",
             eperm="seccomp: every other call answers EPERM",
@@ -322,6 +326,7 @@ MEANINGS: Mapping[str, str | Callable[[Any], str]] = MappingProxyType(
         "require.processes": _required("pids controller in a delegated cgroup"),
         "require.cpus": _required("cpu controller in a delegated cgroup"),
         "require.syscalls": _required("seccomp filter"),
+        "require.network": _required("nftables with quotas and limits, and tc-tbf"),
         "require.user_namespace": _required("range of subordinate ids"),
         "require.landlock": _landlock,
     }

@@ -2,7 +2,7 @@
 
 netlink(7): a header, a struct of the family, attributes of type and length, all aligned to four
 bytes. pyroute2 has this as well; but it wants asyncio and a tenth of a second to be imported, has
-no name for half of what a rule of nftables is made of, and these are the only seven messages.
+no name for half of what a rule of nftables is made of, and these are the only eight messages.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ _ATTRIBUTE = struct.Struct("=HH")
 RTM_NEWLINK, RTM_GETLINK, RTM_NEWADDR, RTM_GETADDR, RTM_NEWROUTE = 16, 18, 20, 22, 24
 AF_UNSPEC, AF_INET, AF_INET6 = 0, 2, 10
 IFF_UP = 1
-IFLA_IFNAME, IFLA_MTU, IFLA_STATS64 = 3, 4, 23
+RTM_NEWQDISC = 36
+IFLA_IFNAME, IFLA_MTU = 3, 4
 IFA_ADDRESS, IFA_LOCAL, IFA_FLAGS = 1, 2, 8
 IFA_F_NODAD = 0x02
 RTA_OIF, RTA_GATEWAY = 4, 5
@@ -100,18 +101,13 @@ def get_link(name: str, sequence: int = 1) -> bytes:
 @dataclass(frozen=True, slots=True)
 class Link:
     index: int
-    received: int
-    sent: int
 
 
 def link(answer: Answer) -> Link | None:
-    """What RTM_GETLINK was answered with (struct rtnl_link_stats64)."""
+    """What RTM_GETLINK was answered with."""
     if answer.kind != RTM_NEWLINK:
         return None
-    index = _LINK.unpack_from(answer.body)[2]
-    counted = dict(attributes(answer.body, _LINK.size)).get(IFLA_STATS64, bytes(32))
-    received, sent = struct.unpack_from("=16x2Q", counted)
-    return Link(index, received, sent)
+    return Link(_LINK.unpack_from(answer.body)[2])
 
 
 def set_up(index: int, mtu: int, sequence: int = 1) -> bytes:
@@ -137,6 +133,27 @@ def add_default_route(index: int, gateway: IPv4Address | IPv6Address, sequence: 
     body = _ROUTE.pack(family, 0, 0, 0, RT_TABLE_MAIN, RTPROT_STATIC, 0, RTN_UNICAST, 0)
     body += attribute(RTA_GATEWAY, gateway.packed) + attribute(RTA_OIF, struct.pack("=I", index))
     return message(RTM_NEWROUTE, NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL, body, sequence)
+
+
+def add_shaper(index: int, rate: int, burst: int, sequence: int = 1) -> bytes:
+    """What leaves by an interface waits for its turn (tc-tbf(8)): bytes a second, bytes at once.
+
+    struct tc_tbf_qopt, with a struct tc_ratespec for the rate and an empty one for its peak; QUEUE
+    bytes wait, what is more is lost.
+    """
+    ratespec = struct.pack("=xBHhHI", 1, 0, 0, 0, min(rate, _MOST))  # TC_LINKLAYER_ETHERNET
+    options = attribute(1, ratespec + bytes(12) + struct.pack("=III", QUEUE, 0, 0))
+    if rate > _MOST:
+        options += attribute(4, struct.pack("=Q", rate))
+    options += attribute(6, struct.pack("=I", min(burst, _MOST)))
+    body = struct.pack("=B3xiIII", AF_UNSPEC, index, 0, TC_H_ROOT, 0)
+    body += text(1, "tbf") + attribute(2, options)
+    return message(RTM_NEWQDISC, NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL, body, sequence)
+
+
+TC_H_ROOT = 0xFFFFFFFF
+QUEUE = 1 << 20
+_MOST = (1 << 32) - 1
 
 
 def get_addresses(sequence: int = 1) -> bytes:

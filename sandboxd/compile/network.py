@@ -64,7 +64,13 @@ def egress(policy: Policy, host: Host) -> Egress | None:
     if policy.network.mode == "none":
         return None
     kind, path = carrying.program(policy, host)
-    return dataclasses.replace(understood(policy.network), kind=kind, program=path)
+    found = understood(policy.network)
+    caps = dataclasses.replace(
+        found.caps,
+        bytes=found.caps.bytes if host.net_bytes else None,
+        rate=found.caps.rate if host.net_rate else None,
+    )
+    return dataclasses.replace(found, kind=kind, program=path, caps=caps)
 
 
 def _check_bridge(host: Host) -> None:

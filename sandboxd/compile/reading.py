@@ -26,6 +26,7 @@ RESET = "!reset"
 NOTHING = {
     "limits": "unlimited",
     "artifacts": "unlimited",
+    "network": "unlimited",
     "identity": "own",
     "resources": "default",
 }

@@ -49,6 +49,9 @@ IFF_UP = 1
 AREA = "/tmp"  # in a mount namespace of our own
 SYSCTLS = (
     ("/proc/sys/net/ipv6/conf/default/accept_ra", "0"),  # only addresses and routes that are given
+    # Nobody else could have the same address there; and pasta takes the unspecified one, from
+    # which this is asked, for the sandbox's.
+    ("/proc/sys/net/ipv6/conf/default/dad_transmits", "0"),
     ("/proc/sys/net/ipv4/ip_unprivileged_port_start", "0"),  # who is to be reached at 80 is no root
     ("/proc/sys/net/ipv4/ip_forward", "0"),  # a copy of the host's (devconf_inherit_init_net)
     ("/proc/sys/net/ipv4/conf/all/proxy_arp", "0"),
@@ -66,14 +69,15 @@ PATIENCE = 2.0
 
 
 class Program:
-    """One that we started: its pid, its pidfd, and the pipe that is its stderr."""
+    """One that we started: its pid, its pidfd, the pipe that is its stderr, and its network."""
 
-    __slots__ = ("pid", "pidfd", "said")
+    __slots__ = ("namespace", "pid", "pidfd", "said")
 
-    def __init__(self, pid: int, said: int) -> None:
+    def __init__(self, pid: int, said: int, namespace: str) -> None:
         self.pid = pid
         self.pidfd = os.pidfd_open(pid)
         self.said = said
+        self.namespace = namespace
 
     def close(self) -> str:
         """Its last words."""
@@ -83,6 +87,7 @@ class Program:
             words = b""
         os.close(self.said)
         os.close(self.pidfd)
+        _forget(self.namespace)
         return words.decode(errors="replace").strip()[-500:]
 
 
@@ -180,7 +185,7 @@ def _carry_out(
     elif "start" in request:
         name = request["start"]
         try:
-            program = _start(request["argv"], fds[0])
+            program = _started(name, request["argv"], fds[0])
         except OSError as error:
             _tell(link, {"ended": name, "status": 127, "said": str(error)})
             return
@@ -239,12 +244,35 @@ def _sockets(server: str) -> tuple[int, ...]:
     return tuple(one.detach() for one in (routes, links, tables, listeners, names))
 
 
-def _start(argv: list[str], namespace: int) -> Program:
+def _named(name: str, namespace: int) -> str:
+    """A path of the namespace, as namespaces(7) has it, that nobody else sees.
+
+    No descriptor is inherited for it: pasta closes what it does not know before it looks.
+    """
+    path = f"{AREA}/{name}.net"
+    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+    mount.mount(f"/proc/self/fd/{namespace}", path, flags=mount.MS_BIND)
+    return path
+
+
+def _forget(path: str) -> None:
+    mount.umount(path, mount.MNT_DETACH)
+    os.unlink(path)
+
+
+def _started(name: str, argv: list[str], namespace: int) -> Program:
+    path = _named(name, namespace)
+    try:
+        return _start(argv, path)
+    except OSError:
+        _forget(path)
+        raise
+
+
+def _start(argv: list[str], namespace: str) -> Program:
     """`{netns}` in argv is the path of the namespace."""
     said, theirs = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-    fd = os.dup(namespace)
-    os.set_inheritable(fd, True)
-    words = [word.replace("{netns}", f"/proc/self/fd/{fd}") for word in argv]
+    words = [word.replace("{netns}", namespace) for word in argv]
     parent = os.getpid()
     pid = os.fork()
     if pid == 0:
@@ -253,8 +281,7 @@ def _start(argv: list[str], namespace: int) -> Program:
         finally:
             os._exit(127)
     os.close(theirs)
-    os.close(fd)
-    return Program(pid, said)
+    return Program(pid, said, namespace)
 
 
 def _execute(words: list[str], said: int, parent: int) -> None:

@@ -269,17 +269,37 @@ def tun(_: Request) -> object:
     return True
 
 
+NETLINK_ROUTE, NETLINK_NETFILTER = 0, 12
+
+
 def nftables(request: Request) -> object:
     """The filter of a network with a way out, as the supervisor loads it (nft(8))."""
+    return _told(NETLINK_NETFILTER, request["filter"], "load a filter of nftables")
+
+
+def net_bytes(request: Request) -> object:
+    """The same with a quota (nft_quota)."""
+    return _told(NETLINK_NETFILTER, request["filter_bytes"], "load a filter with a quota")
+
+
+def net_rate(request: Request) -> object:
+    """The same with a limit of bytes a second (nft_limit), and a shaper (tc-tbf(8))."""
+    _told(NETLINK_NETFILTER, request["filter_rate"], "load a filter with a limit")
+    return _told(NETLINK_ROUTE, request["shaper"], "shape an interface")
+
+
+def _told(family: int, message: str, what: str) -> object:
+    """Ask something of the kernel over netlink."""
     import socket
 
+    kind = socket.SOCK_RAW | socket.SOCK_CLOEXEC
     with (
-        step("open a socket of nf_tables"),
-        socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 12) as link,
+        step("open a netlink socket"),
+        socket.socket(socket.AF_NETLINK, kind, family) as link,
     ):
         link.settimeout(_PATIENCE)
-        with step("load a filter of nftables"):
-            link.send(bytes.fromhex(request["filter"]))
+        with step(what):
+            link.send(bytes.fromhex(message))
             error = struct.unpack_from("=i", link.recv(65536), 16)[0]  # struct nlmsgerr
             if error:
                 raise OSError(-error, os.strerror(-error))
@@ -350,6 +370,8 @@ TRIALS: Mapping[str, Trial] = MappingProxyType(
         "tun": Trial(tun, ns.CLONE_NEWNET, ranges=True),
         "nftables": Trial(nftables, ns.CLONE_NEWNET),
         "bridge": Trial(bridge, ns.CLONE_NEWNET),
+        "net_bytes": Trial(net_bytes, ns.CLONE_NEWNET),
+        "net_rate": Trial(net_rate, ns.CLONE_NEWNET),
         "seccomp": Trial(seccomp, None),
         "memfd_exec": Trial(memfd_exec, None),
         "into_cgroup": Trial(into_cgroup, None),

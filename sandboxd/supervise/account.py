@@ -65,12 +65,14 @@ def usage(box: Sandbox, ended: Ended | None, watch: Watch, wall_time: float) -> 
 
 def carried(box: Sandbox) -> dict[str, Any]:
     """What went through its way out, where it has one."""
-    network = box.way_out
-    if network is None or (counted := network.carried()) is None:
+    if box.way_out is None or not box.way_out.is_carried:
         return {}
-    received, sent = counted
-    opened = network.counters().get("connections")
-    return {"net_received": received, "net_sent": sent, "net_connections": opened}
+    counters = box.way_out.counters()
+    return {
+        "net_received": counters["received"].bytes,
+        "net_sent": counters["sent"].bytes,
+        "net_connections": counters["connections"].packets,
+    }
 
 
 def without(used: Counters, own: float) -> tuple[float | None, float | None, float | None]:

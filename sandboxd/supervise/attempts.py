@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sandboxd.compile import bridge, nftables
+from sandboxd.compile import bridge, netlink, nftables
+from sandboxd.compile.egress import Caps
 from sandboxd.compile.egress import parse as parse_allowed
 from sandboxd.plan import IdMap
 
@@ -84,7 +85,7 @@ def attempt(
         "cgroup": cgroup,
         "bridge": [message.hex() for message in bridge.trial()],
         "namespace": bridge.TRIAL_NAMESPACE,
-        "filter": nftables.ruleset(parse_allowed(("*", "example.org:443"))).hex(),
+        **_network(),
     }
     try:
         said, complained, status = _ask(json.dumps(request), place)
@@ -95,6 +96,21 @@ def attempt(
         why = complained.strip().rpartition("\n")[2] or f"exit status {status}"
         return dict.fromkeys(names, Outcome(why=f"the prober: {why}"))
     return answer
+
+
+def _network() -> dict[str, object]:
+    """What is tried of a network with a way out, as messages."""
+    egress = parse_allowed(("*", "example.org:443"))
+    caps = {"filter": Caps(), "filter_bytes": Caps(bytes=1), "filter_rate": Caps(rate=1 << 20)}
+    filters = {
+        name: nftables.ruleset(dataclasses.replace(egress, caps=one)).hex()
+        for name, one in caps.items()
+    }
+    return {**filters, "shaper": netlink.add_shaper(LOOPBACK, 1 << 20, 1 << 20).hex()}
+
+
+LOOPBACK = 1
+"""The index of lo in every network namespace."""
 
 
 def _ask(request: str, place: Callable[[int], None]) -> tuple[str, str, int]:

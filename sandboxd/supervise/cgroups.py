@@ -102,7 +102,9 @@ class Cgroups:
         for leaf in used:
             self._remove(leaf)
             if len(self._free) < MOST_READY and not self._again:
-                with suppress(HostError, OSError):  # who needs one will meet it, and can tell somebody
+                with suppress(
+                    HostError, OSError
+                ):  # who needs one will meet it, and can tell somebody
                     self._free.append(self._make(leaf.presets, leaf.cpus))
 
     def _make(self, files: Mapping[str, str], cpus: str) -> Leaf:

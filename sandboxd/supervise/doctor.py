@@ -91,7 +91,7 @@ def _check(what: str, why_not: str, found: str, fix: str, bad: State = "warn") -
 _NEED_A_USER_NAMESPACE = frozenset(
     {
         *("id maps", "new /proc", "time namespace", "kernel overlay", "fuse-overlayfs", "TUN"),
-        *("nftables", "groups"),
+        *("nftables", "network caps", "groups"),
     }
 )
 
@@ -182,6 +182,9 @@ def _network(seen: Examination) -> Iterator[Check]:
     )
     why = seen.outcomes["nftables"].why
     yield _check("nftables", why, "a filter loads in a user namespace", fixes.nftables())
+    why = seen.outcomes["nftables"].why or seen.why_not.get("net_bytes", "")
+    why = why or seen.why_not.get("net_rate", "")
+    yield _check("network caps", why, "a quota, a limit, a shaper", fixes.network_caps())
     carriers = [path for path in (seen.tools.slirp4netns, seen.tools.pasta) if path]
     why = seen.why_not.get("carrier", "")
     yield _check("user networking", why, " and ".join(carriers), fixes.carrier())

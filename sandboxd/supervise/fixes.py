@@ -113,6 +113,11 @@ def bridge() -> str:
     )
 
 
+def network_caps() -> str:
+    load = admin("modprobe -a nft_quota nft_limit sch_tbf")
+    return f"boot a kernel with CONFIG_NFT_QUOTA, _NFT_LIMIT and _NET_SCH_TBF, or {load}"
+
+
 def device(path: str, module: str) -> str:
     if not os.path.exists(path):
         return admin(f"modprobe {module}")

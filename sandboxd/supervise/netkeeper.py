@@ -21,7 +21,7 @@ from typing import Any
 
 import trio
 
-from sandboxd.compile import netlink, nftables
+from sandboxd.compile import counted, netlink, nfmessages, nftables
 from sandboxd.compile.carrying import (
     ADDRESS,
     ADDRESS6,
@@ -70,7 +70,6 @@ class UserNetwork:
     pidfd: int = -1
     lost: str = ""
     """Why there is no way out any more."""
-    before: netlink.Link | None = None
     pinned: dict[tuple[IPAddress, int], float] = field(default_factory=dict)
     refused: dict[str, int] = field(default_factory=dict)
     """Names that were asked for and not allowed -> how often."""
@@ -78,6 +77,8 @@ class UserNetwork:
     """Of a member of a group, which the network outlives: the group ends it."""
     beside: nftables.Beside | None = None
     """Its interface to the group's bridge."""
+    refused_more: int = 0
+    """Questions for names that were too many to be written down."""
 
     # -- what the filter and the interface say
 
@@ -93,35 +94,28 @@ class UserNetwork:
                     continue
             ask(self.tables, nftables.pin(address, [group], seconds))
 
-    def denied(self) -> list[nftables.Denied]:
-        """Who was refused, the most often refused first."""
+    def denied(self, name: str = "denied") -> list[counted.Denied]:
+        """Who was refused, the most often refused first; "full": for want of connections."""
         found = [
             one
             for version in (4, 6)
-            for answer in ask(self.tables, nftables.get_denied(version))
-            for one in nftables.denied(answer)
+            for answer in ask(self.tables, counted.get_refused(name, version))
+            for one in counted.denied(answer)
         ]
         return sorted(found, key=lambda one: (-one.packets, str(one.address), one.port))
 
-    def counters(self) -> dict[str, int]:
-        """Packets that opened a connection, and packets that were refused."""
-        answers = ask(self.tables, nftables.get_counters())
-        return {name: n for one in answers for name, n in nftables.counters(one).items()}
+    def counters(self) -> dict[str, counted.Counted]:
+        """All of nftables.COUNTERS."""
+        answers = ask(self.tables, counted.get_counters())
+        return {name: n for one in answers for name, n in counted.counters(one).items()}
 
     def link(self) -> netlink.Link | None:
-        """The interface and its counters; None if it is gone."""
+        """The interface; None if it is not there."""
         with suppress(OSError):
             for answer in ask(self.routes, netlink.get_link(INTERFACE)):
                 if (found := netlink.link(answer)) is not None:
                     return found
         return None
-
-    def carried(self) -> tuple[int, int] | None:
-        """Bytes received and sent by now."""
-        now, before = self.link(), self.before
-        if now is None or before is None:
-            return None
-        return now.received - before.received, now.sent - before.sent
 
     # -- its life
 
@@ -324,7 +318,6 @@ class Netkeeper:
             found = await self._wait_link(network)
             step = 3
             configure(network, found)
-            network.before = network.link()
         except OSError as error:
             what = ("filter", "start", "wait for its interface", "configure")[step]
             raise LaunchError("network", step, error.errno or 0, what) from None
@@ -424,6 +417,8 @@ def configure(network: UserNetwork, link: netlink.Link) -> None:
     ]
     if network.ipv6:
         plans.append((ADDRESS6, BITS6, GATEWAY6))
+    if (rate := network.egress.caps.rate) is not None:
+        ask(network.routes, netlink.add_shaper(link.index, rate, max(rate, nfmessages.BURST)))
     ask(network.routes, netlink.set_up(link.index, MTU))
     for address, bits, gateway in plans:
         ask(network.routes, netlink.add_address(link.index, address, bits))

@@ -46,6 +46,8 @@ COSTS: Mapping[str, str] = {
     "tun": "no program has a way out (network.mode = 'user')",
     "nftables": "no program has a way out (network.mode = 'user')",
     "bridge": "members of a group have no addresses of their own",
+    "net_bytes": "network.bytes caps nothing",
+    "net_rate": "network.rate slows nothing",
     "carrier": "no program has a way out (network.mode = 'user')",
     "proc": "no new proc can be mounted: only policies with root.proc = 'none' run",
     "processes": "without cgroups nothing is sampled: memory and idle time are not limited",
@@ -287,7 +289,7 @@ def _ranges(tools: Tools) -> tuple[IdRange, IdRange] | str:
 def _outcomes(host: Host, tools: Tools, cached: bool) -> dict[str, Outcome]:
     ids = tenant_ids(host) if host.subuid else None
     names = ["user_namespace", "overlay", "time_namespace", "proc", "seccomp", "memfd_exec"]
-    names += ["tun", "nftables", "bridge"]
+    names += ["tun", "nftables", "net_bytes", "net_rate", "bridge"]
     if ids is not None:
         names.insert(1, "id_maps")
     if tools.fuse_overlayfs is not None:
@@ -323,6 +325,8 @@ def _with_outcomes(
         ("tun", "tun"),
         ("nftables", "nftables"),
         ("bridge", "bridge"),
+        ("net_bytes", "net_bytes"),
+        ("net_rate", "net_rate"),
     ):
         if trial in outcomes and not outcomes[trial].ok:
             notes[name] = outcomes[trial].why
@@ -346,6 +350,8 @@ def _with_outcomes(
         tun=outcomes["tun"].ok,
         nftables=outcomes["nftables"].ok,
         bridge=outcomes["bridge"].ok,
+        net_bytes=outcomes["net_bytes"].ok,
+        net_rate=outcomes["net_rate"].ok,
         proc_whole=isinstance(procs, list) and "whole" in procs,
         proc_subset=isinstance(procs, list) and "subset" in procs,
     )

@@ -18,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import socket
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
@@ -25,6 +26,7 @@ from pathlib import Path
 import trio
 
 from sandboxd.compile import dns, grouping
+from sandboxd.compile.counted import Counted
 from sandboxd.compile.egress import IPAddress, entry, is_closed
 from sandboxd.errors import LaunchError
 from sandboxd.policy import Policy
@@ -101,7 +103,11 @@ class Resolver:
             refused = self._network.refused
             if query.name in refused or len(refused) < MOST_REFUSED:
                 refused[query.name] = refused.get(query.name, 0) + 1
+            else:
+                self._network.refused_more += 1
             return dns.answer(query, dns.NXDOMAIN)
+        if not dns.is_plain(query):
+            return dns.answer(query, dns.NXDOMAIN)  # no host has such a name: nobody is asked
         if query.kind not in (dns.A, dns.AAAA) or (
             query.kind == dns.AAAA and not self._network.ipv6
         ):
@@ -153,7 +159,8 @@ class Resolver:
 
     async def _ask(self, name: str, kind: int) -> dns.Answer | None:
         for server in (*(self._egress.resolvers or of_host()),) * ROUNDS:
-            with trio.move_on_after(TIMEOUT), suppress(OSError):
+            # What it does to the connection is no error of ours.
+            with trio.move_on_after(TIMEOUT), suppress(OSError, trio.BrokenResourceError):
                 found = await ask_server(server, name, kind)
                 if found.code in (dns.NOERROR, dns.NXDOMAIN):
                     return found
@@ -258,18 +265,36 @@ def refused(network: UserNetwork, policy: Policy) -> tuple[Violation, ...]:
     found = []
     for name, times in network.refused.items():
         found.append(_violation(name, times, f'{rule} = ["{entry(name, "PORT")}"]'))
+    if network.refused_more:
+        found.append(_violation(None, network.refused_more, rule))
     if not network.is_carried:
         return tuple(found)
-    told = 0
+    counters, told = network.counters(), 0
     for one in network.denied():
         told += one.packets
         wanted = entry(one.address, one.port, one.protocol)
         found.append(_violation(wanted, one.packets, f'{rule} = ["{wanted}"]'))
-    rest = network.counters().get("denied", 0) - told
-    if rest > 0:
-        found.append(Violation(kind="network", name=None, count=rest, rule=rule))
-    return tuple(found)
+    if (rest := counters["denied"].packets - told) > 0:
+        found.append(_violation(None, rest, rule))
+    return *found, *_beyond(network, policy, counters)
 
 
-def _violation(name: str, count: int, rule: str) -> Violation:
+def _beyond(
+    network: UserNetwork, policy: Policy, counters: Mapping[str, Counted]
+) -> Iterator[Violation]:
+    """What was more than the caps of [network] allow."""
+    caps = network.egress.caps
+    if full := counters["full"].packets:
+        rule, told = f"{policy.origin('network.connections')} = {caps.connections}", 0
+        for one in network.denied("full"):
+            told += one.packets
+            wanted = entry(one.address, one.port, one.protocol)
+            yield _violation(wanted, one.packets, rule)
+        if full > told:
+            yield _violation(None, full - told, rule)
+    if spent := counters["spent"].packets:
+        yield _violation(None, spent, f"{policy.origin('network.bytes')} = {caps.bytes}")
+
+
+def _violation(name: str | None, count: int, rule: str) -> Violation:
     return Violation(kind="network", name=name, count=count, rule=rule)

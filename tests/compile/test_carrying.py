@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 
+import msgspec
 import pytest
 
 from sandboxd.compile import build, carrying, network
-from sandboxd.compile.egress import Egress, understood
+from sandboxd.compile.egress import Caps, Egress, understood
 from sandboxd.errors import HostError, PolicyError
 from sandboxd.host import Host
-from sandboxd.policy import Network, Policy, Syscalls
+from sandboxd.policy import Network, Policy, Require, Syscalls
 
 BARE = Host(arch="x86_64", kernel="6.1.0", uid=1000, gid=1000, cpus=2)
 ABLE = dataclasses.replace(
@@ -81,8 +82,53 @@ def test_published_ports_are_told() -> None:
     assert "--api-socket=/tmp/n1" in carrying.command(slirp, "n1", False)
     (wanted,) = carrying.forwards(slirp)
     assert wanted["arguments"]["host_addr"] == "127.0.0.1"
-    pasta = egress("pasta", "8080:80", "192.0.2.1:53:5353")
+    (wanted,) = carrying.forwards(egress("slirp4netns", "192.0.2.1:53:54/udp"))
+    assert wanted["arguments"]["proto"] == "udp"
+    pasta = egress("pasta", "8080:80", "192.0.2.1:53:5353", "53:53/udp", "[::1]:1:2")
     words = carrying.command(pasta, "n1", False)
     given = [words[at + 1] for at, word in enumerate(words) if word == "-t"]
-    assert given == ["127.0.0.1/8080:80", "192.0.2.1/53:5353"]
+    assert given == ["127.0.0.1/8080:80", "192.0.2.1/53:5353", "::1/1:2"]
+    assert words[words.index("-u") + 1] == "127.0.0.1/53:53"
     assert carrying.forwards(pasta) == []
+
+
+def test_only_pasta_publishes_at_ipv6() -> None:
+    """slirp4netns(1): add_hostfwd takes an IPv4 address."""
+    network = Network(mode="user", publish=("8080:80", "[::1]:8080:80"))
+    assert carrying.program(Policy(network=network), ABLE) == ("pasta", "/x/pasta")
+    without = dataclasses.replace(ABLE, pasta=None)
+    with pytest.raises(HostError, match=r"network.publish\[1\].*IPv6.*needs pasta"):
+        carrying.program(Policy(network=network), without)
+    slirp = msgspec.structs.replace(network, helper="slirp4netns")
+    with pytest.raises(PolicyError, match=r"publish\[1\].*slirp4netns cannot") as caught:
+        carrying.program(Policy(network=slirp), ABLE)
+    assert 'network.helper = "pasta"' in caught.value.hint
+    answered = Network(mode="user", publish=("198.51.100.2:53:53/udp",))
+    assert carrying.program(Policy(network=answered), ABLE)[0] == "slirp4netns"
+    lost = Network(mode="user", publish=("53:53/udp",))
+    assert carrying.program(Policy(network=lost), ABLE)[0] == "pasta"
+
+
+CAPPED = Network(mode="user", connections=5, bytes=1 << 20, rate=1 << 20)
+
+
+def test_caps_that_this_kernel_has_not_are_told() -> None:
+    """Without nft_quota, nft_limit and sch_tbf; those of connections need nothing of it."""
+    compiled = build.compile_policy(Policy(network=CAPPED), ABLE)
+    caps = {what: word for what, word in compiled.enforcement.items() if "network_" in what}
+    assert caps == {
+        "network_connections": "nftables", "network_bytes": "none", "network_rate": "none",
+    }  # fmt: skip
+    assert {"network_bytes", "network_rate"} <= {what for what, _ in compiled.degraded}
+    assert compiled.egress is not None
+    assert compiled.egress.caps == Caps(connections=5)
+    required = Policy(network=CAPPED, require=Require(network="enforced"))
+    with pytest.raises(HostError, match=r"require.network.*network_bytes.*network_rate"):
+        build.compile_policy(required, ABLE)
+    with_all = dataclasses.replace(ABLE, net_bytes=True, net_rate=True)
+    compiled = build.compile_policy(required, with_all)
+    assert compiled.enforcement["network_rate"] == "nftables and tbf"
+    assert compiled.egress is not None
+    assert compiled.egress.caps == Caps(5, 1 << 20, 1 << 20)
+    without = build.compile_policy(USER, ABLE)
+    assert without.enforcement["network_bytes"] == "not asked"

@@ -120,16 +120,24 @@ def test_the_host_itself_may_be_named() -> None:
 
 
 def test_ports_of_the_host() -> None:
-    assert published(("8080:80", "192.0.2.1:8080:81/tcp")) == (
+    entries = ("8080:80", "192.0.2.1:8080:81/tcp", "8080:8080/udp", "[2001:db8:0::1]:8080:80")
+    assert published(entries) == (
         Published("127.0.0.1", 8080, 80),
         Published("192.0.2.1", 8080, 81),
+        Published("127.0.0.1", 8080, 8080, UDP),
+        Published("2001:db8::1", 8080, 80),
     )
-    for text in ("80", "a:80", "8080:80/udp", "0:80", "80:65536", "[::1]:80:80", "1.2.3.400:1:1"):
+    for text in ("80", "a:80", "8080:80/sctp", "0:80", "80:65536", "[192.0.2.1]:80:80", "::1:80:80",
+                 "1.2.3.400:1:1", "[fe80::1%eth0]:80:80", "[::g]:80:80"):  # fmt: skip
         with pytest.raises(PolicyError) as caught:
             published((text,))
         assert caught.value.where == "network.publish[0]"
     with pytest.raises(PolicyError, match="one place only"):
         published(("8080:80", "127.0.0.1:8080:81"))
+    with pytest.raises(PolicyError, match="both ports of UDP are the same"):
+        published(("[::1]:8053:53/udp",))
+    with pytest.raises(PolicyError, match="one place only"):
+        published(("[::1]:8080:80", "[0::1]:8080:81"))
 
 
 def test_all_that_is_wrong_is_told() -> None:

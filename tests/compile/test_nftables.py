@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from sandboxd.compile import nftables
-from sandboxd.compile.egress import Egress, parse
+from sandboxd.compile.egress import UDP, Caps, Egress, Published, parse
 
 LOAD = """
 import socket, struct, subprocess, sys
@@ -39,11 +40,11 @@ def listed(*batches: bytes) -> list[dict[str, Any]]:
     return found
 
 
-def rules(found: list[dict[str, Any]]) -> list[str]:
-    """The chain `out`, a line a rule, in the words of nft --json."""
+def rules(found: list[dict[str, Any]], chain: str = "out") -> list[str]:
+    """A chain, a line a rule, in the words of nft --json."""
     return [
         json.dumps(one["rule"]["expr"]) for one in found
-        if "rule" in one and one["rule"]["chain"] == "out"
+        if "rule" in one and one["rule"]["chain"] == chain
     ]  # fmt: skip
 
 
@@ -59,16 +60,16 @@ def test_nothing_is_let_out_that_is_not_named() -> None:
     chain = next(one["chain"] for one in found if one.get("chain", {}).get("name") == "out")
     assert (chain["hook"], chain["policy"]) == ("output", "drop")
     kept = rules(found)
-    assert [one for one in kept if '"goto"' in one] == []
-    assert [one for one in kept if '"accept"' in one] == [kept[0], kept[1], kept[3]]
+    assert [one for one in kept if '"accept"' in one] == [kept[0], kept[2]]
+    assert [one for one in kept if '"goto"' in one] == [kept[1]]  # answers
     assert '"reject"' in kept[-1]
-    assert set(sets(found)) == {"denied4", "denied6"}
+    assert set(sets(found)) == {"denied4", "denied6", "opened"}
 
 
 def test_each_entry_is_a_rule() -> None:
     entries = ("10.1.0.0/16:22-25", "[2001:db8::/32]:53/udp", "a.example:443", "*:80", "*:1/tcp")
     found = listed(nftables.ruleset(parse(entries)))
-    kept = [one for one in rules(found) if '"goto"' in one]
+    kept = [one for one in rules(found) if '"goto": {"target": "let"}' in one]
     assert '{"prefix": {"addr": "10.1.0.0", "len": 16}}' in kept[0]
     assert '{"range": [22, 25]}' in kept[0] or '"right": 22' in kept[0]
     assert '{"prefix": {"addr": "2001:db8::", "len": 32}}' in kept[1]
@@ -102,3 +103,35 @@ def test_an_address_is_let_through_for_a_time() -> None:
     found = sets(listed(nftables.ruleset(egress), once, longer))
     assert found["names4_0"]["elem"][0]["elem"]["timeout"] == 600
     assert found["names4_1"]["elem"][0]["elem"]["timeout"] == 90
+
+
+def test_caps_are_a_set_a_quota_and_a_limit() -> None:
+    egress = dataclasses.replace(parse(("*",)), caps=Caps(7, 1000, 2048))
+    found = listed(nftables.ruleset(egress))
+    assert sets(found)["opened"]["size"] == 7
+    (quota,) = (one["quota"] for one in found if "quota" in one)
+    assert (quota["name"], quota["bytes"]) == ("bytes", 1001)  # a packet that leads to it is over
+    assert '"target": "full"' in rules(found, "let")[-3]
+    assert '"quota": "bytes"' in rules(found, "pass")[0]
+    (limit,) = (one for one in rules(found, "in") if '"limit"' in one)
+    assert '"inv": true' in limit
+    assert '"drop"' in limit
+
+
+def test_what_is_not_capped_has_none_of_it() -> None:
+    found = listed(nftables.ruleset(parse(("*",))))
+    assert sets(found)["opened"]["size"] == nftables.MOST_OPENED
+    assert "quota" not in json.dumps(found)
+    assert '"limit"' not in json.dumps(found)
+    assert rules(found, "full") == []
+
+
+def test_a_published_udp_port_may_answer_who_asked_it() -> None:
+    egress = dataclasses.replace(parse(()), published=(Published("127.0.0.1", 8053, 53, UDP),))
+    found = listed(nftables.ruleset(egress))
+    assert {"askers4", "askers6"} <= set(sets(found))
+    assert sets(found)["askers4"]["type"] == ["ipv4_addr", "inet_service", "inet_service"]
+    noted = [one for one in rules(found, "in") if "@askers" in one]
+    assert ['"right": 53' in one for one in noted] == [True, True]
+    assert ['"timeout": 180' in one for one in noted] == [True, True]  # three minutes
+    assert len([one for one in rules(found) if "@askers" in one]) == 2

@@ -41,13 +41,16 @@ def policy(kind: str) -> Policy:
 
 
 async def first_bytes(rounds: int) -> dict[str, list[float]]:
-    """Seconds until a program's first byte, in turn, each with its network made ahead."""
+    """Seconds until a program's first byte, a round each, each with its network made ahead.
+
+    Who comes first changes from round to round: what it finds cold the next one finds warm.
+    """
     kinds = ["none", *(kind for kind in KINDS if shutil.which(kind))]
     found: dict[str, list[float]] = {kind: [] for kind in kinds}
     async with open_runner(slots=2, cgroup="none") as runner:
         ours = {kind: policy(kind) for kind in kinds}
         for number in range(rounds + 2):
-            for kind in kinds:
+            for kind in turned(kinds, number):
                 job = Job(argv=("/bin/echo", "x"), policy=ours[kind])
                 if number:
                     await made_ahead(runner, ours[kind])
@@ -66,33 +69,53 @@ async def made_ahead(runner: Runner, wanted: Policy) -> None:
         await trio.sleep(0.005)
 
 
+def turned(kinds: list[str], number: int) -> list[str]:
+    """The same from another one on."""
+    at = number % len(kinds)
+    return kinds[at:] + kinds[:at]
+
+
 async def streams(rounds: int, size: int) -> dict[str, list[float]]:
-    """Bytes a second of one TCP connection from outside, in turn with the bare program."""
+    """Bytes a second of one TCP connection from outside, a round each with the bare program."""
+    kinds = [kind for kind in KINDS if shutil.which(kind)]
     found: dict[str, list[float]] = {}
     async with open_runner(slots=1, cgroup="none") as runner:
-        for _ in range(rounds):
-            for kind in KINDS:
-                if not (path := shutil.which(kind)):
-                    continue
-                argv = ("/usr/bin/python3", "-I", "-S", "-c", CLIENT, str(size))
-                result = await runner.run(Job(argv=argv, policy=policy(kind)))
-                found.setdefault(kind, []).append(json.loads(result.stdout))
-                bare = await trio.to_thread.run_sync(BARE[kind], path, list(argv))
-                found.setdefault(f"bare {kind}", []).append(json.loads(bare))
+        for number in range(rounds):
+            for kind in turned([*kinds, *(f"bare {kind}" for kind in kinds)], number):
+                found.setdefault(kind, []).append(await stream(runner, kind, size))
     return found
 
 
+async def stream(runner: Runner, kind: str, size: int) -> float:
+    argv = ("/usr/bin/python3", "-I", "-S", "-c", CLIENT, str(size))
+    if not kind.startswith("bare "):
+        result = await runner.run(Job(argv=argv, policy=policy(kind)))
+        return float(json.loads(result.stdout))
+    name = kind.removeprefix("bare ")
+    said = await trio.to_thread.run_sync(BARE[name], shutil.which(name) or name, list(argv))
+    return float(json.loads(said))
+
+
 def bare_slirp4netns(path: str, argv: list[str]) -> bytes:
-    """As its manual shows it, with the same MTU."""
+    """As its manual shows it, with the same MTU.
+
+    Job and carrier have a session each, as they have with sandboxd: on a busy machine sessions
+    share the CPUs (autogroup, sched(7)), and within one a stream has both ends to itself.
+    """
     waiting = ["unshare", "--user", "--map-root-user", "--net", "sh", "-c", 'echo; read x; "$@"']
     with subprocess.Popen(
-        [*waiting, "sh", *argv], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        [*waiting, "sh", *argv],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
     ) as job:
         assert job.stdin is not None
         assert job.stdout is not None
         job.stdout.readline()
         words = [path, "--configure", "--mtu=65520", "--ready-fd=1", str(job.pid), "tap0"]
-        with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as carrier:
+        with subprocess.Popen(
+            words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
+        ) as carrier:
             assert carrier.stdout is not None
             carrier.stdout.read(1)
             job.stdin.write(b"\n")
@@ -103,8 +126,15 @@ def bare_slirp4netns(path: str, argv: list[str]) -> bytes:
 
 
 def bare_pasta(path: str, argv: list[str]) -> bytes:
-    words = [path, "--config-net", "--quiet", "--mtu", "65520", "--", *argv]
-    return subprocess.run(words, check=True, stdin=subprocess.DEVNULL, capture_output=True).stdout
+    words = [path, "--config-net", "--quiet", "--mtu", "65520", "--", "setsid", "--wait", *argv]
+    done = subprocess.run(
+        words,
+        check=True,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        start_new_session=True,
+    )
+    return done.stdout
 
 
 BARE = {"slirp4netns": bare_slirp4netns, "pasta": bare_pasta}

@@ -34,5 +34,8 @@ NAMES: dict[str, list[str]] = {
     "loop.example.org": ["@loop.example.org"],
     "many.example.org": [f"203.0.113.{number}" for number in range(1, 200)],
     "silent.example.org": [],
+    "torn.example.org": [f"203.0.113.{number}" for number in range(1, 200)],
+    "broken.example.org": [],
+    "forged.example.org": [PUBLIC],
     "short.example.org": [f"1 {OTHER}"],
 }

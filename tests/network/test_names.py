@@ -49,6 +49,24 @@ def test_an_answer_that_is_good_for_a_second(world: World, helper: str) -> None:
     assert outcome.found == {"there": f"{OTHER} 443"}
 
 
+@pytest.mark.needs("slirp4netns", "subuid", "tun", "ip", "nft")
+@pytest.mark.parametrize("name", ["torn", "broken"])
+def test_a_name_server_that_fails(world: World, name: str) -> None:
+    """It resets its connection in the middle of an answer, or says that it cannot."""
+    body = f"found['there'] = resolve('{name}.example.org', 2)"
+    outcome = world.run(body, allow=[f"{name}.example.org:443"])
+    assert outcome.found == {"there": "AGAIN"}
+    assert outcome.result["status"] == "ok"
+
+
+@pytest.mark.needs("slirp4netns", "subuid", "tun", "ip", "nft")
+def test_what_is_no_answer_is_not_heard(world: World) -> None:
+    """RFC 5452: the number, the name and the type must be those of the question."""
+    body = "found['there'] = resolve('forged.example.org', 2)"
+    outcome = world.run(body, allow=["forged.example.org:443"])
+    assert outcome.found == {"there": [PUBLIC]}
+
+
 @pytest.mark.parametrize(
     ("text", "servers"),
     [

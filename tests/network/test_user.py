@@ -78,6 +78,21 @@ def test_etc_is_as_programs_expect_it(world: World, root: str) -> None:
     assert found["name"] == [PUBLIC]
 
 
+def test_where_it_is(world: World, helper: str) -> None:
+    """Its addresses; and port 53 of UDP is the name server's, except at its own address."""
+    body = (
+        "def own(family, address):\n"
+        " one = socket.socket(family, socket.SOCK_DGRAM); one.connect((address, 443))\n"
+        " return one.getsockname()[0]\n"
+        f"found['own'] = [own(2, {PUBLIC!r}), own(10, {PUBLIC6!r})]\n"
+        "def server(address):\n"
+        " socket.socket(socket.AF_INET, socket.SOCK_DGRAM).bind((address, 53))\n"
+        "found['servers'] = [tried(server, address) for address in ('', '10.0.2.100')]"
+    )
+    outcome = world.run(body, helper=helper, allow=["*"])
+    assert outcome.found == {"own": ["10.0.2.100", "fd00::100"], "servers": ["EADDRINUSE", "ok"]}
+
+
 def test_large_and_many(world: World, helper: str) -> None:
     """A megabyte each over a dozen connections, and large datagrams there and back."""
     body = (

@@ -25,7 +25,7 @@ def ip(*words: str) -> None:
 
 
 def answer_tcp(server: socket.socket, who: str) -> None:
-    """Say who one is, then echo; "flood N" is answered with N bytes."""
+    """Say who one is, then echo; "flood N" is answered with N bytes, "sink" with how many came."""
     while True:
         one, _ = server.accept()
         threading.Thread(target=talk, args=(one, who), daemon=True).start()
@@ -41,6 +41,12 @@ def talk(one: socket.socket, who: str) -> None:
                     for _ in range(size >> 20):
                         one.sendall(block)
                     one.sendall(bytes(size & (1 << 20) - 1))
+                    return
+                if data.startswith(b"sink"):
+                    size = len(data)
+                    while data := one.recv(1 << 20):
+                        size += len(data)
+                    one.sendall(b"%d" % size)
                     return
                 one.sendall(data)
         except OSError:
@@ -87,7 +93,7 @@ def reply(data: bytes, limit: int) -> bytes:
     kind = struct.unpack_from(">H", data, at + 1)[0]
     name = ".".join(labels)
     found = records(name, kind)
-    code = 0 if name in NAMES else 3
+    code = 2 if name == "broken.example.org" else 0 if name in NAMES else 3
     question = data[12 : at + 5]
     whole = data[:2] + struct.pack(">HH", 0x8180 | code, 1) + found[:2] + bytes(4) + question
     whole += found[2:]
@@ -99,8 +105,18 @@ def reply(data: bytes, limit: int) -> bytes:
 def name_server_udp(server: socket.socket, _: str) -> None:
     while True:
         data, sender = server.recvfrom(65536)
+        if b"\x06forged" in data:
+            for forged in forgeries(data):
+                server.sendto(forged, sender)
         if b"\x06silent" not in data:
             server.sendto(reply(data, 1232), sender)
+
+
+def forgeries(data: bytes) -> list[bytes]:
+    """What is no answer to this question: nothing, rubbish, another number, another name."""
+    evil = reply(data.replace(b"\x06forged\x07example\x03org", b"\x04evil\x07example\x03com"), 1232)
+    other = bytes([data[0] ^ 1]) + reply(data, 1232)[1:]
+    return [b"", os.urandom(40), data, other, evil, reply(data, 1232)[:-3]]
 
 
 def name_server_tcp(server: socket.socket, _: str) -> None:
@@ -109,6 +125,10 @@ def name_server_tcp(server: socket.socket, _: str) -> None:
         with one:
             size = int.from_bytes(one.recv(2))
             data = reply(one.recv(size), 65535)
+            if b"\x04torn" in data:  # in the middle, and not to the end
+                one.sendall(len(data).to_bytes(2) + data[:100])
+                one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                continue
             one.sendall(len(data).to_bytes(2) + data)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.root_ok
 WHAT = (
     *("machine", "memfd exec", "user namespace", "AppArmor", "id maps", "new /proc"),
     *("seeing processes", "time namespace", "kernel overlay", "fuse-overlayfs", "TUN"),
-    *("nftables", "user networking", "groups", "IPv6"),
+    *("nftables", "network caps", "user networking", "groups", "IPv6"),
     "cgroup v2 subtree",
     *("cgroup: given", "cgroup: own", "cgroup: systemd", "cgroup: prepared"),
     *("start in a cgroup", "cgroup memory", "cgroup pids", "cgroup cpu", "cgroup io"),
@@ -117,6 +118,16 @@ def test_a_bridge(report: Report) -> None:
     )
     assert (rows(report)["groups"].state == "ok") >= able
     assert probe(cached=False).bridge == (rows(report)["groups"].state == "ok")
+
+
+def test_network_caps(report: Report) -> None:
+    """As nft(8) and tc(8) find it, where they are installed."""
+    inside = ["unshare", "--map-root-user", "--net"]
+    quota = "add table inet t; add quota inet t q over 1 bytes; add chain inet t c; "
+    rate = "add rule inet t c limit rate over 1024 bytes/second drop"
+    shape = shlex.split("tc qdisc add dev lo root tbf rate 1mbit burst 64kb limit 64kb")
+    if needs.works(*inside, "nft", quota + rate) == needs.works(*inside, *shape) == "":
+        assert rows(report)["network caps"].state == "ok", rows(report)["network caps"]
 
 
 def test_tun(report: Report) -> None:

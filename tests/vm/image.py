@@ -31,7 +31,7 @@ PACKAGES = (
     "linux-image-cloud-amd64,systemd-sysv,dbus,dbus-user-session,libpam-systemd,udev,kmod",
     "util-linux,mount,passwd,login,procps,iproute2",
     "python3,libseccomp2,gcc,g++,libc6-dev,binutils",
-    "uidmap,fuse-overlayfs,fuse3,slirp4netns,passt,bubblewrap,crun,strace,memtester,apparmor",
+    "uidmap,fuse-overlayfs,fuse3,slirp4netns,passt,nftables,bubblewrap,crun,strace,memtester,apparmor",
 )
 
 FILES = ("setup.sh", "loader.py")  # of this directory, used inside of the image
