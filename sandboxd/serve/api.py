@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -28,7 +29,7 @@ SSE = "text/event-stream"
 TEXT = "text/plain"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Route:
     """One method of one path. `takes` and `gives` are types, or kinds of content."""
 
@@ -44,7 +45,7 @@ class Route:
     open: bool = False
     """Whether strangers may ask, too."""
 
-    @property
+    @functools.cached_property
     def parts(self) -> tuple[str, ...]:
         return tuple(self.path.split("/")[1:])
 
@@ -189,6 +190,21 @@ ROUTES = (
         open=True,
     ),
 )
+
+
+_PLAIN = {
+    one.parts: tuple(route for route in ROUTES if route.path == one.path)
+    for one in ROUTES
+    if "{" not in one.path
+}
+
+
+def matching(path: tuple[str, ...]) -> list[tuple[Route, dict[str, str]]]:
+    """The routes of a path, and the values of the {names} in it."""
+    plain = _PLAIN.get(path)
+    if plain is not None:
+        return [(one, {}) for one in plain]
+    return [(one, names) for one in ROUTES if (names := one.match(path)) is not None]
 
 
 class StreamView(msgspec.Struct, frozen=True, kw_only=True):

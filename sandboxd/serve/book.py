@@ -1,4 +1,4 @@
-"""The jobs: taken on, waiting, running, done. One task starts them, and each has one of its own.
+"""The jobs: taken on, waiting, running, done. Each that runs has a task of its own.
 
 Theory of operation. An accepted job is in the journal before its caller hears of it; one whose
 caller waits on the connection (`attached`) is not, for nothing was promised before its end. A job
@@ -103,6 +103,7 @@ class Book:
         self._bodies: Counter[str] = Counter()
         """Caller -> bytes of requests whose jobs are not over."""
         self._changed = trio.Event()
+        self._jobs: trio.Nursery | None = None
 
     # -- taking on
 
@@ -231,9 +232,12 @@ class Book:
         self.changed()
 
     def changed(self) -> None:
-        """Something was queued, or is over."""
-        self._changed.set()
-        self._changed = trio.Event()
+        """Something was queued, or is over: start what may be started."""
+        while not self.draining and self._jobs and (waiting := self.share.next()) is not None:
+            self._jobs.start_soon(carry.carry_out, self, self._queue.pop(waiting))
+        if self.draining:
+            self._changed.set()
+            self._changed = trio.Event()
 
     # -- asking for
 
@@ -251,16 +255,6 @@ class Book:
         elif live.run is not None:
             live.log.hurry()
             live.run.kill()
-
-    # -- starting
-
-    async def _start_jobs(self, nursery: trio.Nursery) -> None:
-        while True:
-            changed = self._changed
-            while not self.draining and (waiting := self.share.next()) is not None:
-                live = self._queue.pop(waiting)
-                nursery.start_soon(carry.carry_out, self, live)
-            await changed.wait()
 
     def over(self, live: Live) -> None:
         """It is neither waiting nor running any more."""
@@ -368,7 +362,8 @@ async def open_book(runner: Runner, journal: Journal, settings: Settings) -> Asy
     book = Book(runner, journal, settings)
     await book.recover()
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(book._start_jobs, nursery)
         nursery.start_soon(book._expire)
+        book._jobs = nursery
+        book.changed()
         yield book
         nursery.cancel_scope.cancel()

@@ -23,7 +23,9 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 import h11
 import trio
 
+from sandboxd.serve.done import Done
 from sandboxd.serve.wire import Refusal, encode
+from sandboxd.serve.wires import BROKEN, Wire
 from sandboxd.supervise.one_error import one_error
 
 HEAD_SIZE = 32 << 10
@@ -35,10 +37,7 @@ BODY_TIME = 20.0
 """Seconds that a body may take on top of what its size takes at SLOWEST."""
 SLOWEST = 4096
 """Bytes a second that a body comes at, at least."""
-STALL_TIME = 300.0
-"""Seconds in which a reader takes something of a reply, at least."""
 AHEAD = 64 << 10
-CHUNK = 64 << 10
 LINGER = 1.0
 """Seconds in which what is still on its way to us is thrown away, so that our answer arrives."""
 
@@ -85,13 +84,12 @@ class Gone(Exception):
 class Conversation:
     """The bytes of one connection, and h11's view of them."""
 
-    def __init__(self, stream: trio.SocketStream, peer: Peer) -> None:
+    def __init__(self, wire: Wire, peer: Peer) -> None:
         self.peer = peer
-        self.stream = stream
+        self._wire = wire
         self.machine = h11.Connection(h11.SERVER, max_incomplete_event_size=HEAD_SIZE)
         self._ahead = bytearray()
         self._ended = False
-        self._receiving = trio.Lock()
 
     async def _receive(self) -> None:
         """Give h11 what comes next."""
@@ -105,13 +103,10 @@ class Conversation:
         self.machine.receive_data(data)
 
     async def _read(self) -> bytes:
-        async with self._receiving:
-            try:
-                data = await self.stream.receive_some(CHUNK)
-            except trio.BrokenResourceError:
-                data = b""
-            self._ended = not data
-            return bytes(data)
+        """One task at a time: who reads a body does not wait for the end meanwhile."""
+        data = await self._wire.receive()
+        self._ended = not data
+        return data
 
     async def next_event(self, deadline: float = math.inf) -> h11.Event | type[h11.PAUSED]:
         """trio.TooSlowError after the deadline."""
@@ -125,15 +120,11 @@ class Conversation:
                 await self._receive()
 
     async def send(self, *events: h11.Event) -> None:
-        """Gone if the peer has, or takes nothing for STALL_TIME."""
+        """Gone if the peer has."""
         data = b"".join(self.machine.send(event) or b"" for event in events)
-        rest = memoryview(data)
         try:
-            while rest:
-                with trio.fail_after(STALL_TIME):
-                    await self.stream.send_all(rest[:CHUNK])
-                rest = rest[CHUNK:]
-        except (trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError):
+            await self._wire.send(data)
+        except BROKEN:
             raise Gone from None
 
     async def wait_gone(self) -> None:
@@ -163,8 +154,8 @@ class Conversation:
 
     async def linger(self) -> None:
         """Throw away what is still coming: closing with unread data would take our answer back."""
-        with contextlib.suppress(OSError), trio.move_on_after(LINGER):
-            self.stream.socket.shutdown(socket.SHUT_WR)
+        with trio.move_on_after(LINGER):
+            await self._wire.end()
             for _ in range(256):
                 if self._ended or not await self._read():
                     break
@@ -225,6 +216,17 @@ class Request:
     async def body(self, most: int) -> bytes:
         async with contextlib.aclosing(self.chunks(most)) as pieces:
             return b"".join([piece async for piece in pieces])
+
+    async def waits(self, done: Done, seconds: float) -> bool:
+        """Wait for it, or so long; False if the peer has gone meanwhile."""
+        scope = done.until()
+        scope.deadline = trio.current_time() + seconds
+        try:
+            with scope:
+                await self.conversation.wait_gone()
+        finally:
+            done.forget(scope)
+        return scope.cancelled_caught or done.is_set()
 
     @contextlib.asynccontextmanager
     async def until_gone(self) -> AsyncIterator[trio.CancelScope]:

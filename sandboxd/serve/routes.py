@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+import math
 import re
 from collections.abc import Iterator
 from contextlib import AsyncExitStack
@@ -17,7 +18,7 @@ import sandboxd
 from sandboxd.errors import HostError, SandboxError
 from sandboxd.result import error_json
 from sandboxd.serve import api, events
-from sandboxd.serve.api import ROUTES, Route
+from sandboxd.serve.api import Route
 from sandboxd.serve.book import Book
 from sandboxd.serve.callers import Caller, Callers
 from sandboxd.serve.files import pieces_of
@@ -39,7 +40,7 @@ from sandboxd.serve.wire import (
     traceparent,
 )
 from sandboxd.supervise import policies
-from sandboxd.supervise.run import Run
+from sandboxd.supervise.run import Hands
 
 MOST_SMALL = 64 << 10
 MOST_STDIN = 1 << 40
@@ -171,7 +172,7 @@ class Routes:
 
     def _find(self, request: Request) -> tuple[Route, dict[str, str]]:
         method = "GET" if request.method == "HEAD" else request.method
-        there = [(one, names) for one in ROUTES if (names := one.match(request.path)) is not None]
+        there = api.matching(request.path)
         for route, names in there:
             if route.method == method:
                 return route, names
@@ -199,6 +200,7 @@ class Routes:
                 submission(body),
                 body,
                 attached=wait and key is None,
+                followed=wait and events.wanted(request) is not None,
                 key=key,
                 digest=hashlib.sha256(body).digest() if key is not None else None,
                 traceparent=traceparent(request.headers.get("traceparent")),
@@ -232,14 +234,12 @@ class Routes:
         if isinstance(found, Row):
             return found
         try:
-            async with request.until_gone() as scope:
-                await found.done.wait()
+            if not await request.waits(found.done, math.inf):
+                raise Gone
         finally:
             if attached and not found.done.is_set():
                 with trio.CancelScope(shield=True):
                     await self.book.cancel(found)
-        if scope.cancelled_caught:
-            raise Gone
         if found.refused is not None:
             raise found.refused
         return found
@@ -276,12 +276,8 @@ class Routes:
     async def job(self, call: Call) -> Reply:
         found = await self._job(call)
         wait = call.number("wait", 0, int(LONGEST_WAIT))
-        if wait and isinstance(found, Live):
-            async with call.request.until_gone() as scope:
-                with trio.move_on_after(wait):
-                    await found.done.wait()
-            if scope.cancelled_caught:
-                raise Gone
+        if wait and isinstance(found, Live) and not await call.request.waits(found.done, wait):
+            raise Gone
         return Reply.of(view(found))
 
     async def cancel(self, call: Call) -> Reply:
@@ -301,7 +297,7 @@ class Routes:
         want = events.Want(following, kind, follow)
         return await events.reply(self.book, await self._job(call, whole=False), want)
 
-    async def _begun(self, call: Call) -> tuple[Live, Run]:
+    async def _begun(self, call: Call) -> tuple[Live, Hands]:
         """The job and its run; Refusal 409 where there is none."""
         found = await self._job(call)
         if isinstance(found, Live):

@@ -31,6 +31,7 @@ from sandboxd.serve.callers import Callers, is_loopback
 from sandboxd.serve.http import Conversation, converse, peer_of
 from sandboxd.serve.journal import open_journal
 from sandboxd.serve.routes import Bounds, Routes
+from sandboxd.serve.wires import SocketWire
 from sandboxd.supervise.one_error import one_error
 from sandboxd.supervise.runner import open_runner
 
@@ -78,7 +79,9 @@ class Connections:
                 with trio.move_on_after(1.0), contextlib.suppress(trio.BrokenResourceError):
                     await stream.send_all(_FULL)
                 return
-            await converse(Conversation(stream, peer_of(stream)), self._routes.handle, self._now)
+            await converse(
+                Conversation(SocketWire(stream), peer_of(stream)), self._routes.handle, self._now
+            )
         except Exception:
             logger.exception("connection failed")
         finally:

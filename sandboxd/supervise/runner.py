@@ -33,7 +33,7 @@ from sandboxd.supervise.place import open_place
 from sandboxd.supervise.planning import plan_on
 from sandboxd.supervise.porter import Porter
 from sandboxd.supervise.resolver import with_way_out
-from sandboxd.supervise.run import FASTEST, Run
+from sandboxd.supervise.run import FASTEST, Followed, Hands, Run
 from sandboxd.supervise.sandboxes import Sandbox, make
 from sandboxd.supervise.seen import host_for
 from sandboxd.supervise.supervise import (
@@ -145,6 +145,15 @@ class Runner:
             if run._error is not None and not run._error_told:
                 raise run._error
 
+    async def follow(self, job: Job, run: Followed) -> Result:
+        """Carry a job out in this task; what happens before its end is told to `run`.
+
+        As `start`, for who needs no byte at once: of a run that lasts a moment only all is told at
+        its end, so that it costs as little as with `run`. No stdin to feed, and no terminal.
+        """
+        await run._emit(Event(seq=0, type="start"))
+        return await self._run(job, run)
+
     def plan(self, job: Job) -> plan.Plan:
         """What would be done for a job, without doing it."""
         return plan_on(job, self._known.policy(job), self.host).plan
@@ -185,7 +194,7 @@ class Runner:
             run._done.set()
             run._send.close()
 
-    async def _run(self, job: Job, run: Run | None, pipes: Pipes | None = None) -> Result:
+    async def _run(self, job: Job, run: Hands | None, pipes: Pipes | None = None) -> Result:
         if self._closed:
             raise SandboxError("the runner is closed", hint="use it inside `async with`")
         asked = trio.current_time()
@@ -213,6 +222,7 @@ class Runner:
                     giving_up=run._files if run else trio.CancelScope(),
                     leave=_leaving(run, job, porter),
                     emit=_forwarding(run),
+                    patient=run is not None and run.patient,
                     on_start=run._started if run else lambda _: None,
                     reports=run._reports if run else None,
                     vigil=kept.vigil if self._is_alone() else NO_VIGIL,
@@ -246,7 +256,7 @@ class Runner:
         return self.host.cpus > 1 and self._limiter.borrowed_tokens == 1
 
     async def _take_slot(
-        self, token: object, run: Run | None, policy: Policy, lent: AsyncExitStack | None
+        self, token: object, run: Hands | None, policy: Policy, lent: AsyncExitStack | None
     ) -> bool:
         """After the caches of its policy. False if the run was killed before it got one."""
         if lent is None:
@@ -428,12 +438,12 @@ class Runner:
             await self._known.close()
 
 
-def _forwarding(run: Run | None) -> Emit | None:
+def _forwarding(run: Hands | None) -> Emit | None:
     return run._forward if run is not None else None
 
 
 def _leaving(
-    run: Run | None, job: Job, porter: Callable[[], Awaitable[Porter]]
+    run: Hands | None, job: Job, porter: Callable[[], Awaitable[Porter]]
 ) -> Callable[[int, Area | None], None] | None:
     """Who collects a run's files later has the working directory and what it lies in."""
     if run is None or job.collect_to != "stream":
