@@ -97,6 +97,8 @@ class Book:
         self.replying = 0
         """Requests whose replies are not sent."""
         self.live: dict[tuple[str, str], Live] = {}
+        self.ending = 0
+        """Jobs that have run, and whose results are being written."""
         self._coming: set[tuple[str, str]] = set()
         self._keys: dict[tuple[str, str], Live] = {}
         self._queue: dict[Waiting, Live] = {}
@@ -256,6 +258,13 @@ class Book:
             live.log.hurry()
             live.run.kill()
 
+    def leave_slot(self, live: Live) -> None:
+        """Its slot, if it still has one, goes to who is next."""
+        if live.slotted is not None:
+            self.share.give_back(live.waiting, time.monotonic() - live.slotted)
+            live.slotted = None
+            self.changed()
+
     def over(self, live: Live) -> None:
         """It is neither waiting nor running any more."""
         self.live.pop((live.caller.name, live.id), None)
@@ -335,9 +344,9 @@ class Book:
                 live.refused = carry.going_down()
                 self.over(live)
         with trio.move_on_after(seconds):
-            while self.share.running:
+            while self.share.running or self.ending:
                 await self._changed.wait()
-        return not self.share.running
+        return not (self.share.running or self.ending)
 
 
 def need_of(policy: Policy) -> Need:

@@ -21,6 +21,8 @@ from sandboxd.supervise.run import Followed, Hands, Run
 if TYPE_CHECKING:
     from sandboxd.serve.book import Book
 
+MOST_ENDING = 64
+"""Jobs without a slot whose results are on their way to the journal."""
 STALLED = 300.0
 """Seconds after which a job is killed that waits for a reader who takes nothing."""
 
@@ -37,14 +39,22 @@ async def carry_out(book: Book, live: Live) -> None:
     live.state, live.started = "running", time.time()
     live.attempts += 1
     book.metrics.queue_time.observe(max(0.0, live.started - live.created))
-    began = time.monotonic()
+    live.slotted = time.monotonic()
     try:
-        await _end(book, live, await _run(book, live))
+        found = await _run(book, live)
+        book.ending += 1
+        try:
+            if book.ending <= MOST_ENDING:
+                book.leave_slot(live)
+                await trio.lowlevel.checkpoint()  # who has it now begins; the rest can wait
+            await _end(book, live, found)
+        finally:
+            book.ending -= 1
     except trio.Cancelled:
         live.refused = going_down()  # in the journal it still runs: the next daemon decides
         raise
     finally:
-        book.share.give_back(live.waiting, time.monotonic() - began)
+        book.leave_slot(live)
         book.over(live)
 
 

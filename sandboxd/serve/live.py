@@ -70,6 +70,8 @@ class Live:
     attempts: int = 0
     state: State = "queued"
     started: float | None = None
+    slotted: float | None = None
+    """Since when it has a slot, by the monotonic clock."""
     ended: float | None = None
     run: Hands | None = None
     record: bytes | None = None
