@@ -59,7 +59,7 @@ async def measure(folder: Path, jobs: int, callers: int, rounds: int) -> dict[st
     async with open_runner() as runner:
         with daemon(folder) as pid:
             await many(runner, job, each // 4, callers)
-            await caller(folder, each // 4, callers, body)
+            await caller(folder, each // 2, callers, body)
             await trio.sleep(SETTLING)
             found["before"] = memory(pid)
             for _ in range(rounds):
