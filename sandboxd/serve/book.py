@@ -112,7 +112,7 @@ class Book:
     async def submit(self, caller: Caller, asked: Asked) -> tuple[Live | Row, bool]:
         """The job, and whether it is new; Refusal if it is not taken on."""
         try:
-            self._check(caller, asked.wanted.policy)
+            self._check(caller, asked.wanted)
             return await self._submit(caller, asked)
         except Refusal as refusal:
             self.metrics.refused.add(why=refusal.kind)
@@ -140,9 +140,17 @@ class Book:
         finally:
             self._coming -= names
 
-    def _check(self, caller: Caller, policy: str | Policy) -> None:
+    def _check(self, caller: Caller, wanted: Submission) -> None:
+        policy = wanted.policy
         if self.draining:
             raise carry.going_down()
+        if wanted.keep_root and not caller.operator:
+            raise Refusal(
+                403,
+                "denied",
+                "keep_root is for the daemon's own user, whose store it goes to",
+                hint="collect what is to be kept",
+            )
         if isinstance(policy, Policy):
             if not caller.operator:
                 raise Refusal(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import os
+import tempfile
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing, asynccontextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -13,12 +15,14 @@ import trio
 
 from sandboxd.errors import JobError, SandboxError
 from sandboxd.job import Job
-from sandboxd.result import Event, Result, Usage
+from sandboxd.result import Artifact, Event, Result, Usage
 from sandboxd.serve import address
 from sandboxd.serve.link import Links
 from sandboxd.serve.problems import is_closed
 from sandboxd.serve.sending import submission_of
 from sandboxd.serve.wire import FASTEST, Info, error_of, event_of, result_of
+from sandboxd.supervise.artifacts import check_place, save
+from sandboxd.supervise.leavings import Contents, OpenArtifacts
 from sandboxd.supervise.one_error import one_error
 from sandboxd.supervise.run import EVENTS_BUFFER
 
@@ -35,10 +39,15 @@ class Client:
         """Carry a job out. Cancelling it closes the connection, which ends the job."""
         if job.stdin is None:
             raise JobError("stdin=None: there is nobody to feed it", hint="use Client.start")
+        if job.collect_to == "stream":
+            raise JobError(
+                'collect_to="stream": there is nobody to read it', hint="use Client.start"
+            )
+        check_place(job)
         body = msgspec.json.encode(await submission_of(job, self._store))
         async with self._links.asking("POST", "/v1/jobs?wait=1", body) as answer:
             view = await answer.json()
-        return await self._result(view["result"])
+        return await self._result(view["result"], job.collect_to)
 
     @asynccontextmanager
     async def start(
@@ -47,6 +56,7 @@ class Client:
         """Carry a job out while its events are read; leaving the block kills what is left."""
         if usage_every is not None and not FASTEST <= usage_every < math.inf:
             raise JobError(f"usage_every={usage_every!r}", hint=f"{FASTEST:g} seconds or more")
+        check_place(job)
         wanted = await submission_of(job, self._store)
         wanted |= {"overflow": "stall", "usage_every": usage_every}
         body, headers = msgspec.json.encode(wanted), {"Accept": NDJSON}
@@ -58,11 +68,15 @@ class Client:
                 name = answer.headers["location"].rpartition("/")[2]
                 feeds = job.stdin is None or job.terminal is not None
                 run = ClientRun(name, self._links, nursery, feeds=feeds)
+                if job.collect_to == "stream":
+                    run._artifacts.leavings = run._fetched = Fetched(self._links)
+                run._collect_to = job.collect_to
                 nursery.start_soon(self._follow, run, answer.pieces)
                 try:
                     yield run
                 finally:
                     run.events.close()
+                    run._fetched.close()
                     nursery.cancel_scope.cancel()
             if run._error is not None and not run._error_told:
                 raise run._error
@@ -86,7 +100,8 @@ class Client:
 
     async def _take(self, run: ClientRun, record: Mapping[str, Any]) -> None:
         if record["type"] == "exit":
-            run._result = await self._result(record["result"])
+            run._result = await self._result(record["result"], run._collect_to)
+            run._fetched.records = {os.fsencode(one.path): one for one in run._result.artifacts}
         event = event_of(record, run._result)
         run._usage = event.usage or run._usage
         if run._deaf:
@@ -97,18 +112,23 @@ class Client:
             run._deaf = True
             run.kill()
 
-    async def _result(self, record: Mapping[str, Any]) -> Result:
-        """The result, with what was collected; the exception where there is none."""
+    async def _result(self, record: Mapping[str, Any], to: Path | str) -> Result:
+        """The result, with what was collected where it belongs; the exception if there is none."""
         if record["status"] == "error":
             raise error_of(record["error"])
         refused = {one["path"] for one in record["artifact_errors"]}
+        kept = [one for one in record["artifacts"] if one["path"] not in refused]
         data = {}
-        for artifact in record["artifacts"]:
-            if artifact["path"] not in refused:
-                target = f"/v1/files/{artifact['sha256']}"
-                async with self._links.asking("GET", target) as answer:
-                    data[artifact["sha256"]] = await answer.body()
-        return result_of(record, data)
+        for digest in {one["sha256"] for one in kept} if to != "stream" else ():
+            async with self._links.asking("GET", f"/v1/files/{digest}") as answer:
+                data[digest] = await answer.body()
+        found = result_of(record, data)
+        if not isinstance(to, Path):
+            return found
+        whole = [one for one in found.artifacts if one.sha256 in data]
+        await trio.to_thread.run_sync(save, whole, to)
+        plain = tuple(msgspec.structs.replace(one, data=b"") for one in found.artifacts)
+        return msgspec.structs.replace(found, artifacts=plain)
 
     async def _store(self, digest: str, pieces: AsyncGenerator[bytes, None]) -> None:
         async with (
@@ -165,6 +185,41 @@ class Stdin(trio.abc.SendStream):
                 await answer.body()
 
 
+class Fetched:
+    """Collected files that are asked for one after the other; each is in a file without a name."""
+
+    def __init__(self, links: Links) -> None:
+        self.records: Mapping[bytes, Artifact] = {}
+        self.closed = False
+        self._links = links
+        self._open: set[int] = set()
+
+    async def reopen(self, names: list[bytes]) -> Contents:
+        found: Contents = {}
+        for name in names:
+            record = self.records[name]
+            with tempfile.TemporaryFile() as file:
+                target = f"/v1/files/{record.sha256}"
+                async with self._links.asking("GET", target) as answer, aclosing(answer.pieces):
+                    async for piece in answer.pieces:
+                        await trio.to_thread.run_sync(file.write, piece)
+                file.flush()
+                number = os.dup(file.fileno())
+            self._open.add(number)
+            found[name] = b"", number
+        return found
+
+    def let_go(self, number: int) -> None:
+        if number in self._open:
+            self._open.remove(number)
+            os.close(number)
+
+    def close(self) -> None:
+        self.closed = True
+        for number in list(self._open):
+            self.let_go(number)
+
+
 class ClientRun:
     """One run in progress, as supervise.run.Run is."""
 
@@ -180,6 +235,9 @@ class ClientRun:
         self._error: SandboxError | None = None
         self._error_told = False
         self._deaf = False
+        self._collect_to: Path | str = "memory"
+        self._fetched = Fetched(links)
+        self._artifacts = OpenArtifacts(self._collected)
 
     def kill(self) -> None:
         """End it; its status will be `cancelled`."""
@@ -220,6 +278,17 @@ class ClientRun:
         body = msgspec.json.encode({"signal": "WINCH", "rows": rows, "columns": columns})
         target = f"/v1/jobs/{self.id}/signal"
         self._soon("POST", target, body)
+
+    def artifacts(self) -> OpenArtifacts:
+        """Each collected file, open, once the run is over (collect_to="stream")."""
+        return self._artifacts
+
+    async def _collected(self) -> tuple[Artifact, ...]:
+        found = await self.wait()
+        if found.artifacts and self._artifacts.leavings is None:
+            raise SandboxError("the artifacts are elsewhere", hint='collect_to="stream" in the job')
+        refused = {one.path for one in found.artifact_errors}
+        return tuple(one for one in found.artifacts if one.path not in refused)
 
     async def wait(self) -> Result:
         """The result. Someone must read `events` meanwhile."""

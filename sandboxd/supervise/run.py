@@ -110,6 +110,7 @@ class Run(Hands):
         self._error: Exception | None = None
         self._error_told = False
         self._artifacts = OpenArtifacts(self._collected)
+        self._leavings: Leavings | None = None
 
     async def wait(self) -> Result:
         """The result. Someone must read `events` meanwhile: a full channel stalls the job."""
@@ -129,11 +130,11 @@ class Run(Hands):
         return self._artifacts
 
     def _leave(self, leavings: Leavings) -> None:
-        self._artifacts.leavings = leavings
+        self._artifacts.leavings = self._leavings = leavings
 
     async def _let_go(self) -> None:
-        if self._artifacts.leavings is not None:
-            await self._artifacts.leavings.close()
+        if self._leavings is not None:
+            await self._leavings.close()
 
     async def _collected(self) -> tuple[Artifact, ...]:
         found = (await self.wait()).artifacts

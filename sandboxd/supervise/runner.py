@@ -160,7 +160,9 @@ class Runner:
 
     def policy(self, job: Job) -> Policy:
         """The policy it would run under: found, and tightened by the job's limits."""
-        return self._known.policy(job)
+        policy = self._known.policy(job)
+        tighten_artifacts(policy, job.artifacts)
+        return policy
 
     def never_started(self, job: Job, queued: float) -> Result:
         """The record of a job that its caller cancelled after `queued` seconds of waiting."""
