@@ -12,6 +12,7 @@ import msgspec
 
 import sandboxd
 from sandboxd.result import SCHEMA, Event, Result
+from sandboxd.serve.manifold import BatchSubmission, BatchView
 from sandboxd.serve.wire import (
     FileView,
     Info,
@@ -138,6 +139,51 @@ ROUTES = (
         text="end, freeze or resize",
         takes=SignalRequest,
         status=(204,),
+    ),
+    Route(
+        method="POST",
+        path="/v1/batches",
+        name="submit_batch",
+        text="submit many jobs at once",
+        takes=BatchSubmission,
+        gives=BatchView,
+        status=(202, 200),
+        query={"wait": "1: the reply is its events, and closing the connection cancels it"},
+        headers={
+            "Idempotency-Key": "the same key and body again give the batch that there is",
+            "Accept": f"with wait=1, {SSE}: server-sent events",
+            "traceparent": "W3C Trace Context; it is in the views of its jobs and in the log",
+        },
+    ),
+    Route(
+        method="GET",
+        path="/v1/batches/{id}",
+        name="batch",
+        text="a batch, and how its cases are",
+        gives=BatchView,
+    ),
+    Route(
+        method="DELETE",
+        path="/v1/batches/{id}",
+        name="cancel_batch",
+        text="cancel what is left of a batch",
+        gives=BatchView,
+        status=(202,),
+    ),
+    Route(
+        method="GET",
+        path="/v1/batches/{id}/events",
+        name="batch_events",
+        text="its cases with their results, in their order, each as soon as it is over",
+        gives=NDJSON,
+        query={
+            "from": "the first case wanted",
+            "follow": "0: no further than what is there now",
+        },
+        headers={
+            "Accept": f"{SSE}: server-sent events",
+            "Last-Event-ID": "of server-sent events: the last one that arrived",
+        },
     ),
     Route(
         method="PUT",
@@ -296,7 +342,7 @@ def _operation(route: Route) -> dict[str, Any]:
     good: dict[str, Any] = {"description": route.text}
     if route.gives is not None:
         good["content"] = _content(route.gives)
-        if route.name in ("events", "submit"):
+        if route.name in ("events", "submit", "submit_batch", "batch_events"):
             good["content"] |= _content(NDJSON) | _content(SSE)
     problem = {"schema": {"$ref": "#/components/schemas/ProblemView"}}
     bad = {"description": "why not", "content": {"application/problem+json": problem}}

@@ -16,7 +16,7 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,8 +32,8 @@ from sandboxd.result import SCHEMA, error_json
 from sandboxd.serve import carry
 from sandboxd.serve.callers import Caller
 from sandboxd.serve.files import Files
-from sandboxd.serve.journal import Journal, Row
-from sandboxd.serve.live import About, Asked, Live
+from sandboxd.serve.journal import BatchRow, Journal, Row
+from sandboxd.serve.live import About, Asked, Batch, Live
 from sandboxd.serve.log import Log
 from sandboxd.serve.metrics import Metrics
 from sandboxd.serve.quotas import Quotas, Spending
@@ -52,6 +52,8 @@ from sandboxd.supervise.policies import is_path
 from sandboxd.supervise.runner import Runner
 
 MOST_ATTEMPTS = 3
+TURN = 50
+"""Cases of a batch that are looked at before others have their turn."""
 SMALL = 4096
 """Bytes of a request that is kept in memory while its job waits; a larger one is read again."""
 EXPIRE_EVERY = 60.0
@@ -185,6 +187,45 @@ class Book:
             )
         return found if isinstance(found, Live) else await self.find(caller, found.id)
 
+    async def take_on_all(
+        self, caller: Caller, asked: Sequence[Asked], batch: BatchRow, hears: Batch
+    ) -> list[Live]:
+        """The cases of a batch: all of them, or none."""
+        try:
+            for number, one in enumerate(asked):
+                self._check(caller, one.wanted)
+                if not number % TURN:
+                    await trio.lowlevel.checkpoint()
+            return await self._take_on_all(caller, asked, batch, hears)
+        except Refusal as refusal:
+            self.metrics.refused.add(len(asked), why=refusal.kind)
+            raise
+
+    async def _take_on_all(
+        self, caller: Caller, asked: Sequence[Asked], batch: BatchRow, hears: Batch
+    ) -> list[Live]:
+        size = sum(len(one.body) for one in asked)
+        self.spending.check(caller.name, self.share, len(asked))
+        self.spending.check_bodies(self._bodies[caller.name] + size)
+        cases: list[Live] = []
+        with ExitStack() as held:
+            for name, one in zip(batch.names, asked, strict=True):
+                if not len(cases) % TURN:
+                    await trio.lowlevel.checkpoint()
+                stack = held.enter_context(ExitStack())
+                live = self._make(caller, one, name, stack)
+                live.batch = hears
+                live.held = stack
+                cases.append(live)
+            rows = [live.row(one.body) for live, one in zip(cases, asked, strict=True)]
+            await self.journal.accept(*rows, batch=batch)
+            held.pop_all()
+        for live in cases:
+            live.job = live.job if live.size <= SMALL else None
+            self._enqueue(live)
+        self.metrics.accepted.add(len(cases))
+        return cases
+
     async def _take_on(self, caller: Caller, asked: Asked, job_id: str) -> Live:
         self.spending.check(caller.name, self.share)
         self.spending.check_bodies(self._bodies[caller.name] + len(asked.body))
@@ -284,7 +325,14 @@ class Book:
         live.held.close()
         live.begun.set()
         live.done.set()
+        if live.batch is not None:
+            live.batch.over(live)
         self.changed()
+
+    def soon(self, live: Live) -> None:
+        """Cancel it without waiting for that."""
+        if self._jobs is not None:
+            self._jobs.start_soon(self.cancel, live)
 
     # -- before and after
 

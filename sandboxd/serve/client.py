@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import os
 import tempfile
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import trio
@@ -80,6 +80,51 @@ class Client:
                     nursery.cancel_scope.cancel()
             if run._error is not None and not run._error_told:
                 raise run._error
+
+    @asynccontextmanager
+    async def batch(
+        self, jobs: Sequence[Job], *, stop: Literal["never", "failure"] = "never"
+    ) -> AsyncIterator[AsyncGenerator[Result | SandboxError, None]]:
+        """Many jobs by one request: their results in their order, each as soon as it is there.
+
+        An exception in place of a result is why there is none. With stop="failure" the jobs after
+        one that is not `ok` are cancelled. Leaving the block cancels what is left.
+        """
+        cases = [await submission_of(job, self._store) for job in jobs]
+        places = [job.collect_to for job in jobs]
+        if "stream" in places or any(job.stdin is None for job in jobs):
+            raise JobError("a batch has no run to read from, or to feed", hint="use Client.start")
+        for job, case in zip(jobs, cases, strict=True):
+            if case.pop("id", None) is not None or case.pop("keep_root", None) is not None:
+                raise JobError("id and keep_root: not in a batch", hint="leave them out")
+            case["cwd"] = case.get("cwd")
+            if job.terminal is not None:
+                raise JobError("terminal: not in a batch", hint="use Client.start")
+        common = {"argv": cases[0]["argv"]} if cases else {}
+        body = msgspec.json.encode({"job": common, "cases": cases, "stop": stop})
+        async with (
+            self._links.asking("POST", "/v1/batches?wait=1", body) as answer,
+            aclosing(self._cases(answer.pieces, places)) as results,
+        ):
+            yield results
+
+    async def _cases(
+        self, pieces: AsyncGenerator[bytes, None], places: Sequence[Path | str]
+    ) -> AsyncGenerator[Result | SandboxError, None]:
+        async with aclosing(pieces), aclosing(_records(pieces)) as records:
+            async for record in records:
+                if record["type"] == "end":
+                    return
+                yield await self._case(record, places[record["seq"]])
+        raise SandboxError("the daemon ended before the batch did", hint="submit it again")
+
+    async def _case(self, record: Mapping[str, Any], to: Path | str) -> Result | SandboxError:
+        if record["result"] is None:
+            return SandboxError("its result is kept no more", hint="a larger --keep-size")
+        try:
+            return await self._result(record["result"], to)
+        except SandboxError as error:
+            return error
 
     async def _follow(self, run: ClientRun, pieces: AsyncGenerator[bytes, None]) -> None:
         """Events from the wire to the run's channel, at the pace of who takes them."""

@@ -30,6 +30,15 @@ class Done:
             scope.cancel()
         return scope
 
+    async def wait(self) -> None:
+        """Returns when it has happened."""
+        scope = self.until()
+        try:
+            with scope:
+                await trio.sleep_forever()
+        finally:
+            self.forget(scope)
+
     def forget(self, scope: trio.CancelScope) -> None:
         """Nobody waits there any more."""
         self._waits.remove(scope)

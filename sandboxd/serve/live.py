@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from typing import Protocol
 
 import msgspec
 import trio
@@ -50,6 +51,12 @@ class Asked:
         return replace(self, wanted=Submission(argv=("",), usage_every=usage_every), body=b"")
 
 
+class Batch(Protocol):
+    """Hears of the end of its cases."""
+
+    def over(self, live: Live) -> None: ...
+
+
 @dataclass(eq=False, slots=True)
 class Live:
     """A job that is not over."""
@@ -76,6 +83,8 @@ class Live:
     run: Hands | None = None
     record: bytes | None = None
     status: str | None = None
+    batch: Batch | None = None
+    """What it is a case of."""
     refused: Refusal | None = None
     """Why there will be no result: the daemon is going down."""
     cancelled: bool = False

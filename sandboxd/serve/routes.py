@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import logging
 import math
@@ -19,6 +20,7 @@ from sandboxd.errors import HostError, SandboxError
 from sandboxd.result import error_json
 from sandboxd.serve import api, events
 from sandboxd.serve.api import Route
+from sandboxd.serve.batches import AskedBatch, Batches
 from sandboxd.serve.book import Book
 from sandboxd.serve.callers import Caller, Callers
 from sandboxd.serve.files import pieces_of
@@ -101,6 +103,14 @@ class Call:
             raise Refusal(400, "request", f"{name}={text[:40]!r}: not a number")
         return min(int(text), most)
 
+    def following(self) -> int | None:
+        """The event that a reader wants first."""
+        last = self.request.headers.get("last-event-id", "")
+        following = self.number("from", None, 1 << 62)
+        if following is None and re.fullmatch(r"\d{1,16}", last, re.ASCII):
+            return int(last) + 1
+        return following
+
     def flag(self, name: str) -> bool:
         return self.query.get(name, "0") not in ("0", "")
 
@@ -110,6 +120,7 @@ class Routes:
 
     def __init__(self, book: Book, callers: Callers, bounds: Bounds) -> None:
         self.book = book
+        self.batches = Batches(book)
         self.callers = callers
         self.bounds = bounds
         self.budget = Budget(bounds.bodies)
@@ -188,9 +199,7 @@ class Routes:
 
     async def submit(self, call: Call) -> Reply:
         request, wait = call.request, call.flag("wait")
-        key = request.headers.get("idempotency-key")
-        if key is not None and not re.fullmatch(r"[\x21-\x7e ]{1,255}", key):
-            raise Refusal(400, "request", "Idempotency-Key: 1 to 255 characters of ASCII")
+        key = _key(request)
         async with AsyncExitStack() as stack:
             most = self.bounds.body
             size = most if request.length is None else min(request.length, most)
@@ -288,14 +297,49 @@ class Routes:
         return Reply.of(view(found), 202)
 
     async def events(self, call: Call) -> Reply:
-        last = call.request.headers.get("last-event-id", "")
-        following = call.number("from", None, 1 << 62)
-        if following is None and re.fullmatch(r"\d{1,16}", last, re.ASCII):
-            following = int(last) + 1
+        following = call.following()
         kind = events.wanted(call.request) or api.NDJSON
         follow = call.query.get("follow") != "0"
         want = events.Want(following, kind, follow)
         return await events.reply(self.book, await self._job(call, whole=False), want)
+
+    # -- batches
+
+    async def submit_batch(self, call: Call) -> Reply:
+        request, most = call.request, self.bounds.body
+        size = most if request.length is None else min(request.length, most)
+        with self.budget.hold(size):
+            body = await request.body(most)
+            trace = traceparent(request.headers.get("traceparent"))
+            asked = AskedBatch(body, _key(request), trace)
+            row, new = await self.batches.submit(call.caller, asked)
+        where = ("Location", f"/v1/batches/{row.id}")
+        if not call.flag("wait"):
+            reply = Reply.of(await self.batches.view(row), 202 if new else 200)
+        else:
+            lines = self.batches.lines(row, 0, follow=True)
+            reply = events.formed(lines, events.wanted(request) or api.NDJSON)
+            if asked.key is None:
+                reply.ended = functools.partial(self.batches.disconnected, row)
+        reply.headers.append(where)
+        return reply
+
+    async def batch(self, call: Call) -> Reply:
+        row = await self.batches.find(call.caller, call.names["id"])
+        return Reply.of(await self.batches.view(row))
+
+    async def cancel_batch(self, call: Call) -> Reply:
+        row = await self.batches.find(call.caller, call.names["id"])
+        await self.batches.cancel(row)
+        return Reply.of(await self.batches.view(row), 202)
+
+    async def batch_events(self, call: Call) -> Reply:
+        row = await self.batches.find(call.caller, call.names["id"])
+        following = call.following() or 0
+        lines = self.batches.lines(row, following, follow=call.query.get("follow") != "0")
+        return events.formed(lines, events.wanted(call.request) or api.NDJSON)
+
+    # -- what a job is told while it runs
 
     async def _begun(self, call: Call) -> tuple[Live, Hands]:
         """The job and its run; Refusal 409 where there is none."""
@@ -404,6 +448,13 @@ class Routes:
 
     async def openapi(self, call: Call) -> Reply:
         return Reply(body=self._openapi)
+
+
+def _key(request: Request) -> str | None:
+    key = request.headers.get("idempotency-key")
+    if key is not None and not re.fullmatch(r"[\x21-\x7e ]{1,255}", key):
+        raise Refusal(400, "request", "Idempotency-Key: 1 to 255 characters of ASCII")
+    return key
 
 
 def _digest(call: Call) -> str:

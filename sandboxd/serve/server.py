@@ -107,6 +107,7 @@ async def serve(options: Options, *, ready: Callable[[Book], None] = lambda _: N
             open_book(runner, journal, options.settings) as book,
         ):
             routes = Routes(book, options.callers, options.bounds)
+            await routes.batches.recover()
             connections = Connections(routes, most_connections(runner.slots))
             _gauges(book, connections)
             async with _listening(options) as listeners, trio.open_nursery() as nursery:

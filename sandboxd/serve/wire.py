@@ -42,7 +42,9 @@ FIRST_OF_ATTEMPT = 1 << 32
 State = Literal["queued", "running", "done"]
 
 
-class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Message(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True
+):
     """A JSON object that a caller sends: every key known."""
 
 
