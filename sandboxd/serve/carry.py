@@ -42,6 +42,7 @@ async def carry_out(book: Book, live: Live) -> None:
     live.slotted = time.monotonic()
     try:
         found = await _run(book, live)
+        live.ended = time.time()
         book.ending += 1
         try:
             if book.ending <= MOST_ENDING:
@@ -152,7 +153,7 @@ def _save(book: Book, live: Live, artifact: Artifact) -> bool:
 
 async def _end(book: Book, live: Live, found: Result | SandboxError) -> None:
     await live.log.settle()
-    live.ended = time.time()
+    live.ended = live.ended or time.time()
     if isinstance(found, Result):
         live.status, data = found.status, encoded(found)
     else:
