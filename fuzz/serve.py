@@ -154,7 +154,7 @@ def check_submission(body: bytes) -> None:
         wanted = submission(body)
         assert words(wanted)
         assert digests(wanted) <= {"0" * 64}
-        job = job_of(wanted, "x", lambda digest: Path("/store", digest))
+        job = job_of(wanted, ("x", None), lambda digest: Path("/store", digest))
     except (Refusal, SandboxError):
         return
     assert isinstance(job, Job)

@@ -194,8 +194,10 @@ def _options(args: argparse.Namespace) -> Options:
 
     addresses = [address.parse(text) for text in args.listen]
     tokens = read_tokens(args.token_file) if args.token_file is not None else {}
+    callers = Callers(uids=frozenset({os.getuid(), *args.allow_uid}), tokens=tokens)
     return Options(
         settings=Settings(
+            apart=callers.many,
             state=(args.state or address.state(os.environ)).absolute(),
             quotas=_quotas(args),
             room=room(args.slots, args.memory),
@@ -204,7 +206,7 @@ def _options(args: argparse.Namespace) -> Options:
             size=args.keep_size,
         ),
         addresses=addresses or [address.default(os.environ)],
-        callers=Callers(uids=frozenset({os.getuid(), *args.allow_uid}), tokens=tokens),
+        callers=callers,
         bounds=Bounds(body=args.max_body, bodies=max(256 << 20, 4 * args.max_body)),
         slots=args.slots,
         spares=args.spares,

@@ -76,6 +76,8 @@ class Settings:
     quotas: Quotas
     room: Need
     """CPUs and memory of all running jobs together."""
+    apart: bool = False
+    """Whether callers have tenants of their own."""
     events: int = 16 << 20
     """Bytes of a job's events that are kept."""
     age: float = 7 * 86400.0
@@ -266,7 +268,8 @@ class Book:
         )
 
     def job(self, caller: str, wanted: Submission, job_id: str) -> Job:
-        return job_of(wanted, job_id, lambda digest: self.files.path(caller, digest))
+        domain = caller if self.settings.apart else None
+        return job_of(wanted, (job_id, domain), lambda digest: self.files.path(caller, digest))
 
     def folder(self, caller: str, job_id: str) -> Path:
         """Where a job's events go when there are many."""

@@ -38,6 +38,11 @@ class Callers:
     tokens: Mapping[str, bytes] = field(default_factory=dict)
     """Name -> SHA-256 of its token."""
 
+    @property
+    def many(self) -> bool:
+        """Whether there can be more than one."""
+        return len(self.uids) + len(self.tokens) > 1
+
     def find(self, peer: Peer, headers: Mapping[str, str]) -> Caller:
         """The caller; Refusal 401 or 403 if it is nobody we know."""
         if peer.uid is not None:

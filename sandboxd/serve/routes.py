@@ -414,6 +414,7 @@ class Routes:
 
     async def info(self, call: Call) -> Reply:
         book, quotas = self.book, self.book.settings.quotas
+        apart, name = book.settings.apart, call.caller.name
         limits: dict[str, int | float | None] = {
             "body": self.bounds.body,
             "queue": quotas.queue,
@@ -426,7 +427,8 @@ class Routes:
         return Reply.of(
             Info(
                 version=sandboxd.__version__,
-                caller=call.caller.name,
+                caller=name,
+                tenant=(book.runner.shares(name) if apart else "") or "own",
                 slots=book.runner.slots,
                 running=book.share.running,
                 queued=book.share.queued,

@@ -158,6 +158,8 @@ class Info(msgspec.Struct, frozen=True, kw_only=True):
     version: str
     caller: str
     """Who you are to the daemon."""
+    tenant: str
+    """`own`: its jobs share no user namespace and no ids with another's; else what they share."""
     slots: int
     running: int
     queued: int
@@ -264,8 +266,11 @@ def digests(wanted: Submission) -> set[str]:
     return {one.sha256 for one in contents if isinstance(one, Content) and one.sha256}
 
 
-def job_of(wanted: Submission, job_id: str, path_of: Callable[[str], Path]) -> Job:
-    """The Job; `path_of` knows where a stored file is. JobError if it cannot be right."""
+def job_of(
+    wanted: Submission, whose: tuple[str, str | None], path_of: Callable[[str], Path]
+) -> Job:
+    """The Job of an id and a domain; `path_of` knows where a stored file is. JobError if wrong."""
+    job_id, domain = whose
     files: dict[str, Input] = {
         name: Tar(_content(one, path_of))
         if one.unpack
@@ -288,6 +293,7 @@ def job_of(wanted: Submission, job_id: str, path_of: Callable[[str], Path]) -> J
             keep=wanted.keep,
             terminal=None if size is None else Terminal(rows=size.rows, columns=size.columns),
             id=job_id,
+            domain=domain,
         )
     except UnicodeEncodeError:  # half a pair of UTF-16
         raise JobError("text that is no UTF-8", hint='send {"b64": ...}') from None

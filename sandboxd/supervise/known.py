@@ -15,8 +15,9 @@ from sandboxd.host import Host
 from sandboxd.job import Job
 from sandboxd.policy import Policy
 from sandboxd.reference import Inputs
-from sandboxd.supervise import keeping, policies
+from sandboxd.supervise import keeping, policies, volumes
 from sandboxd.supervise.cgroups import Cgroups
+from sandboxd.supervise.domains import Domains
 from sandboxd.supervise.homes import Home, Kept
 from sandboxd.supervise.seen import host_for
 from sandboxd.supervise.tenants import Prepared
@@ -34,9 +35,10 @@ class Known:
         self._cgroups = cgroups
         self._nursery = nursery
         self._found: dict[str, Policy] = {}
-        self._kept: dict[tuple[bytes, bool, Inputs | None], Kept] = {}
-        self._recent: dict[tuple[int, bool, Inputs | None], Kept] = {}
-        self._homes: dict[plan.TenantPlan, Home] = {}
+        self._kept: dict[tuple[bytes, bool, Inputs | None, str | None], Kept] = {}
+        self._recent: dict[tuple[int, bool, Inputs | None, str | None], Kept] = {}
+        self._homes: dict[tuple[str | None, plan.TenantPlan], Home] = {}
+        self.domains = Domains(host)
 
     @property
     def homes(self) -> Iterable[Home]:
@@ -56,28 +58,40 @@ class Known:
 
     def ready(self, job: Job, attached: Inputs | None = None) -> Kept:
         """A job's policy, made ready for sandboxes in which these inputs are attached."""
-        policy, keep = self.policy(job), bool(job.keep_root)
+        policy, keep, domain = self.policy(job), bool(job.keep_root), job.domain
         if keep:
             keeping.check(job, policy)
-        kept = self._recent.get((id(policy), keep, attached))
+        kept = self._recent.get((id(policy), keep, attached, domain))
         if kept is not None and not kept.over:
             return kept
-        key = (msgspec.msgpack.encode(policy), keep, attached)
+        key = (msgspec.msgpack.encode(policy), keep, attached, domain)
         if key not in self._kept:
             self._forget()
-            host = dataclasses.replace(host_for(policy, self._host), inputs=attached)
-            prepared = Prepared.of(build.compile_policy(policy, host, keep=keep), host)
-            home = self._homes.get(prepared.compiled.tenant)
+            prepared = self._prepare(job, policy, attached)
+            place = (domain, prepared.compiled.tenant)
+            home = self._homes.get(place)
             if home is None:
-                home = Home(prepared, self._host, self._cgroups)
-                self._homes[prepared.compiled.tenant] = home
+                home = self._homes[place] = Home(prepared, self._host, self._cgroups)
             self._kept[key] = Kept(policy, prepared, home)
         kept = self._kept[key]
         if kept.policy is policy:  # so that the id stays this policy's
-            self._recent[id(policy), keep, attached] = kept
+            self._recent[id(policy), keep, attached, domain] = kept
         if attached is not None:
             self._forget_attached()
         return kept
+
+    def _prepare(self, job: Job, policy: Policy, attached: Inputs | None) -> Prepared:
+        keep = bool(job.keep_root)
+        host = dataclasses.replace(host_for(policy, self._host), inputs=attached)
+        why = ""
+        if job.domain is not None:
+            whole = keep or host.image is not None or bool(volumes.stored(policy))
+            host, why = self.domains.host(job.domain, host, whole=whole)
+        compiled = build.compile_policy(policy, host, keep=keep)
+        if why:
+            noted = (*compiled.degraded, ("tenant", why))
+            compiled = dataclasses.replace(compiled, degraded=noted)
+        return Prepared.of(compiled, host)
 
     def _forget(self) -> None:
         """Leave room for another policy: who asks for a new one each time must not fill memory."""
@@ -95,7 +109,7 @@ class Known:
             if kept.has_some_ahead and not kept.refilling:
                 self._nursery.start_soon(kept.forget)
 
-    def _drop(self, key: tuple[bytes, bool, Inputs | None]) -> Kept:
+    def _drop(self, key: tuple[bytes, bool, Inputs | None, str | None]) -> Kept:
         kept = self._kept.pop(key)
         kept.over = True
         self._recent.pop((id(kept.policy), *key[1:]), None)

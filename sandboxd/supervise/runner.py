@@ -164,6 +164,10 @@ class Runner:
         tighten_artifacts(policy, job.artifacts)
         return policy
 
+    def shares(self, domain: str) -> str:
+        """Why the jobs of a domain (Job.domain) have no ids of their own; "" if they have."""
+        return self._known.domains.why_not(domain)
+
     def never_started(self, job: Job, queued: float) -> Result:
         """The record of a job that its caller cancelled after `queued` seconds of waiting."""
         return self._never_started(job, trio.current_time() - queued)
