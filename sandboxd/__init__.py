@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from sandboxd.reference import Reference
     from sandboxd.result import Artifact, Event, Kept, Output, Result, Usage, to_json
     from sandboxd.serve.client import Client, ClientRun, connect
+    from sandboxd.serve.tls import Trust
     from sandboxd.supervise.builds import Build
     from sandboxd.supervise.bundles import load_bundle
     from sandboxd.supervise.keeping import Change, KeptRoot, commit, find_kept, kept_roots
@@ -47,6 +48,7 @@ _HOMES = {
     "reference": ("Reference",),
     "result": ("Artifact", "Event", "Kept", "Output", "Result", "Usage", "to_json"),
     "serve.client": ("Client", "ClientRun", "connect"),
+    "serve.tls": ("Trust",),
     "supervise.builds": ("Build",),
     "supervise.bundles": ("load_bundle",),
     "supervise.keeping": ("Change", "KeptRoot", "commit", "find_kept", "kept_roots"),
@@ -62,8 +64,9 @@ __all__ = [
     "HostError", "ImageError", "InternalError", "Job", "JobError", "Kept", "KeptRoot",
     "LaunchError", "Limits", "OpenArtifact", "Output", "Pattern", "Policy", "PolicyError",
     "PolicyErrors", "Reference", "Result", "Run", "Runner", "RunnerStatistics", "SandboxError",
-    "Tar", "Terminal", "Usage", "WorkloadFailed", "__version__", "commit", "connect", "find_kept",
-    "find_policy", "kept_roots", "load_bundle", "open_runner", "run", "run_sync", "to_json",
+    "Tar", "Terminal", "Trust", "Usage", "WorkloadFailed", "__version__", "commit", "connect",
+    "find_kept", "find_policy", "kept_roots", "load_bundle", "open_runner", "run", "run_sync",
+    "to_json",
 ]  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from sandboxd.serve import address
 from sandboxd.serve.link import Links
 from sandboxd.serve.problems import is_closed
 from sandboxd.serve.sending import submission_of
+from sandboxd.serve.tls import Trust
 from sandboxd.serve.wire import FASTEST, Info, error_of, event_of, result_of
 from sandboxd.supervise.artifacts import check_place, save
 from sandboxd.supervise.leavings import Contents, OpenArtifacts
@@ -347,14 +348,18 @@ class ClientRun:
 
 
 @asynccontextmanager
-async def connect(url: str | None = None, *, token: str | None = None) -> AsyncIterator[Client]:
+async def connect(
+    url: str | None = None, *, token: str | None = None, trust: Trust | None = None
+) -> AsyncIterator[Client]:
     """A daemon's client; leaving the block ends the runs that are still followed.
 
-    `url` is "unix:///path" or "http://host:port" (default: $SANDBOXD_HOST, else this user's
-    daemon), `token` one of the daemon's (default: $SANDBOXD_TOKEN). HostError if none is there.
+    `url` is "unix:///path", "http://host:port" or "https://host:port" (default: $SANDBOXD_HOST,
+    else this user's daemon), `token` one of the daemon's (default: $SANDBOXD_TOKEN), `trust` for
+    https (default: $SANDBOXD_TLS_CA, _CERT and _KEY). HostError if none is there.
     """
     where = address.named(os.environ) if url is None else address.parse(url)
-    links = Links(where, token if token is not None else os.environ.get("SANDBOXD_TOKEN"))
+    token = token if token is not None else os.environ.get("SANDBOXD_TOKEN")
+    links = Links(where, token, trust or Trust.named(os.environ))
     try:
         client = Client(links)
         await client.info()

@@ -52,6 +52,8 @@ class Peer:
 
     uid: int | None = None
     address: str = ""
+    certificate: str = ""
+    """The name in one that was verified."""
 
 
 @dataclass(slots=True)
