@@ -14,6 +14,8 @@ import sandboxd
 from sandboxd.result import SCHEMA, Event, Result
 from sandboxd.serve.manifold import BatchSubmission, BatchView
 from sandboxd.serve.wire import (
+    DIGEST,
+    NAME,
     FileView,
     Info,
     JobList,
@@ -24,6 +26,8 @@ from sandboxd.serve.wire import (
     Submission,
 )
 
+KEY = "^[\\x21-\\x7e ]{1,255}$"
+"""Of an Idempotency-Key."""
 BINARY = "application/octet-stream"
 NDJSON = "application/x-ndjson"
 SSE = "text/event-stream"
@@ -330,11 +334,15 @@ def _content(value: Any) -> dict[str, Any]:
 
 def _parameters(route: Route) -> Iterator[dict[str, Any]]:
     for name in re.findall(r"{(\w+)}", route.path):
-        yield {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+        schema = {"type": "string", "pattern": DIGEST if name == "sha256" else NAME}
+        yield {"name": name, "in": "path", "required": True, "schema": schema}
     for where, found in (("query", route.query), ("header", route.headers)):
         for name, text in found.items():
             if name != "Accept":  # OpenAPI says that it is to be left out
-                schema = {"type": "string"}
+                schema = {
+                    "type": "string",
+                    **({"pattern": KEY} if name == "Idempotency-Key" else {}),
+                }
                 yield {"name": name, "in": where, "description": text, "schema": schema}
 
 

@@ -454,7 +454,7 @@ class Routes:
 
 def _key(request: Request) -> str | None:
     key = request.headers.get("idempotency-key")
-    if key is not None and not re.fullmatch(r"[\x21-\x7e ]{1,255}", key):
+    if key is not None and not re.fullmatch(api.KEY, key):
         raise Refusal(400, "request", "Idempotency-Key: 1 to 255 characters of ASCII")
     return key
 
