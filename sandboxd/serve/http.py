@@ -235,7 +235,8 @@ class Request:
     async def waits(self, done: Done, seconds: float) -> bool:
         """Wait for it, or so long; False if the peer has gone meanwhile."""
         scope = done.until()
-        scope.deadline = trio.current_time() + seconds
+        if seconds < math.inf:
+            scope.deadline = trio.current_time() + seconds
         try:
             with scope:
                 await self.conversation.wait_gone()

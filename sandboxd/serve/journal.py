@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import itertools
 import os
 import sqlite3
 import time
@@ -229,9 +230,11 @@ class Journal:
     def _apply(self, batch: list[_Change]) -> None:
         try:
             self._database.execute("BEGIN IMMEDIATE")
-            for change in batch:
-                for statement in change.statements:
-                    self._database.execute(*statement)
+            statements = (one for change in batch for one in change.statements)
+            for sql, same in itertools.groupby(statements, lambda one: one[0]):
+                if sql.startswith("SELECT"):  # to be sure that all before it is written
+                    continue
+                self._database.executemany(sql, (values for _, values in same))
             self._database.execute("COMMIT")
         except sqlite3.Error:
             with contextlib.suppress(sqlite3.Error):

@@ -19,6 +19,9 @@ from sandboxd.serve.share import Waiting
 from sandboxd.serve.wire import JobView, Refusal, State, Submission, encode
 from sandboxd.supervise.run import Hands
 
+SLIM = 1024
+"""Bytes of a request that may be held until its job is over."""
+
 
 class About(msgspec.Struct, frozen=True, kw_only=True):
     """What the journal keeps of a submission for as long as it keeps the job."""
@@ -47,6 +50,8 @@ class Asked:
 
     def slim(self) -> Asked:
         """What a job needs of it while it waits: thousands may, and their files with them."""
+        if len(self.body) <= SLIM:
+            return self
         usage_every = self.wanted.usage_every
         return replace(self, wanted=Submission(argv=("",), usage_every=usage_every), body=b"")
 

@@ -8,8 +8,6 @@ import hashlib
 import logging
 import math
 import re
-from collections.abc import Iterator
-from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
 import h11
@@ -60,17 +58,16 @@ class Budget:
     def __init__(self, most: int) -> None:
         self._left = most
 
-    @contextlib.contextmanager
-    def hold(self, size: int) -> Iterator[None]:
+    def take(self, size: int) -> None:
+        """Refusal 503 if there are too many; what was taken is to be given back."""
         if size > self._left:
             raise Refusal(
                 503, "busy", "too many large requests at once", hint="ask again in a moment"
             ).with_header("Retry-After", "1")
         self._left -= size
-        try:
-            yield
-        finally:
-            self._left += size
+
+    def give_back(self, size: int) -> None:
+        self._left += size
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,42 +197,46 @@ class Routes:
     async def submit(self, call: Call) -> Reply:
         request, wait = call.request, call.flag("wait")
         key = _key(request)
-        async with AsyncExitStack() as stack:
-            most = self.bounds.body
-            size = most if request.length is None else min(request.length, most)
-            stack.enter_context(self.budget.hold(size))
+        most, kind = self.bounds.body, events.wanted(request) if wait else None
+        size = most if request.length is None else min(request.length, most)
+        self.budget.take(size)
+        try:
             body = await request.body(most)
             asked = Asked(
                 submission(body),
                 body,
                 attached=wait and key is None,
-                followed=wait and events.wanted(request) is not None,
+                followed=kind is not None,
                 key=key,
                 digest=hashlib.sha256(body).digest() if key is not None else None,
                 traceparent=traceparent(request.headers.get("traceparent")),
             )
             found, new = await self.book.submit(call.caller, asked)
-            where = ("Location", f"/v1/jobs/{found.id}")
             if not wait:
                 reply = Reply.of(view(found), 202 if new else 200)
-            elif (kind := events.wanted(request)) is not None:
+            elif kind is not None:
                 reply = await events.reply(self.book, found, events.Want(kind=kind))
-                self._until_its_end(reply, found if asked.attached else None, stack.pop_all())
+                self._until_its_end(reply, found if asked.attached else None, size)
+                size = 0
             else:
                 reply = Reply.of(view(await self._wait(request, found, attached=asked.attached)))
-        reply.headers.append(where)
+        finally:
+            self.budget.give_back(size)
+        reply.headers.append(("Location", f"/v1/jobs/{found.id}"))
         return reply
 
-    def _until_its_end(self, reply: Reply, live: Live | Row | None, held: AsyncExitStack) -> None:
-        """With the end of the reply the job ends, and what is `held` is let go."""
+    def _until_its_end(self, reply: Reply, live: Live | Row | None, size: int) -> None:
+        """With the end of the reply the job ends, and what its body takes is given back."""
         following = reply.ended
 
         async def ended() -> None:
-            async with held:
+            try:
                 if following is not None:
                     await following()
                 if isinstance(live, Live) and not live.done.is_set():
                     await self.book.cancel(live)
+            finally:
+                self.budget.give_back(size)
 
         reply.ended = ended
 
@@ -308,11 +309,14 @@ class Routes:
     async def submit_batch(self, call: Call) -> Reply:
         request, most = call.request, self.bounds.body
         size = most if request.length is None else min(request.length, most)
-        with self.budget.hold(size):
+        self.budget.take(size)
+        try:
             body = await request.body(most)
             trace = traceparent(request.headers.get("traceparent"))
             asked = AskedBatch(body, _key(request), trace)
             row, new = await self.batches.submit(call.caller, asked)
+        finally:
+            self.budget.give_back(size)
         where = ("Location", f"/v1/batches/{row.id}")
         if not call.flag("wait"):
             reply = Reply.of(await self.batches.view(row), 202 if new else 200)

@@ -342,9 +342,12 @@ def traceparent(header: str | None) -> str | None:
 
 def event_line(event: Event, attempt: int) -> tuple[int, bytes]:
     """An event's number within its job, and its JSON."""
+    seq = event.seq + (attempt - 1) * FIRST_OF_ATTEMPT
+    if event.type == "start":
+        return seq, b'{"v":1,"seq":%d,"type":"start"}' % seq
     record = event_json(event)
-    record["seq"] = event.seq + (attempt - 1) * FIRST_OF_ATTEMPT
-    return record["seq"], encode(record)
+    record["seq"] = seq
+    return seq, encode(record)
 
 
 def last_line(seq: int, record: bytes) -> bytes:
