@@ -378,6 +378,7 @@ def _connect(path: Path) -> sqlite3.Connection:
                 hint="name another directory: --state DIR",
             )
         database.executescript(_BATCHES)
+        database.execute("PRAGMA cache_size=-256")  # KiB; what lies on disk the kernel caches
         database.execute("PRAGMA journal_mode=WAL")
         database.execute("PRAGMA synchronous=FULL")
         database.execute("PRAGMA journal_size_limit=67108864")
