@@ -65,7 +65,8 @@ class Batches:
 
     def __init__(self, book: Book) -> None:
         self._book = book
-        self._coming: set[tuple[str, str]] = set()
+        self._merging = trio.Lock()
+        """Whole submissions of all cases are in memory: of one batch at a time."""
 
     async def submit(self, caller: Caller, asked: AskedBatch) -> tuple[BatchRow, bool]:
         """The batch, and whether it is new; Refusal if it is not taken on."""
@@ -79,22 +80,25 @@ class Batches:
             stop=wanted.stop,
             created=time.time(),
         )
-        names = {(caller.name, f"id {row.id}"), (caller.name, f"key {row.key or row.id}")}
-        if self._coming & names:
+        words = [f"batch {row.id}", *(f"id {name}" for name in row.names)]
+        words += [] if row.key is None else [f"key {row.key}"]
+        names = {(caller.name, word) for word in words}
+        if self._book.coming & names:
             raise Refusal(
                 409, "conflict", "the same is being submitted at this moment", hint="ask again"
             ).with_header("Retry-After", "1")
-        self._coming |= names
+        self._book.coming |= names
         try:
             if (known := await self._known(row)) is not None:
                 return known, False
             await self._check_free(caller, row)
             trace = asked.traceparent
-            cases = [Asked(submission(one), one, traceparent=trace) for one in cases_of(wanted)]
-            await self._book.take_on_all(caller, cases, row, Stopping(self._book, row))
+            async with self._merging:
+                cases = [Asked(submission(one), one, traceparent=trace) for one in cases_of(wanted)]
+                await self._book.take_on_all(caller, cases, row, Stopping(self._book, row))
             return row, True
         finally:
-            self._coming -= names
+            self._book.coming -= names
 
     async def _known(self, row: BatchRow) -> BatchRow | None:
         """The batch that was submitted with this key before."""

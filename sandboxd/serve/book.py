@@ -103,7 +103,8 @@ class Book:
         self.live: dict[tuple[str, str], Live] = {}
         self.ending = 0
         """Jobs that have run, and whose results are being written."""
-        self._coming: set[tuple[str, str]] = set()
+        self.coming: set[tuple[str, str]] = set()
+        """Callers, and the ids and keys of what is being taken on for them at this moment."""
         self._keys: dict[tuple[str, str], Live] = {}
         self._queue: dict[Waiting, Live] = {}
         self._bodies: Counter[str] = Counter()
@@ -127,14 +128,14 @@ class Book:
         names = {(caller.name, f"id {job_id}")}
         if asked.key is not None:
             names.add((caller.name, f"key {asked.key}"))
-        if self._coming & names:
+        if self.coming & names:
             raise Refusal(
                 409,
                 "conflict",
                 "the same is being submitted at this moment",
                 hint="ask again in a moment",
             ).with_header("Retry-After", "1")
-        self._coming |= names
+        self.coming |= names
         try:
             if (known := await self._known(caller, asked)) is not None:
                 return known, False
@@ -142,7 +143,7 @@ class Book:
                 raise Refusal(409, "conflict", f"there is a job {job_id!r}", hint="another id")
             return await self._take_on(caller, asked, job_id), True
         finally:
-            self._coming -= names
+            self.coming -= names
 
     def _check(self, caller: Caller, wanted: Submission) -> None:
         policy = wanted.policy
@@ -433,5 +434,8 @@ async def open_book(runner: Runner, journal: Journal, settings: Settings) -> Asy
         nursery.start_soon(book._expire)
         book._jobs = nursery
         book.changed()
-        yield book
+        try:
+            yield book
+        finally:
+            book.draining = True
         nursery.cancel_scope.cancel()

@@ -36,11 +36,12 @@ def going_down() -> Refusal:
 
 async def carry_out(book: Book, live: Live) -> None:
     """A job that has its slot."""
-    live.state, live.started = "running", time.time()
-    live.attempts += 1
-    book.metrics.queue_time.observe(max(0.0, live.started - live.created))
     live.slotted = time.monotonic()
     try:
+        await trio.lowlevel.checkpoint_if_cancelled()  # else the journal would have it as started
+        live.state, live.started = "running", time.time()
+        live.attempts += 1
+        book.metrics.queue_time.observe(max(0.0, live.started - live.created))
         found = await _run(book, live)
         live.ended = time.time()
         book.ending += 1

@@ -23,6 +23,8 @@ from sandboxd.serve.wire import (
 
 BATCH = "^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$"
 MOST_CASES = 1000
+MOST_MERGED = 64 << 20
+"""Bytes of the submissions of all cases of a batch, what they have in common in each of them."""
 
 
 class Case(Message, frozen=True):
@@ -75,7 +77,7 @@ def cases_of(batch: BatchSubmission) -> list[bytes]:
             "job: id, interactive and keep_root are not for a batch",
             hint="the batch has an id, and its jobs that with .0, .1 ...",
         )
-    bodies = []
+    bodies, size = [], 0
     for number, case in enumerate(batch.cases):
         body = encode(_merged(job, case))
         try:
@@ -84,6 +86,14 @@ def cases_of(batch: BatchSubmission) -> list[bytes]:
             refusal.args = (f"cases[{number}]: {refusal}",)
             raise
         bodies.append(body)
+        size += len(body)
+        if size > MOST_MERGED:
+            raise Refusal(
+                413,
+                "request",
+                f"cases[{number}]: the cases so far are more than {MOST_MERGED} bytes, each whole",
+                hint="store what they have in common: PUT /v1/files/{sha256}",
+            )
     return bodies
 
 

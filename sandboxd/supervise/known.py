@@ -23,6 +23,8 @@ from sandboxd.supervise.seen import host_for
 from sandboxd.supervise.tenants import Prepared
 
 MOST = 256
+MOST_LIVING = 64
+"""Tenants that live while nobody uses them."""
 ATTACHED = 32
 """Sets of references whose sandboxes are made ready once, and have spares."""
 
@@ -92,6 +94,16 @@ class Known:
             noted = (*compiled.degraded, ("tenant", why))
             compiled = dataclasses.replace(compiled, degraded=noted)
         return Prepared.of(compiled, host)
+
+    def used(self, home: Home) -> None:
+        """A run of its is over; where too many tenants live, one that nobody uses need not."""
+        home.used = trio.current_time()
+        if len(self._homes) <= MOST_LIVING:
+            return
+        living = [one for one in self._homes.values() if one.living is not None]
+        idle = [one for one in living if not one.runs]
+        if len(living) > MOST_LIVING and idle:
+            self._nursery.start_soon(min(idle, key=lambda one: one.used).retire)
 
     def _forget(self) -> None:
         """Leave room for another policy: who asks for a new one each time must not fill memory."""

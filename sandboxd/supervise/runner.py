@@ -238,10 +238,14 @@ class Runner:
                     host, started = kept.prepared.host, conduct.on_start
                     watched = volumes.watched(kept.policy, host, started)
                     conduct.on_start = await lent.enter_async_context(watched)
+                kept.home.runs += 1
                 try:
                     result = await self._in_sandbox(kept, conduct, (asked, queued))
                 except GivenUp:
                     return self._never_started(job, asked)
+                finally:
+                    kept.home.runs -= 1
+                    self._known.used(kept.home)
             self._finished += 1
             kept.runs += 1
             if not kept.refilling and self._lacks(kept):

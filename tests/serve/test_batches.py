@@ -127,6 +127,9 @@ async def test_what_is_wrong_in_a_case_is_said_and_nothing_is_taken() -> None:
             await served.ask("POST", "/v1/batches", {"job": {**ECHO, "id": "x"}, "cases": [{}]})
         with pytest.raises(SandboxError, match="<= 1000"):
             await served.ask("POST", "/v1/batches", {"job": ECHO, "cases": [{}] * 1001})
+        large = {"argv": ["true"], "files": {"a": {"data": "x" * 1_000_000}}}
+        with pytest.raises(SandboxError, match="store what they have in common"):
+            await served.ask("POST", "/v1/batches", {"job": large, "cases": [{}] * 100})
         assert (await served.ask("GET", "/v1/jobs"))["jobs"] == []
         with pytest.raises(SandboxError, match="no such batch"):
             await served.ask("GET", "/v1/batches/b")
