@@ -27,7 +27,8 @@ usage() {
 ./do test [PYTEST ARGS]      the tests; as root they run as the ordinary user sandboxd-test
 ./do check                   format, lint, types, policies
 ./do fmt                     formats and sorts imports
-./do bench [ARGS]            the benchmarks, as the same user as the tests; network: of a way out
+./do bench [ARGS]            the benchmarks, as the same user as the tests; network: of a way out;
+                             serve: of the daemon
 ./do fuzz [NAME [ARGS]]      fuzz/NAME.py, or every file in fuzz/
 ./do vm [ARGS]               the tests in a virtual machine with cgroup v2 controllers (--help)
 ./do python ARGS...          Python that can import all of it: UPDATE=1 ./do python -m pytest tests

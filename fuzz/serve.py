@@ -8,6 +8,7 @@ And whatever JSON is a submission becomes a Job, or a Refusal, or a SandboxError
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from sandboxd.errors import SandboxError
 from sandboxd.job import Job
 from sandboxd.serve.http import Conversation, Peer, Reply, Request, converse
 from sandboxd.serve.wire import Refusal, Submission, digests, job_of, submission, words
+from sandboxd.serve.wires import Wire
 
 METHODS = [b"GET", b"POST", b"PUT", b"DELETE", b"HEAD", b"OPTIONS", b"PRI", b"", b"get", b"\xff"]
 TARGETS = [b"/", b"*", b"/a?b=c&d", b"/%00%ff", b"http://[x", b"//", b"/a b", b"?" + b"&" * 50]
@@ -70,8 +72,9 @@ def handler(reads: int, streams: bool) -> Any:
 
     async def handle(request: Request) -> Reply:
         if reads == 1:
-            async for _ in request.chunks(5):
-                break
+            async with contextlib.aclosing(request.chunks(5)) as pieces:
+                async for _ in pieces:
+                    break
         elif reads == 2:
             await request.body(5)
         return Reply(stream=stream()) if streams else Reply(body=b"x")
@@ -85,7 +88,6 @@ class Stream:
     def __init__(self, data: bytes, size: int) -> None:
         self._pieces = [data[start : start + size] for start in range(0, len(data), size)]
         self.sent = b""
-        self.socket = self
 
     async def receive_some(self, _: int) -> bytes:
         await trio.lowlevel.checkpoint()
@@ -95,13 +97,10 @@ class Stream:
         await trio.lowlevel.checkpoint()
         self.sent += data
 
-    def shutdown(self, _: int) -> None:
-        raise OSError("gone")
-
 
 def check_connection(data: bytes, size: int, handle: Any) -> None:
     stream = Stream(data, size)
-    conversation = Conversation(stream, Peer(address="x"))  # type: ignore[arg-type]
+    conversation = Conversation(Wire(stream), Peer(address="x"))  # type: ignore[arg-type]
     trio.run(converse, conversation, handle, lambda: "now")
     client = h11.Connection(h11.CLIENT)
     client.send(h11.Request(method="GET", target="/", headers=[("Host", "x")]))
@@ -155,7 +154,7 @@ def check_submission(body: bytes) -> None:
         wanted = submission(body)
         assert words(wanted)
         assert digests(wanted) <= {"0" * 64}
-        job = job_of(wanted, "x", lambda digest: Path("/store", digest))
+        job = job_of(wanted, ("x", None), lambda digest: Path("/store", digest))
     except (Refusal, SandboxError):
         return
     assert isinstance(job, Job)

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from sandboxd.reference import Reference
     from sandboxd.result import Artifact, Event, Kept, Output, Result, Usage, to_json
     from sandboxd.serve.client import Client, ClientRun, connect
+    from sandboxd.serve.tls import Trust
     from sandboxd.supervise.builds import Build
     from sandboxd.supervise.bundles import load_bundle
     from sandboxd.supervise.group_files import load_group
@@ -51,6 +52,7 @@ _HOMES = {
     "reference": ("Reference",),
     "result": ("Artifact", "Event", "Kept", "Output", "Result", "Usage", "to_json"),
     "serve.client": ("Client", "ClientRun", "connect"),
+    "serve.tls": ("Trust",),
     "supervise.builds": ("Build",),
     "supervise.bundles": ("load_bundle",),
     "supervise.group_files": ("load_group",),
@@ -68,7 +70,7 @@ __all__ = [
     "Group", "GroupRun", "HostError", "ImageError", "InternalError", "Job", "JobError", "Kept",
     "KeptRoot", "LaunchError", "Limits", "Member", "OpenArtifact", "Output", "Pattern", "Policy",
     "PolicyError", "PolicyErrors", "Reference", "Result", "Run", "Runner", "RunnerStatistics",
-    "SandboxError", "Tar", "Terminal", "Usage", "WorkloadFailed", "__version__", "commit",
+    "SandboxError", "Tar", "Terminal", "Trust", "Usage", "WorkloadFailed", "__version__", "commit",
     "connect", "find_kept", "find_policy", "kept_roots", "load_bundle", "load_group", "open_runner",
     "run", "run_sync", "to_json",
 ]  # fmt: skip

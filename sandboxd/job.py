@@ -100,6 +100,9 @@ class Job:
     """Keep what it changes in its writable root, as a layer: under this name, or under its id."""
     terminal: Terminal | None = None
     id: str | None = None
+    domain: str | None = None
+    """Whose it is: jobs of two domains share no user namespace, and no ids where there are enough;
+    those of None are one domain, too."""
     ignored: tuple[tuple[str, str], ...] = ()
     """(What, why) of what was asked for where this job was read from, and is not done: the result
     has them in `degraded`."""

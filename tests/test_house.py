@@ -90,12 +90,13 @@ IMPURE = frozenset(
 )
 IMPURE_CALLS = frozenset({"open", "print", "input", "breakpoint", "exec", "eval"})
 PURE_ROOMS = VALUES | {"compile", "script"}
-PURE_FILES = {f"serve/{one}.py" for one in ("api", "metrics", "share", "wire")}
+PURE_FILES = {f"serve/{one}.py" for one in ("api", "manifold", "metrics", "share", "swift", "wire")}
 ALLOWED = {
     "errors.py": {"os"},  # os.strerror
     "job.py": {"os", "pathlib"},  # types: what a caller may hand over
     "policy.py": {"pathlib"},
     "script/command.py": {"sys"},  # sys.executable: with which interpreter
+    "serve/swift.py": {"http"},  # names of statuses
     "serve/wire.py": {"http", "os", "pathlib"},  # names of statuses, os.fsencode, types
     "compile/build.py": {"os"},  # os.fsencode: text of callers is bytes to the kernel
     "compile/seccomp.py": {"os"},  # libseccomp exports a filter only into a descriptor: a memfd

@@ -28,7 +28,8 @@ def add(
     )
     parser.add_argument(
         "-H", "--host", metavar="ADDRESS",
-        help="the daemon: unix:///path or http://HOST:PORT (default: $SANDBOXD_HOST, else yours)",
+        help="the daemon: unix:///path, http:// or https://HOST:PORT"
+        " (default: $SANDBOXD_HOST, else yours)",
     )  # fmt: skip
     return parser
 

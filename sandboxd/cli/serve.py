@@ -13,6 +13,7 @@ from sandboxd.cli.quantities import count, size, time
 if TYPE_CHECKING:
     from sandboxd.serve.quotas import Quotas
     from sandboxd.serve.server import Options
+    from sandboxd.serve.tls import Shown
 
 _DESCRIPTION = """\
 Serves jobs over HTTP, on a Unix socket for this user unless told otherwise, until SIGTERM or
@@ -52,7 +53,7 @@ def _add_callers(group: argparse._ArgumentGroup) -> None:
         action="append",
         default=[],
         metavar="ADDRESS",
-        help="unix:///path or http://HOST:PORT; may be repeated",
+        help="unix:///path, http://HOST:PORT or https://HOST:PORT; may be repeated",
     )
     group.add_argument(
         "--allow-uid",
@@ -67,6 +68,16 @@ def _add_callers(group: argparse._ArgumentGroup) -> None:
         type=Path,
         metavar="FILE",
         help="lines of NAME TOKEN; needed to listen where other machines reach it",
+    )
+    group.add_argument(
+        "--tls-cert", type=Path, metavar="FILE", help="of https:// addresses: its chain, as PEM"
+    )
+    group.add_argument("--tls-key", type=Path, metavar="FILE", help="the key of --tls-cert")
+    group.add_argument(
+        "--tls-client-ca",
+        type=Path,
+        metavar="FILE",
+        help="callers need a certificate of these authorities, and are who it names",
     )
 
 
@@ -194,8 +205,14 @@ def _options(args: argparse.Namespace) -> Options:
 
     addresses = [address.parse(text) for text in args.listen]
     tokens = read_tokens(args.token_file) if args.token_file is not None else {}
+    callers = Callers(
+        uids=frozenset({os.getuid(), *args.allow_uid}),
+        tokens=tokens,
+        certificates=args.tls_client_ca is not None,
+    )
     return Options(
         settings=Settings(
+            apart=callers.many,
             state=(args.state or address.state(os.environ)).absolute(),
             quotas=_quotas(args),
             room=room(args.slots, args.memory),
@@ -204,13 +221,26 @@ def _options(args: argparse.Namespace) -> Options:
             size=args.keep_size,
         ),
         addresses=addresses or [address.default(os.environ)],
-        callers=Callers(uids=frozenset({os.getuid(), *args.allow_uid}), tokens=tokens),
+        callers=callers,
+        tls=_tls(args),
         bounds=Bounds(body=args.max_body, bodies=max(256 << 20, 4 * args.max_body)),
         slots=args.slots,
         spares=args.spares,
         cgroup=args.cgroup,
         drain=args.drain,
     )
+
+
+def _tls(args: argparse.Namespace) -> Shown | None:
+    from sandboxd.errors import JobError
+    from sandboxd.serve.tls import Shown
+
+    files = (args.tls_cert, args.tls_key)
+    if None not in files:
+        return Shown(cert=args.tls_cert, key=args.tls_key, client_ca=args.tls_client_ca)
+    if files != (None, None) or args.tls_client_ca is not None:
+        raise JobError("--tls-cert and --tls-key belong together", hint="give both")
+    return None
 
 
 def _quotas(args: argparse.Namespace) -> Quotas:

@@ -1,4 +1,4 @@
-"""Where a daemon is: unix:///path or http://host:port. Both sides use it; it imports little."""
+"""Where a daemon is: unix:///path, http:// or https://host:port. Both sides use it."""
 
 from __future__ import annotations
 
@@ -27,10 +27,16 @@ class Unix:
 class Tcp:
     host: str
     port: int
+    tls: bool = False
 
     def __str__(self) -> str:
+        return f"{'https' if self.tls else 'http'}://{self.place}"
+
+    @property
+    def place(self) -> str:
+        """Host and port, as in the Host of a request."""
         host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"http://{host}:{self.port}"
+        return f"{host}:{self.port}"
 
 
 def parse(text: str) -> Unix | Tcp:
@@ -48,9 +54,11 @@ def parse(text: str) -> Unix | Tcp:
         port = parts.port
     except ValueError:
         parts, port = urlsplit(""), None
-    if parts.scheme != "http" or not parts.hostname or parts.path not in ("", "/"):
-        raise JobError(f"{text!r} is no address", hint="unix:///path or http://HOST:PORT")
-    return Tcp(parts.hostname, DEFAULT_PORT if port is None else port)
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.path not in ("", "/"):
+        raise JobError(
+            f"{text!r} is no address", hint="unix:///path, or http:// or https://HOST:PORT"
+        )
+    return Tcp(parts.hostname, DEFAULT_PORT if port is None else port, parts.scheme == "https")
 
 
 def default(environ: Mapping[str, str]) -> Unix:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -11,7 +12,10 @@ import msgspec
 
 import sandboxd
 from sandboxd.result import SCHEMA, Event, Result
+from sandboxd.serve.manifold import BatchSubmission, BatchView
 from sandboxd.serve.wire import (
+    DIGEST,
+    NAME,
     FileView,
     Info,
     JobList,
@@ -22,13 +26,15 @@ from sandboxd.serve.wire import (
     Submission,
 )
 
+KEY = "^[\\x21-\\x7e ]{1,255}$"
+"""Of an Idempotency-Key."""
 BINARY = "application/octet-stream"
 NDJSON = "application/x-ndjson"
 SSE = "text/event-stream"
 TEXT = "text/plain"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Route:
     """One method of one path. `takes` and `gives` are types, or kinds of content."""
 
@@ -44,7 +50,7 @@ class Route:
     open: bool = False
     """Whether strangers may ask, too."""
 
-    @property
+    @functools.cached_property
     def parts(self) -> tuple[str, ...]:
         return tuple(self.path.split("/")[1:])
 
@@ -139,6 +145,51 @@ ROUTES = (
         status=(204,),
     ),
     Route(
+        method="POST",
+        path="/v1/batches",
+        name="submit_batch",
+        text="submit many jobs at once",
+        takes=BatchSubmission,
+        gives=BatchView,
+        status=(202, 200),
+        query={"wait": "1: the reply is its events, and closing the connection cancels it"},
+        headers={
+            "Idempotency-Key": "the same key and body again give the batch that there is",
+            "Accept": f"with wait=1, {SSE}: server-sent events",
+            "traceparent": "W3C Trace Context; it is in the views of its jobs and in the log",
+        },
+    ),
+    Route(
+        method="GET",
+        path="/v1/batches/{id}",
+        name="batch",
+        text="a batch, and how its cases are",
+        gives=BatchView,
+    ),
+    Route(
+        method="DELETE",
+        path="/v1/batches/{id}",
+        name="cancel_batch",
+        text="cancel what is left of a batch",
+        gives=BatchView,
+        status=(202,),
+    ),
+    Route(
+        method="GET",
+        path="/v1/batches/{id}/events",
+        name="batch_events",
+        text="its cases with their results, in their order, each as soon as it is over",
+        gives=NDJSON,
+        query={
+            "from": "the first case wanted",
+            "follow": "0: no further than what is there now",
+        },
+        headers={
+            "Accept": f"{SSE}: server-sent events",
+            "Last-Event-ID": "of server-sent events: the last one that arrived",
+        },
+    ),
+    Route(
         method="PUT",
         path="/v1/files/{sha256}",
         name="put_file",
@@ -189,6 +240,21 @@ ROUTES = (
         open=True,
     ),
 )
+
+
+_PLAIN = {
+    one.parts: tuple(route for route in ROUTES if route.path == one.path)
+    for one in ROUTES
+    if "{" not in one.path
+}
+
+
+def matching(path: tuple[str, ...]) -> list[tuple[Route, dict[str, str]]]:
+    """The routes of a path, and the values of the {names} in it."""
+    plain = _PLAIN.get(path)
+    if plain is not None:
+        return [(one, {}) for one in plain]
+    return [(one, names) for one in ROUTES if (names := one.match(path)) is not None]
 
 
 class StreamView(msgspec.Struct, frozen=True, kw_only=True):
@@ -268,11 +334,15 @@ def _content(value: Any) -> dict[str, Any]:
 
 def _parameters(route: Route) -> Iterator[dict[str, Any]]:
     for name in re.findall(r"{(\w+)}", route.path):
-        yield {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+        schema = {"type": "string", "pattern": DIGEST if name == "sha256" else NAME}
+        yield {"name": name, "in": "path", "required": True, "schema": schema}
     for where, found in (("query", route.query), ("header", route.headers)):
         for name, text in found.items():
             if name != "Accept":  # OpenAPI says that it is to be left out
-                schema = {"type": "string"}
+                schema = {
+                    "type": "string",
+                    **({"pattern": KEY} if name == "Idempotency-Key" else {}),
+                }
                 yield {"name": name, "in": where, "description": text, "schema": schema}
 
 
@@ -280,7 +350,7 @@ def _operation(route: Route) -> dict[str, Any]:
     good: dict[str, Any] = {"description": route.text}
     if route.gives is not None:
         good["content"] = _content(route.gives)
-        if route.name in ("events", "submit"):
+        if route.name in ("events", "submit", "submit_batch", "batch_events"):
             good["content"] |= _content(NDJSON) | _content(SSE)
     problem = {"schema": {"$ref": "#/components/schemas/ProblemView"}}
     bad = {"description": "why not", "content": {"application/problem+json": problem}}

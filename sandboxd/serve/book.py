@@ -1,4 +1,4 @@
-"""The jobs: taken on, waiting, running, done. One task starts them, and each has one of its own.
+"""The jobs: taken on, waiting, running, done. Each that runs has a task of its own.
 
 Theory of operation. An accepted job is in the journal before its caller hears of it; one whose
 caller waits on the connection (`attached`) is not, for nothing was promised before its end. A job
@@ -16,7 +16,7 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,8 +32,8 @@ from sandboxd.result import SCHEMA, error_json
 from sandboxd.serve import carry
 from sandboxd.serve.callers import Caller
 from sandboxd.serve.files import Files
-from sandboxd.serve.journal import Journal, Row
-from sandboxd.serve.live import About, Asked, Live
+from sandboxd.serve.journal import BatchRow, Journal, Row
+from sandboxd.serve.live import About, Asked, Batch, Live
 from sandboxd.serve.log import Log
 from sandboxd.serve.metrics import Metrics
 from sandboxd.serve.quotas import Quotas, Spending
@@ -52,6 +52,8 @@ from sandboxd.supervise.policies import is_path
 from sandboxd.supervise.runner import Runner
 
 MOST_ATTEMPTS = 3
+TURN = 50
+"""Cases of a batch that are looked at before others have their turn."""
 SMALL = 4096
 """Bytes of a request that is kept in memory while its job waits; a larger one is read again."""
 EXPIRE_EVERY = 60.0
@@ -74,6 +76,8 @@ class Settings:
     quotas: Quotas
     room: Need
     """CPUs and memory of all running jobs together."""
+    apart: bool = False
+    """Whether callers have tenants of their own."""
     events: int = 16 << 20
     """Bytes of a job's events that are kept."""
     age: float = 7 * 86400.0
@@ -97,19 +101,23 @@ class Book:
         self.replying = 0
         """Requests whose replies are not sent."""
         self.live: dict[tuple[str, str], Live] = {}
-        self._coming: set[tuple[str, str]] = set()
+        self.ending = 0
+        """Jobs that have run, and whose results are being written."""
+        self.coming: set[tuple[str, str]] = set()
+        """Callers, and the ids and keys of what is being taken on for them at this moment."""
         self._keys: dict[tuple[str, str], Live] = {}
         self._queue: dict[Waiting, Live] = {}
         self._bodies: Counter[str] = Counter()
         """Caller -> bytes of requests whose jobs are not over."""
         self._changed = trio.Event()
+        self._jobs: trio.Nursery | None = None
 
     # -- taking on
 
     async def submit(self, caller: Caller, asked: Asked) -> tuple[Live | Row, bool]:
         """The job, and whether it is new; Refusal if it is not taken on."""
         try:
-            self._check(caller, asked.wanted.policy)
+            self._check(caller, asked.wanted)
             return await self._submit(caller, asked)
         except Refusal as refusal:
             self.metrics.refused.add(why=refusal.kind)
@@ -120,14 +128,14 @@ class Book:
         names = {(caller.name, f"id {job_id}")}
         if asked.key is not None:
             names.add((caller.name, f"key {asked.key}"))
-        if self._coming & names:
+        if self.coming & names:
             raise Refusal(
                 409,
                 "conflict",
                 "the same is being submitted at this moment",
                 hint="ask again in a moment",
             ).with_header("Retry-After", "1")
-        self._coming |= names
+        self.coming |= names
         try:
             if (known := await self._known(caller, asked)) is not None:
                 return known, False
@@ -135,11 +143,19 @@ class Book:
                 raise Refusal(409, "conflict", f"there is a job {job_id!r}", hint="another id")
             return await self._take_on(caller, asked, job_id), True
         finally:
-            self._coming -= names
+            self.coming -= names
 
-    def _check(self, caller: Caller, policy: str | Policy) -> None:
+    def _check(self, caller: Caller, wanted: Submission) -> None:
+        policy = wanted.policy
         if self.draining:
             raise carry.going_down()
+        if wanted.keep_root and not caller.operator:
+            raise Refusal(
+                403,
+                "denied",
+                "keep_root is for the daemon's own user, whose store it goes to",
+                hint="collect what is to be kept",
+            )
         if isinstance(policy, Policy):
             if not caller.operator:
                 raise Refusal(
@@ -173,6 +189,45 @@ class Book:
                 hint="a new job needs a new key",
             )
         return found if isinstance(found, Live) else await self.find(caller, found.id)
+
+    async def take_on_all(
+        self, caller: Caller, asked: Sequence[Asked], batch: BatchRow, hears: Batch
+    ) -> list[Live]:
+        """The cases of a batch: all of them, or none."""
+        try:
+            for number, one in enumerate(asked):
+                self._check(caller, one.wanted)
+                if not number % TURN:
+                    await trio.lowlevel.checkpoint()
+            return await self._take_on_all(caller, asked, batch, hears)
+        except Refusal as refusal:
+            self.metrics.refused.add(len(asked), why=refusal.kind)
+            raise
+
+    async def _take_on_all(
+        self, caller: Caller, asked: Sequence[Asked], batch: BatchRow, hears: Batch
+    ) -> list[Live]:
+        size = sum(len(one.body) for one in asked)
+        self.spending.check(caller.name, self.share, len(asked))
+        self.spending.check_bodies(self._bodies[caller.name] + size)
+        cases: list[Live] = []
+        with ExitStack() as held:
+            for name, one in zip(batch.names, asked, strict=True):
+                if not len(cases) % TURN:
+                    await trio.lowlevel.checkpoint()
+                stack = held.enter_context(ExitStack())
+                live = self._make(caller, one, name, stack)
+                live.batch = hears
+                live.held = stack
+                cases.append(live)
+            rows = [live.row(one.body) for live, one in zip(cases, asked, strict=True)]
+            await self.journal.accept(*rows, batch=batch)
+            held.pop_all()
+        for live in cases:
+            live.job = live.job if live.size <= SMALL else None
+            self._enqueue(live)
+        self.metrics.accepted.add(len(cases))
+        return cases
 
     async def _take_on(self, caller: Caller, asked: Asked, job_id: str) -> Live:
         self.spending.check(caller.name, self.share)
@@ -214,7 +269,8 @@ class Book:
         )
 
     def job(self, caller: str, wanted: Submission, job_id: str) -> Job:
-        return job_of(wanted, job_id, lambda digest: self.files.path(caller, digest))
+        domain = caller if self.settings.apart else None
+        return job_of(wanted, (job_id, domain), lambda digest: self.files.path(caller, digest))
 
     def folder(self, caller: str, job_id: str) -> Path:
         """Where a job's events go when there are many."""
@@ -231,9 +287,12 @@ class Book:
         self.changed()
 
     def changed(self) -> None:
-        """Something was queued, or is over."""
-        self._changed.set()
-        self._changed = trio.Event()
+        """Something was queued, or is over: start what may be started."""
+        while not self.draining and self._jobs and (waiting := self.share.next()) is not None:
+            self._jobs.start_soon(carry.carry_out, self, self._queue.pop(waiting))
+        if self.draining:
+            self._changed.set()
+            self._changed = trio.Event()
 
     # -- asking for
 
@@ -252,15 +311,12 @@ class Book:
             live.log.hurry()
             live.run.kill()
 
-    # -- starting
-
-    async def _start_jobs(self, nursery: trio.Nursery) -> None:
-        while True:
-            changed = self._changed
-            while not self.draining and (waiting := self.share.next()) is not None:
-                live = self._queue.pop(waiting)
-                nursery.start_soon(carry.carry_out, self, live)
-            await changed.wait()
+    def leave_slot(self, live: Live) -> None:
+        """Its slot, if it still has one, goes to who is next."""
+        if live.slotted is not None:
+            self.share.give_back(live.waiting, time.monotonic() - live.slotted)
+            live.slotted = None
+            self.changed()
 
     def over(self, live: Live) -> None:
         """It is neither waiting nor running any more."""
@@ -273,7 +329,14 @@ class Book:
         live.held.close()
         live.begun.set()
         live.done.set()
+        if live.batch is not None:
+            live.batch.over(live)
         self.changed()
+
+    def soon(self, live: Live) -> None:
+        """Cancel it without waiting for that."""
+        if self._jobs is not None:
+            self._jobs.start_soon(self.cancel, live)
 
     # -- before and after
 
@@ -341,9 +404,9 @@ class Book:
                 live.refused = carry.going_down()
                 self.over(live)
         with trio.move_on_after(seconds):
-            while self.share.running:
+            while self.share.running or self.ending:
                 await self._changed.wait()
-        return not self.share.running
+        return not (self.share.running or self.ending)
 
 
 def need_of(policy: Policy) -> Need:
@@ -368,7 +431,11 @@ async def open_book(runner: Runner, journal: Journal, settings: Settings) -> Asy
     book = Book(runner, journal, settings)
     await book.recover()
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(book._start_jobs, nursery)
         nursery.start_soon(book._expire)
-        yield book
+        book._jobs = nursery
+        book.changed()
+        try:
+            yield book
+        finally:
+            book.draining = True
         nursery.cancel_scope.cancel()

@@ -37,6 +37,13 @@ class Callers:
     uids: frozenset[int]
     tokens: Mapping[str, bytes] = field(default_factory=dict)
     """Name -> SHA-256 of its token."""
+    certificates: bool = False
+    """Whether callers have certificates, so that there may be any number of them."""
+
+    @property
+    def many(self) -> bool:
+        """Whether there can be more than one."""
+        return self.certificates or len(self.uids) + len(self.tokens) > 1
 
     def find(self, peer: Peer, headers: Mapping[str, str]) -> Caller:
         """The caller; Refusal 401 or 403 if it is nobody we know."""
@@ -49,6 +56,8 @@ class Callers:
                     hint="who runs it may let you in: sandboxd serve --allow-uid",
                 )
             return Caller(f"uid:{peer.uid}", operator=peer.uid == os.getuid())
+        if peer.certificate and not (self.tokens and "authorization" in headers):
+            return Caller(f"tls:{peer.certificate}")
         if self.tokens:
             return Caller(f"token:{self._by_token(headers.get('authorization', ''))}")
         _check_local(headers)

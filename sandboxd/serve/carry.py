@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import logging
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+import msgspec
 import trio
 
 from sandboxd.errors import InternalError, SandboxError
 from sandboxd.job import Job
-from sandboxd.result import Artifact, Result, failure_json, to_json
+from sandboxd.result import Artifact, ArtifactError, Event, Result, encoded, failure_json
+from sandboxd.serve.lines import tell
 from sandboxd.serve.live import Live
 from sandboxd.serve.wire import FIRST_OF_ATTEMPT, Refusal, encode, event_line, last_line, submission
-from sandboxd.supervise.run import Run
+from sandboxd.supervise.run import Followed, Hands, Run
 
 if TYPE_CHECKING:
     from sandboxd.serve.book import Book
 
+MOST_ENDING = 64
+"""Jobs without a slot whose results are on their way to the journal."""
 STALLED = 300.0
 """Seconds after which a job is killed that waits for a reader who takes nothing."""
 
@@ -32,18 +36,27 @@ def going_down() -> Refusal:
 
 async def carry_out(book: Book, live: Live) -> None:
     """A job that has its slot."""
-    live.state, live.started = "running", time.time()
-    live.attempts += 1
-    book.metrics.queue_time.observe(max(0.0, live.started - live.created))
-    began = time.monotonic()
+    live.slotted = time.monotonic()
     try:
-        record, result = await _run(book, live)
-        await _end(book, live, record, result)
+        await trio.lowlevel.checkpoint_if_cancelled()  # else the journal would have it as started
+        live.state, live.started = "running", time.time()
+        live.attempts += 1
+        book.metrics.queue_time.observe(max(0.0, live.started - live.created))
+        found = await _run(book, live)
+        live.ended = time.time()
+        book.ending += 1
+        try:
+            if book.ending <= MOST_ENDING:
+                book.leave_slot(live)
+                await trio.lowlevel.checkpoint()  # who has it now begins; the rest can wait
+            await _end(book, live, found)
+        finally:
+            book.ending -= 1
     except trio.Cancelled:
         live.refused = going_down()  # in the journal it still runs: the next daemon decides
         raise
     finally:
-        book.share.give_back(live.waiting, time.monotonic() - began)
+        book.leave_slot(live)
         book.over(live)
 
 
@@ -52,35 +65,46 @@ async def never_started(book: Book, live: Live) -> None:
     try:
         job = await _job(book, live)
         result = book.runner.never_started(job, time.time() - live.created)
-        await _end(book, live, to_json(result), result)
+        await _end(book, live, result)
     except SandboxError as error:
-        await _end(book, live, failure_json(error), None)
+        await _end(book, live, error)
     finally:
         book.over(live)
 
 
-async def _run(book: Book, live: Live) -> tuple[dict[str, Any], Result | None]:
-    """The record, and the result if there is one."""
+async def _run(book: Book, live: Live) -> Result | SandboxError:
+    """The result, or why there is none."""
     try:
         if not live.asked.attached:
             await book.journal.start(live.caller.name, live.id, live.attempts)
         job = await _job(book, live)
-        every = live.asked.wanted.usage_every
-        async with book.runner.start(job, usage_every=every) as run:
-            live.run = run
-            live.begun.set()
-            if live.cancelled:
-                run.kill()
-            result = await _follow(live, run)
-        return await _record(book, live, result), result
+        return await _kept(book, live, await _result(book, live, job))
     except SandboxError as error:
-        return failure_json(error), None
+        return error
     except Refusal as refusal:  # a file it names has gone
-        return failure_json(SandboxError(str(refusal), hint=refusal.hint)), None
+        return SandboxError(str(refusal), hint=refusal.hint)
     except Exception as error:
         logger.exception("job failed", extra={"caller": live.caller.name, "job": live.id})
-        told = InternalError(f"{type(error).__name__}: {error}", hint="the daemon's log says more")
-        return failure_json(told), None
+        return InternalError(f"{type(error).__name__}: {error}", hint="the daemon's log says more")
+
+
+async def _result(book: Book, live: Live, job: Job) -> Result:
+    every = live.asked.wanted.usage_every
+    if live.asked.followed or job.stdin is None or job.terminal is not None or every is not None:
+        async with book.runner.start(job, usage_every=every) as run:
+            _begin(live, run)
+            return await _follow(live, run)
+
+    followed = Followed(live.id, functools.partial(_tell, live))
+    _begin(live, followed)
+    return await book.runner.follow(job, followed)
+
+
+def _begin(live: Live, run: Hands) -> None:
+    live.run = run
+    live.begun.set()
+    if live.cancelled:
+        run.kill()
 
 
 async def _job(book: Book, live: Live) -> Job:
@@ -96,39 +120,48 @@ async def _job(book: Book, live: Live) -> Job:
 async def _follow(live: Live, run: Run) -> Result:
     """Pass its events on, at the pace of who reads them."""
     async for event in run.events:
-        if event.result is not None:
-            continue
-        seq, line = event_line(event, live.attempts)
-        with trio.move_on_after(STALLED) as patience:
-            await live.log.append(seq, line)
-        if patience.cancelled_caught:
-            live.log.hurry()
-            run.kill()
+        if event.result is None:
+            await _tell(live, event)
     return await run.wait()
 
 
-async def _record(book: Book, live: Live, result: Result) -> dict[str, Any]:
-    """The record; what was collected is a file of the caller's then."""
-    record = to_json(result)
+async def _tell(live: Live, event: Event) -> None:
+    seq, line = event_line(event, live.attempts)
+    if live.log.put(seq, line):
+        return
+    with trio.move_on_after(STALLED) as patience:
+        await live.log.make_room()
+    if patience.cancelled_caught and live.run is not None:
+        live.log.hurry()
+        live.run.kill()
+
+
+async def _kept(book: Book, live: Live, result: Result) -> Result:
+    """What was collected is a file of the caller's now, or the result says why not."""
+    problems = []
     for artifact in result.artifacts:
         if not await trio.to_thread.run_sync(_save, book, live, artifact):
             reason = "not kept: the caller's files take up too much"
-            record["artifact_errors"].append({"path": artifact.path, "reason": reason})
-    return record
+            problems.append(ArtifactError(path=artifact.path, reason=reason))
+    if not problems:
+        return result
+    return msgspec.structs.replace(result, artifact_errors=(*result.artifact_errors, *problems))
 
 
 def _save(book: Book, live: Live, artifact: Artifact) -> bool:
     return book.files.save(live.caller.name, artifact.sha256, artifact.data)
 
 
-async def _end(book: Book, live: Live, record: dict[str, Any], result: Result | None) -> None:
+async def _end(book: Book, live: Live, found: Result | SandboxError) -> None:
     await live.log.settle()
-    live.ended = time.time()
-    live.status = record["status"]
-    data = encode(record)
+    live.ended = live.ended or time.time()
+    if isinstance(found, Result):
+        live.status, data = found.status, encoded(found)
+    else:
+        live.status, data = "error", encode(failure_json(found))
     events = live.log.lines()
     kept = None if events is None else b"\n".join(events)
-    row = dataclasses.replace(live.row(), result=data, events=kept)
+    row = live.row(None, data, kept)
     size = len(data) + (len(kept) if kept is not None else book.settings.events)
     try:
         await book.journal.finish(row, size, known=not live.asked.attached)
@@ -137,15 +170,12 @@ async def _end(book: Book, live: Live, record: dict[str, Any], result: Result | 
     live.record, live.state = data, "done"
     seq = max(live.log.last + 1, (live.attempts - 1) * FIRST_OF_ATTEMPT)
     live.log.finish(seq, last_line(seq, data))
-    _count(book, live, result)
+    _count(book, live, found if isinstance(found, Result) else None)
 
 
 def _count(book: Book, live: Live, result: Result | None) -> None:
     metrics = book.metrics
     metrics.ended.add(status=live.status or "error")
-    about = {"caller": live.caller.name, "job": live.id, "status": live.status}
-    if live.about.traceparent is not None:
-        about["traceparent"] = live.about.traceparent
     if result is not None:
         usage = result.usage
         if live.started is not None:
@@ -155,4 +185,5 @@ def _count(book: Book, live: Live, result: Result | None) -> None:
         if usage.cpu_time is not None:
             metrics.cpu.add(usage.cpu_time)
             book.spending.spent(live.caller.name, usage.cpu_time)
-    logger.info("job over", extra=about)
+    about = {"caller": live.caller.name, "job": live.id, "status": live.status}
+    tell(logger, "job over", {**about, "traceparent": live.about.traceparent})

@@ -65,6 +65,11 @@ async def _first(book: Book, row: Row) -> int | None:
     return await trio.to_thread.run_sync(first_of_finished, folder)
 
 
+def formed(pieces: AsyncGenerator[list[bytes], None], kind: str) -> Reply:
+    """A reply of lines that come."""
+    return Reply(kind=kind, stream=_formed(pieces, kind))
+
+
 async def _formed(
     pieces: AsyncGenerator[list[bytes], None], kind: str
 ) -> AsyncGenerator[bytes, None]:

@@ -23,7 +23,10 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 import h11
 import trio
 
+from sandboxd.serve import swift
+from sandboxd.serve.done import Done
 from sandboxd.serve.wire import Refusal, encode
+from sandboxd.serve.wires import BROKEN, Wire
 from sandboxd.supervise.one_error import one_error
 
 HEAD_SIZE = 32 << 10
@@ -35,10 +38,7 @@ BODY_TIME = 20.0
 """Seconds that a body may take on top of what its size takes at SLOWEST."""
 SLOWEST = 4096
 """Bytes a second that a body comes at, at least."""
-STALL_TIME = 300.0
-"""Seconds in which a reader takes something of a reply, at least."""
 AHEAD = 64 << 10
-CHUNK = 64 << 10
 LINGER = 1.0
 """Seconds in which what is still on its way to us is thrown away, so that our answer arrives."""
 
@@ -52,6 +52,8 @@ class Peer:
 
     uid: int | None = None
     address: str = ""
+    certificate: str = ""
+    """The name in one that was verified."""
 
 
 @dataclass(slots=True)
@@ -85,13 +87,12 @@ class Gone(Exception):
 class Conversation:
     """The bytes of one connection, and h11's view of them."""
 
-    def __init__(self, stream: trio.SocketStream, peer: Peer) -> None:
+    def __init__(self, wire: Wire, peer: Peer) -> None:
         self.peer = peer
-        self.stream = stream
+        self._wire = wire
         self.machine = h11.Connection(h11.SERVER, max_incomplete_event_size=HEAD_SIZE)
         self._ahead = bytearray()
         self._ended = False
-        self._receiving = trio.Lock()
 
     async def _receive(self) -> None:
         """Give h11 what comes next."""
@@ -105,13 +106,10 @@ class Conversation:
         self.machine.receive_data(data)
 
     async def _read(self) -> bytes:
-        async with self._receiving:
-            try:
-                data = await self.stream.receive_some(CHUNK)
-            except trio.BrokenResourceError:
-                data = b""
-            self._ended = not data
-            return bytes(data)
+        """One task at a time: who reads a body does not wait for the end meanwhile."""
+        data = await self._wire.receive()
+        self._ended = not data
+        return data
 
     async def next_event(self, deadline: float = math.inf) -> h11.Event | type[h11.PAUSED]:
         """trio.TooSlowError after the deadline."""
@@ -125,16 +123,8 @@ class Conversation:
                 await self._receive()
 
     async def send(self, *events: h11.Event) -> None:
-        """Gone if the peer has, or takes nothing for STALL_TIME."""
-        data = b"".join(self.machine.send(event) or b"" for event in events)
-        rest = memoryview(data)
-        try:
-            while rest:
-                with trio.fail_after(STALL_TIME):
-                    await self.stream.send_all(rest[:CHUNK])
-                rest = rest[CHUNK:]
-        except (trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError):
-            raise Gone from None
+        """Gone if the peer has."""
+        await self.say(b"".join(self.machine.send(event) or b"" for event in events))
 
     async def wait_gone(self) -> None:
         """Returns when the peer has closed its side, or sends too much ahead."""
@@ -146,25 +136,41 @@ class Conversation:
 
     async def next_request(self) -> Request | None:
         """The next one; None at the connection's end. Refusal for what is none."""
-        with trio.move_on_after(IDLE_TIME) as idle:
-            while not self.machine.trailing_data[0]:
-                await self._receive()
-                if self._ended:
-                    break
-        if idle.cancelled_caught:
-            return None
+        if not self.machine.trailing_data[0] and not self._ahead and not self._ended:
+            with trio.move_on_after(IDLE_TIME) as idle:
+                self._ahead += await self._read()
+            if idle.cancelled_caught:
+                return None
+        if not self.machine.trailing_data[0]:
+            if (plain := swift.read(bytes(self._ahead))) is not None:
+                self._ahead.clear()
+                return Request(self, plain)
+            await self._receive()
         try:
             event = await self.next_event(trio.current_time() + HEAD_TIME)
         except trio.TooSlowError:
             raise Refusal(408, "request", "the head did not come to its end") from None
         if not isinstance(event, h11.Request):
             return None
-        return Request(self, event)
+        return Request(self, _plain(event))
+
+    def read_formally(self, data: bytes) -> None:
+        """Let h11 know of a request that it has not read, so that it can say the rest."""
+        self.machine.receive_data(data)
+        while not isinstance(self.machine.next_event(), h11.EndOfMessage):
+            pass
+
+    async def say(self, data: bytes) -> None:
+        """Gone if the peer has."""
+        try:
+            await self._wire.send(data)
+        except BROKEN:
+            raise Gone from None
 
     async def linger(self) -> None:
         """Throw away what is still coming: closing with unread data would take our answer back."""
-        with contextlib.suppress(OSError), trio.move_on_after(LINGER):
-            self.stream.socket.shutdown(socket.SHUT_WR)
+        with trio.move_on_after(LINGER):
+            await self._wire.end()
             for _ in range(256):
                 if self._ended or not await self._read():
                     break
@@ -173,20 +179,14 @@ class Conversation:
 class Request:
     """A request whose head is here; its body is read when somebody asks for it."""
 
-    def __init__(self, conversation: Conversation, head: h11.Request) -> None:
+    def __init__(self, conversation: Conversation, head: swift.Plain) -> None:
         self.conversation = conversation
-        self.method = head.method.decode("ascii")
-        self.headers = {
-            name.decode("ascii"): value.decode("latin-1") for name, value in head.headers
-        }
-        try:
-            target = urlsplit(head.target.decode("ascii"))
-            pairs = parse_qsl(target.query, keep_blank_values=True, max_num_fields=32)
-        except ValueError as error:
-            raise Refusal(400, "request", f"the target cannot be read: {error}") from None
-        self.path = tuple(unquote(part) for part in target.path.split("/")[1:])
-        self.query = dict(pairs)
-        self.body_read = False
+        self.method = head.method
+        self.headers = head.headers
+        self.path, self.query = _places(head.target)
+        self.body_read = bool(head.data)
+        self.plain: swift.Plain | None = head if head.data else None
+        """Where h11 has not seen it."""
 
     @property
     def peer(self) -> Peer:
@@ -203,6 +203,10 @@ class Request:
         """The body, piece by piece; 413 above `most`. A patient reader lets it come slowly."""
         if self.length is not None and self.length > most:
             raise Refusal(413, "request", f"a body of {self.length} bytes, and {most} is the most")
+        if self.plain is not None:
+            if self.plain.body:
+                yield self.plain.body
+            return
         count, began = 0, trio.current_time()
         while True:
             deadline = math.inf if patient else began + BODY_TIME + count / SLOWEST
@@ -223,8 +227,22 @@ class Request:
             began += trio.current_time() - ours
 
     async def body(self, most: int) -> bytes:
+        if self.plain is not None and len(self.plain.body) <= most:
+            return self.plain.body
         async with contextlib.aclosing(self.chunks(most)) as pieces:
             return b"".join([piece async for piece in pieces])
+
+    async def waits(self, done: Done, seconds: float) -> bool:
+        """Wait for it, or so long; False if the peer has gone meanwhile."""
+        scope = done.until()
+        if seconds < math.inf:
+            scope.deadline = trio.current_time() + seconds
+        try:
+            with scope:
+                await self.conversation.wait_gone()
+        finally:
+            done.forget(scope)
+        return scope.cancelled_caught or done.is_set()
 
     @contextlib.asynccontextmanager
     async def until_gone(self) -> AsyncIterator[trio.CancelScope]:
@@ -241,6 +259,21 @@ class Request:
                 with scope:
                     yield scope
                 nursery.cancel_scope.cancel()
+
+
+def _plain(head: h11.Request) -> swift.Plain:
+    headers = {name.decode("ascii"): value.decode("latin-1") for name, value in head.headers}
+    return swift.Plain(head.method.decode("ascii"), head.target.decode("ascii"), headers, b"", b"")
+
+
+def _places(target: str) -> tuple[tuple[str, ...], dict[str, str]]:
+    """The parts of the path, and the query; Refusal 400 if it cannot be read."""
+    try:
+        parts = urlsplit(target)
+        pairs = parse_qsl(parts.query, keep_blank_values=True, max_num_fields=32)
+    except ValueError as error:
+        raise Refusal(400, "request", f"the target cannot be read: {error}") from None
+    return tuple(unquote(part) for part in parts.path.split("/")[1:]), dict(pairs)
 
 
 # -- replies ---------------------------------------------------------------------------------
@@ -271,11 +304,22 @@ async def _exchange(conversation: Conversation, handle: Handler, date: Callable[
         status = error.error_status_hint
         reply = Reply.no(Refusal(status, "request", f"no HTTP/1.1: {error}"))
         request = None
+    if request is not None and request.plain is not None and reply.stream is None:
+        return await _reply_plainly(conversation, reply, date())
+    return await _reply(conversation, reply, request, date())
+
+
+async def _reply(
+    conversation: Conversation, reply: Reply, request: Request | None, date: str
+) -> bool:
+    """As h11 has it."""
+    if request is not None and request.plain is not None:
+        conversation.read_formally(request.plain.data)
     if request is not None and not request.body_read and await _has_no_body(request):
         request.body_read = True
     closing = request is None or not request.body_read
     try:
-        await _send(conversation, reply, (date(), closing, request))
+        await _send(conversation, reply, (date, closing, request))
     finally:
         if reply.ended is not None:
             with trio.CancelScope(shield=True):
@@ -288,6 +332,22 @@ async def _exchange(conversation: Conversation, handle: Handler, date: Callable[
         conversation.machine.start_next_cycle()
         return True
     return False
+
+
+async def _reply_plainly(conversation: Conversation, reply: Reply, date: str) -> bool:
+    """To a request that h11 knows nothing of."""
+    try:
+        await conversation.say(swift.written(reply.status, _headers(reply, date), reply.body))
+    finally:
+        if reply.ended is not None:
+            with trio.CancelScope(shield=True):
+                await reply.ended()
+    return True
+
+
+def _headers(reply: Reply, date: str) -> list[tuple[str, str]]:
+    headers = [("Date", date), ("Content-Type", reply.kind), *reply.headers]
+    return [*headers, ("Cache-Control", "no-store"), ("X-Content-Type-Options", "nosniff")]
 
 
 async def _has_no_body(request: Request) -> bool:
@@ -307,8 +367,7 @@ async def _send(
     date, closing, request = how
     if conversation.machine.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
         raise Gone
-    headers = [("Date", date), ("Content-Type", reply.kind), *reply.headers]
-    headers += [("Cache-Control", "no-store"), ("X-Content-Type-Options", "nosniff")]
+    headers = _headers(reply, date)
     if closing:
         headers.append(("Connection", "close"))
     silent = request is not None and request.method == "HEAD"

@@ -13,7 +13,9 @@ The lock on the directory is held by the open file: it goes with the process, ho
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
+import itertools
 import os
 import sqlite3
 import time
@@ -26,6 +28,7 @@ from typing import Any
 import trio
 
 from sandboxd.errors import HostError
+from sandboxd.serve.wire import State
 
 VERSION = 1
 PAUSE = 0.05
@@ -47,10 +50,21 @@ CREATE INDEX jobs_state ON jobs(state, ended);
 PRAGMA user_version=1;
 COMMIT;
 """
+_BATCHES = """
+CREATE TABLE IF NOT EXISTS batches(
+  number INTEGER PRIMARY KEY, caller TEXT NOT NULL, id TEXT NOT NULL, key TEXT, body BLOB,
+  cases INTEGER NOT NULL, stop TEXT NOT NULL, created REAL NOT NULL, UNIQUE(caller, id));
+CREATE UNIQUE INDEX IF NOT EXISTS batches_key ON batches(caller, key) WHERE key IS NOT NULL;
+"""
 _COLUMNS = """number, caller, id, state, about, request, key, body, created, started, ended,
  attempts, status, result, events"""
 _EVENTS = """number, caller, id, state, about, NULL, key, body, created, started, ended,
  attempts, status, NULL, events"""
+_ACCEPT = """INSERT INTO jobs(caller, id, state, about, request, key, body, created, attempts,
+ size) VALUES(?,?,?,?,?,?,?,?,0,?)"""
+_ACCEPT_BATCH = """INSERT INTO batches(caller, id, key, body, cases, stop, created)
+ VALUES(?,?,?,?,?,?,?)"""
+_BATCH = "SELECT caller, id, key, body, cases, stop, created FROM batches WHERE caller=? AND "
 _BRIEF = """number, caller, id, state, about, NULL, key, body, created, started, ended,
  attempts, status, NULL, NULL"""
 
@@ -76,10 +90,27 @@ class Row:
     events: bytes | None
 
 
+@dataclass(frozen=True, slots=True)
+class BatchRow:
+    """A batch as the journal has it: its jobs are `id`.0, `id`.1 and so on."""
+
+    caller: str
+    id: str
+    key: str | None
+    body: bytes | None
+    cases: int
+    stop: str
+    created: float
+
+    @property
+    def names(self) -> list[str]:
+        return [f"{self.id}.{number}" for number in range(self.cases)]
+
+
 @dataclass(slots=True)
 class _Change:
-    sql: str
-    values: tuple[Any, ...]
+    statements: tuple[tuple[str, tuple[Any, ...]], ...]
+    """All of them, or none."""
     written: trio.Event
     error: Exception | None = None
 
@@ -99,7 +130,10 @@ class Journal:
 
     async def write(self, sql: str, *values: Any) -> None:
         """Returns when it is on disk; HostError if that cannot be had."""
-        change = self._add(sql, values)
+        await self._write((sql, values))
+
+    async def _write(self, *statements: tuple[str, tuple[Any, ...]]) -> None:
+        change = self._add(*statements)
         self._urgent.set()
         await change.written.wait()
         if change.error is not None:
@@ -111,26 +145,26 @@ class Journal:
 
     async def note(self, sql: str, *values: Any) -> None:
         """It will be on disk in a moment; waits only while too much is on its way there."""
-        change = self._add(sql, values)
+        change = self._add((sql, values))
         if len(self._waiting) > MOST_AT_ONCE:
             self._urgent.set()
             await change.written.wait()
 
-    def _add(self, sql: str, values: tuple[Any, ...]) -> _Change:
-        change = _Change(sql, values, trio.Event())
+    def _add(self, *statements: tuple[str, tuple[Any, ...]]) -> _Change:
+        change = _Change(statements, trio.Event())
         self._waiting.append(change)
         self._more.set()
         return change
 
-    async def accept(self, row: Row) -> None:
-        values = (row.caller, row.id, row.state, row.about, row.request, row.key, row.body)
-        await self.write(
-            "INSERT INTO jobs(caller, id, state, about, request, key, body, created, attempts,"
-            " size) VALUES(?,?,?,?,?,?,?,?,0,?)",
-            *values,
-            row.created,
-            len(row.request or b""),
-        )
+    async def accept(self, *rows: Row, batch: BatchRow | None = None) -> None:
+        """All of them or none: HostError."""
+        statements: list[tuple[str, tuple[Any, ...]]] = []
+        for row in rows:
+            values = (row.caller, row.id, row.state, row.about, row.request, row.key, row.body)
+            statements.append((_ACCEPT, (*values, row.created, len(row.request or b""))))
+        if batch is not None:
+            statements.append((_ACCEPT_BATCH, dataclasses.astuple(batch)))
+        await self._write(*statements)
 
     async def start(self, caller: str, job: str, attempts: int) -> None:
         await self.write(
@@ -196,8 +230,11 @@ class Journal:
     def _apply(self, batch: list[_Change]) -> None:
         try:
             self._database.execute("BEGIN IMMEDIATE")
-            for change in batch:
-                self._database.execute(change.sql, change.values)
+            statements = (one for change in batch for one in change.statements)
+            for sql, same in itertools.groupby(statements, lambda one: one[0]):
+                if sql.startswith("SELECT"):  # to be sure that all before it is written
+                    continue
+                self._database.executemany(sql, (values for _, values in same))
             self._database.execute("COMMIT")
         except sqlite3.Error:
             with contextlib.suppress(sqlite3.Error):
@@ -225,6 +262,25 @@ class Journal:
         sql = f"SELECT {_BRIEF} FROM jobs WHERE caller=? AND key=?"
         return next((Row(*one) for one in await self.select(sql, caller, key)), None)
 
+    async def find_batch(self, caller: str, batch: str) -> BatchRow | None:
+        found = await self.select(f"{_BATCH}id=?", caller, batch)
+        return next((BatchRow(*one) for one in found), None)
+
+    async def find_batch_key(self, caller: str, key: str) -> BatchRow | None:
+        found = await self.select(f"{_BATCH}key=?", caller, key)
+        return next((BatchRow(*one) for one in found), None)
+
+    async def statuses(self, batch: BatchRow) -> dict[str, tuple[State, str | None]]:
+        """State and status of those of its jobs that are here."""
+        found = await self.select(
+            "SELECT id, state, status FROM jobs WHERE caller=? AND id>=? AND id<?",
+            batch.caller,
+            f"{batch.id}.",
+            f"{batch.id}/",  # the next character
+        )
+        names = set(batch.names)
+        return {job: (state, status) for job, state, status in found if job in names}
+
     async def unfinished(self) -> list[Row]:
         """What a daemon that is gone left, oldest first."""
         sql = f"SELECT {_COLUMNS} FROM jobs WHERE state IN ('queued', 'running') ORDER BY number"
@@ -245,14 +301,16 @@ class Journal:
 
     async def expire(self, age: float, most: int) -> list[tuple[str, str]]:
         """Forget results older than `age` seconds, and the oldest above `most` bytes in all."""
+        oldest = time.time() - age
         doomed = await self.select(
             "SELECT number, caller, id FROM (SELECT number, caller, id, ended,"
             " SUM(size) OVER (ORDER BY ended DESC, number DESC) AS so_far FROM jobs"
             " WHERE state='done') WHERE ended < ? OR so_far > ? LIMIT ?",
-            time.time() - age,
+            oldest,
             most,
             MOST_AT_ONCE,
         )
+        await self.note("DELETE FROM batches WHERE created < ?", oldest)
         for number, _, _ in doomed:
             await self.note("DELETE FROM jobs WHERE number=?", number)
         if doomed:
@@ -319,6 +377,8 @@ def _connect(path: Path) -> sqlite3.Connection:
                 f"{path}: of another version ({version}) of sandboxd",
                 hint="name another directory: --state DIR",
             )
+        database.executescript(_BATCHES)
+        database.execute("PRAGMA cache_size=-256")  # KiB; what lies on disk the kernel caches
         database.execute("PRAGMA journal_mode=WAL")
         database.execute("PRAGMA synchronous=FULL")
         database.execute("PRAGMA journal_size_limit=67108864")

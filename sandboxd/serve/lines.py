@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
-import sys
 import time
+from collections.abc import Mapping
 from typing import Any
 
-_PRIORITIES = {"CRITICAL": 2, "ERROR": 3, "WARNING": 4, "INFO": 6, "DEBUG": 7}
+_PRIORITIES = {"critical": 2, "error": 3, "warning": 4, "info": 6, "debug": 7}
 _FIELDS = ("caller", "job", "status", "why", "path", "traceparent", "address")
 
 
@@ -19,26 +20,59 @@ class Lines(logging.Formatter):
     def __init__(self, *, priorities: bool) -> None:
         super().__init__()
         self._priorities = priorities
+        self._second = (0, "")
 
     def format(self, record: logging.LogRecord) -> str:
-        moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
-        line: dict[str, Any] = {
-            "time": f"{moment}.{int(record.msecs):03}Z",
-            "level": record.levelname.lower(),
-            "message": record.getMessage(),
-        }
         given = vars(record)
-        line |= {name: given[name] for name in _FIELDS if given.get(name) is not None}
+        about = {"message": record.getMessage(), **{name: given.get(name) for name in _FIELDS}}
         if record.exc_info:
-            line["traceback"] = self.formatException(record.exc_info)
-        prefix = f"<{_PRIORITIES.get(record.levelname, 6)}>" if self._priorities else ""
+            about["traceback"] = self.formatException(record.exc_info)
+        return self.line(record.created, record.levelname.lower(), about)
+
+    def line(self, moment: float, level: str, about: Mapping[str, Any]) -> str:
+        """What is None in it is left out."""
+        second = int(moment)
+        if self._second[0] != second:
+            self._second = second, time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
+        line = {"time": f"{self._second[1]}.{int(moment % 1 * 1000):03}Z", "level": level}
+        line |= {name: value for name, value in about.items() if value is not None}
+        prefix = f"<{_PRIORITIES.get(level, 6)}>" if self._priorities else ""
         return prefix + json.dumps(line)
+
+
+def tell(logger: logging.Logger, message: str, about: Mapping[str, Any]) -> None:
+    """logger.info, without looking where it was called from: for what is said of every job."""
+    if logger.isEnabledFor(logging.INFO):
+        handlers = logger.handlers
+        if len(handlers) == 1 and isinstance(handlers[0], ToStderr) and not logger.propagate:
+            handlers[0].say(time.time(), "info", {"message": message, **about})
+            return
+        record = {"name": logger.name, "levelno": logging.INFO, "levelname": "INFO"}
+        logger.handle(logging.makeLogRecord({**record, "msg": message, **about}))
+
+
+class ToStderr(logging.Handler):
+    """Each line by one write(2), which needs no lock and no buffer."""
+
+    def __init__(self, lines: Lines) -> None:
+        super().__init__()
+        self.setFormatter(lines)
+        self._lines = lines
+
+    def say(self, moment: float, level: str, about: Mapping[str, Any]) -> None:
+        """A line without a LogRecord."""
+        with contextlib.suppress(OSError):
+            os.write(2, f"{self._lines.line(moment, level, about)}\n".encode())
+
+    def handle(self, record: logging.LogRecord) -> bool:
+        with contextlib.suppress(OSError):  # nobody reads it, or its disk is full
+            os.write(2, f"{self.format(record)}\n".encode())
+        return True
 
 
 def open_log(level: str) -> None:
     """From now on what the daemon has to say goes to stderr."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(Lines(priorities=_is_journal()))
+    handler = ToStderr(Lines(priorities=_is_journal()))
     logger = logging.getLogger("sandboxd.serve")
     logger.handlers[:] = [handler]
     logger.setLevel(level.upper())

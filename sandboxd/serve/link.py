@@ -13,7 +13,8 @@ import msgspec
 import trio
 
 from sandboxd.serve.address import Tcp, Unix
-from sandboxd.serve.problems import check_peer, lost, no_daemon, refused
+from sandboxd.serve.problems import check_peer, lost, no_daemon, not_believed, refused
+from sandboxd.serve.tls import Trust, of_client
 
 CHUNK = 64 << 10
 KEPT = 16
@@ -38,12 +39,13 @@ class Answer:
 
 @dataclass(slots=True)
 class _Link:
-    stream: trio.SocketStream
+    stream: trio.abc.Stream
+    handle: int
     machine: h11.Connection = field(default_factory=lambda: h11.Connection(h11.CLIENT))
 
     async def event(self) -> Any:
         while (event := self.machine.next_event()) is h11.NEED_DATA:
-            self.machine.receive_data(await self.stream.receive_some(CHUNK))
+            self.machine.receive_data(bytes(await self.stream.receive_some(CHUNK)))
         return event
 
     async def pieces(self) -> AsyncGenerator[bytes, None]:
@@ -53,16 +55,18 @@ class _Link:
     def is_dead(self) -> bool:
         """Whether the daemon has hung up meanwhile, or said something nobody asked for."""
         waiting = select.poll()
-        waiting.register(self.stream.socket.fileno(), select.POLLIN)
+        waiting.register(self.handle, select.POLLIN)
         return bool(waiting.poll(0))
 
 
 class Links:
     """Connections to one daemon."""
 
-    def __init__(self, address: Unix | Tcp, token: str | None) -> None:
+    def __init__(self, address: Unix | Tcp, token: str | None, trust: Trust | None = None) -> None:
         self.address = address
         self._token = token
+        tls = isinstance(address, Tcp) and address.tls
+        self._believed = of_client(trust or Trust()) if tls else None
         self._idle: list[_Link] = []
 
     async def _open(self) -> _Link:
@@ -74,7 +78,20 @@ class Links:
                 stream = await trio.open_tcp_stream(self.address.host, self.address.port)
         except OSError as error:
             raise no_daemon(self.address, error) from None
-        return _Link(stream)
+        handle = stream.socket.fileno()
+        if self._believed is None or isinstance(self.address, Unix):
+            return _Link(stream, handle)
+        secret = trio.SSLStream(
+            stream, self._believed, server_hostname=self.address.host, https_compatible=True
+        )
+        try:
+            await secret.do_handshake()
+        except BaseException as error:
+            await trio.aclose_forcefully(stream)
+            if isinstance(error, trio.BrokenResourceError):
+                raise not_believed(self.address, error.__cause__ or error) from None
+            raise
+        return _Link(secret, handle)
 
     async def _take(self) -> _Link:
         while self._idle:
@@ -122,7 +139,7 @@ class Links:
         method, target, more = head
         headers = {"Host": "localhost", **more}
         if isinstance(self.address, Tcp):
-            headers["Host"] = str(self.address).removeprefix("http://")
+            headers["Host"] = self.address.place
         if self._token is not None:
             headers["Authorization"] = f"Bearer {self._token}"
         if isinstance(body, bytes):

@@ -5,17 +5,22 @@ from __future__ import annotations
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from typing import Protocol
 
 import msgspec
 import trio
 
 from sandboxd.job import Job
 from sandboxd.serve.callers import Caller
+from sandboxd.serve.done import Done
 from sandboxd.serve.journal import Row
 from sandboxd.serve.log import Log
 from sandboxd.serve.share import Waiting
 from sandboxd.serve.wire import JobView, Refusal, State, Submission, encode
-from sandboxd.supervise.run import Run
+from sandboxd.supervise.run import Hands
+
+SLIM = 1024
+"""Bytes of a request that may be held until its job is over."""
 
 
 class About(msgspec.Struct, frozen=True, kw_only=True):
@@ -35,6 +40,8 @@ class Asked:
     body: bytes
     attached: bool = False
     """Its caller waits on the connection: it ends with that, and is in the journal afterwards."""
+    followed: bool = False
+    """Its caller reads the events on the connection, and wants each at once."""
     key: str | None = None
     """Idempotency-Key."""
     digest: bytes | None = None
@@ -43,8 +50,16 @@ class Asked:
 
     def slim(self) -> Asked:
         """What a job needs of it while it waits: thousands may, and their files with them."""
+        if len(self.body) <= SLIM:
+            return self
         usage_every = self.wanted.usage_every
         return replace(self, wanted=Submission(argv=("",), usage_every=usage_every), body=b"")
+
+
+class Batch(Protocol):
+    """Hears of the end of its cases."""
+
+    def over(self, live: Live) -> None: ...
 
 
 @dataclass(eq=False, slots=True)
@@ -67,18 +82,28 @@ class Live:
     attempts: int = 0
     state: State = "queued"
     started: float | None = None
+    slotted: float | None = None
+    """Since when it has a slot, by the monotonic clock."""
     ended: float | None = None
-    run: Run | None = None
+    run: Hands | None = None
     record: bytes | None = None
     status: str | None = None
+    batch: Batch | None = None
+    """What it is a case of."""
     refused: Refusal | None = None
     """Why there will be no result: the daemon is going down."""
     cancelled: bool = False
     begun: trio.Event = field(default_factory=trio.Event)
     """It runs, or will not any more."""
-    done: trio.Event = field(default_factory=trio.Event)
+    done: Done = field(default_factory=Done)
 
-    def row(self, request: bytes | None = None) -> Row:
+    def row(
+        self,
+        request: bytes | None = None,
+        result: bytes | None = None,
+        events: bytes | None = None,
+    ) -> Row:
+        """What the journal keeps of it; it is told of its end before anybody else is."""
         return Row(
             0,
             self.caller.name,
@@ -93,28 +118,30 @@ class Live:
             self.ended,
             self.attempts,
             self.status,
-            self.record,
-            None,
+            result,
+            events,
         )
 
 
 def view(found: Live | Row, *, brief: bool = False) -> JobView:
     """How a job is told of; `brief` is without its record."""
-    row = found.row() if isinstance(found, Live) else found
-    about = msgspec.json.decode(row.about, type=About)
+    if isinstance(found, Live):
+        about, record = found.about, found.record
+    else:
+        about, record = msgspec.json.decode(found.about, type=About), found.result
     return JobView(
-        id=row.id,
-        state=row.state,  # type: ignore[arg-type]
+        id=found.id,
+        state=found.state,  # type: ignore[arg-type]
         argv=about.argv,
         policy=about.policy,
         priority=about.priority,
-        attempts=row.attempts,
-        created_at=moment(row.created),
-        started_at=None if row.started is None else moment(row.started),
-        ended_at=None if row.ended is None else moment(row.ended),
-        status=row.status,
+        attempts=found.attempts,
+        created_at=moment(found.created),
+        started_at=None if found.started is None else moment(found.started),
+        ended_at=None if found.ended is None else moment(found.ended),
+        status=found.status,
         traceparent=about.traceparent,
-        result=None if row.result is None or brief else msgspec.Raw(row.result),
+        result=None if record is None or brief else msgspec.Raw(record),
     )
 
 

@@ -83,18 +83,26 @@ class Log:
 
     async def append(self, seq: int, line: bytes) -> None:
         """Waits while there is no room; never once `finish` was called."""
+        if not self.put(seq, line):
+            await self.make_room()
+
+    def put(self, seq: int, line: bytes) -> bool:
+        """Whether there is room for the next one, too: else make_room() must come before that."""
         if not self._open:
             self._first_open = seq
         self._open.append(line)
         self._open_size += len(line) + 1
         self.last = seq
         self._wake()
-        if self._open_size >= CHUNK:
-            await self._seal()
-            while self._size > self._most and self._sealed and not self._give_up_oldest():
-                if self._hurried:
-                    break
-                await self._room.wait()
+        return self._open_size < CHUNK
+
+    async def make_room(self) -> None:
+        """Waits while there is none."""
+        await self._seal()
+        while self._size > self._most and self._sealed and not self._give_up_oldest():
+            if self._hurried:
+                break
+            await self._room.wait()
 
     def hurry(self) -> None:
         """From now on nobody is waited for: the job has been killed."""
@@ -116,8 +124,9 @@ class Log:
         self._wake()
 
     def _wake(self) -> None:
-        self._changed.set()
-        self._changed = trio.Event()
+        if self._readers:
+            self._changed.set()
+            self._changed = trio.Event()
 
     async def _seal(self) -> None:
         lines, size = self._open, self._open_size

@@ -22,7 +22,7 @@ class Counter:
     values: dict[Labels, float] = field(default_factory=dict)
 
     def add(self, amount: float = 1.0, **labels: str) -> None:
-        key = tuple(sorted(labels.items()))
+        key = tuple(labels.items() if len(labels) < 2 else sorted(labels.items()))
         self.values[key] = self.values.get(key, 0.0) + amount
 
     def lines(self) -> Iterator[str]:

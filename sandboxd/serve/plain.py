@@ -13,7 +13,8 @@ from typing import Any
 import h11
 
 from sandboxd.serve.address import Tcp, Unix
-from sandboxd.serve.problems import check_peer, lost, no_daemon, refused
+from sandboxd.serve.problems import check_peer, lost, no_daemon, not_believed, refused
+from sandboxd.serve.tls import Trust, of_client
 
 CHUNK = 64 << 10
 
@@ -45,19 +46,23 @@ class Plain:
 
     address: Unix | Tcp
     token: str | None = None
+    trust: Trust | None = None
+    """None: as the environment says."""
 
     @contextmanager
     def asking(
         self, method: str, target: str, body: bytes | Iterable[bytes] | None = None
     ) -> Iterator[Answer]:
         """An answer. Problems are exceptions."""
+        broken: tuple[type[Exception], ...] = (ConnectionError, h11.ProtocolError)
         with self._connected() as sock:
+            broken += _of_tls(self.address)
             try:
                 answer = self._ask(sock, (method, target), body)
                 if answer.status >= 400:
                     raise refused(answer.status, answer.body())
                 yield answer
-            except (ConnectionError, h11.ProtocolError) as error:
+            except broken as error:
                 raise lost(self.address, error) from error
 
     def ask(self, method: str, target: str, body: object = None) -> Any:
@@ -77,15 +82,25 @@ class Plain:
         except OSError as error:
             raise no_daemon(self.address, error) from None
         with sock:
+            if isinstance(self.address, Tcp) and self.address.tls:
+                with self._secret(sock, self.address) as secret:
+                    yield secret
+                return
             if isinstance(self.address, Unix):
                 check_peer(sock.fileno(), self.address)
             yield sock
 
+    def _secret(self, sock: socket.socket, address: Tcp) -> socket.socket:
+        believed = of_client(self.trust or Trust.named(os.environ))
+        try:
+            return believed.wrap_socket(sock, server_hostname=address.host)
+        except OSError as error:
+            raise not_believed(address, error) from None
+
     def _ask(
         self, sock: socket.socket, what: tuple[str, str], body: bytes | Iterable[bytes] | None
     ) -> Answer:
-        host = str(self.address).removeprefix("http://")
-        headers = {"Host": "localhost" if isinstance(self.address, Unix) else host}
+        headers = {"Host": "localhost" if isinstance(self.address, Unix) else self.address.place}
         if self.token is not None:
             headers["Authorization"] = f"Bearer {self.token}"
         if isinstance(body, bytes):
@@ -108,6 +123,15 @@ class Plain:
             raise h11.RemoteProtocolError("no answer")
         found = {name.decode(): value.decode("latin-1") for name, value in event.headers}
         return Answer(event.status_code, found, _pieces(sock, machine))
+
+
+def _of_tls(address: Unix | Tcp) -> tuple[type[Exception], ...]:
+    """What goes wrong on a connection in secret."""
+    if isinstance(address, Unix) or not address.tls:
+        return ()
+    import ssl
+
+    return (ssl.SSLError,)
 
 
 def _next(sock: socket.socket, machine: h11.Connection) -> Any:

@@ -34,6 +34,15 @@ def no_daemon(address: Unix | Tcp, error: OSError) -> HostError:
     )
 
 
+def not_believed(address: Unix | Tcp, error: BaseException) -> HostError:
+    """It is not whom it says to be, or does not let us in."""
+    return HostError(
+        "daemon",
+        f"{address}: {getattr(error, 'verify_message', '') or error}",
+        hint="$SANDBOXD_TLS_CA names its authority, $SANDBOXD_TLS_CERT and _KEY are what you show",
+    )
+
+
 def lost(address: Unix | Tcp, error: BaseException) -> HostError:
     """It listened, and has gone."""
     return HostError(

@@ -34,11 +34,11 @@ class Spending:
         self.quotas = quotas
         self._minutes: dict[str, deque[tuple[float, float]]] = {}
 
-    def check(self, caller: str, share: Share) -> None:
-        """Refusal 429 if the caller, or the queue, has enough."""
-        if share.queued >= self.quotas.queue:
+    def check(self, caller: str, share: Share, jobs: int = 1) -> None:
+        """Refusal 429 if with so many jobs more the caller, or the queue, has too many."""
+        if share.queued + jobs > self.quotas.queue:
             raise _later("the queue is full", 1.0)
-        if share.queued_of(caller) >= self.quotas.queued:
+        if share.queued_of(caller) + jobs > self.quotas.queued:
             raise _later(f"{self.quotas.queued} jobs of yours are waiting already", 1.0)
         if self.quotas.cpu is not None:
             minutes = self._recent(caller)

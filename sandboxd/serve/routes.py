@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import logging
+import math
 import re
-from collections.abc import Iterator
-from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
 import h11
@@ -17,7 +17,8 @@ import sandboxd
 from sandboxd.errors import HostError, SandboxError
 from sandboxd.result import error_json
 from sandboxd.serve import api, events
-from sandboxd.serve.api import ROUTES, Route
+from sandboxd.serve.api import Route
+from sandboxd.serve.batches import AskedBatch, Batches
 from sandboxd.serve.book import Book
 from sandboxd.serve.callers import Caller, Callers
 from sandboxd.serve.files import pieces_of
@@ -39,7 +40,7 @@ from sandboxd.serve.wire import (
     traceparent,
 )
 from sandboxd.supervise import policies
-from sandboxd.supervise.run import Run
+from sandboxd.supervise.run import Hands
 
 MOST_SMALL = 64 << 10
 MOST_STDIN = 1 << 40
@@ -57,17 +58,16 @@ class Budget:
     def __init__(self, most: int) -> None:
         self._left = most
 
-    @contextlib.contextmanager
-    def hold(self, size: int) -> Iterator[None]:
+    def take(self, size: int) -> None:
+        """Refusal 503 if there are too many; what was taken is to be given back."""
         if size > self._left:
             raise Refusal(
                 503, "busy", "too many large requests at once", hint="ask again in a moment"
             ).with_header("Retry-After", "1")
         self._left -= size
-        try:
-            yield
-        finally:
-            self._left += size
+
+    def give_back(self, size: int) -> None:
+        self._left += size
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +100,14 @@ class Call:
             raise Refusal(400, "request", f"{name}={text[:40]!r}: not a number")
         return min(int(text), most)
 
+    def following(self) -> int | None:
+        """The event that a reader wants first."""
+        last = self.request.headers.get("last-event-id", "")
+        following = self.number("from", None, 1 << 62)
+        if following is None and re.fullmatch(r"\d{1,16}", last, re.ASCII):
+            return int(last) + 1
+        return following
+
     def flag(self, name: str) -> bool:
         return self.query.get(name, "0") not in ("0", "")
 
@@ -109,6 +117,7 @@ class Routes:
 
     def __init__(self, book: Book, callers: Callers, bounds: Bounds) -> None:
         self.book = book
+        self.batches = Batches(book)
         self.callers = callers
         self.bounds = bounds
         self.budget = Budget(bounds.bodies)
@@ -171,7 +180,7 @@ class Routes:
 
     def _find(self, request: Request) -> tuple[Route, dict[str, str]]:
         method = "GET" if request.method == "HEAD" else request.method
-        there = [(one, names) for one in ROUTES if (names := one.match(request.path)) is not None]
+        there = api.matching(request.path)
         for route, names in there:
             if route.method == method:
                 return route, names
@@ -187,44 +196,47 @@ class Routes:
 
     async def submit(self, call: Call) -> Reply:
         request, wait = call.request, call.flag("wait")
-        key = request.headers.get("idempotency-key")
-        if key is not None and not re.fullmatch(r"[\x21-\x7e ]{1,255}", key):
-            raise Refusal(400, "request", "Idempotency-Key: 1 to 255 characters of ASCII")
-        async with AsyncExitStack() as stack:
-            most = self.bounds.body
-            size = most if request.length is None else min(request.length, most)
-            stack.enter_context(self.budget.hold(size))
+        key = _key(request)
+        most, kind = self.bounds.body, events.wanted(request) if wait else None
+        size = most if request.length is None else min(request.length, most)
+        self.budget.take(size)
+        try:
             body = await request.body(most)
             asked = Asked(
                 submission(body),
                 body,
                 attached=wait and key is None,
+                followed=kind is not None,
                 key=key,
                 digest=hashlib.sha256(body).digest() if key is not None else None,
                 traceparent=traceparent(request.headers.get("traceparent")),
             )
             found, new = await self.book.submit(call.caller, asked)
-            where = ("Location", f"/v1/jobs/{found.id}")
             if not wait:
                 reply = Reply.of(view(found), 202 if new else 200)
-            elif (kind := events.wanted(request)) is not None:
+            elif kind is not None:
                 reply = await events.reply(self.book, found, events.Want(kind=kind))
-                self._until_its_end(reply, found if asked.attached else None, stack.pop_all())
+                self._until_its_end(reply, found if asked.attached else None, size)
+                size = 0
             else:
                 reply = Reply.of(view(await self._wait(request, found, attached=asked.attached)))
-        reply.headers.append(where)
+        finally:
+            self.budget.give_back(size)
+        reply.headers.append(("Location", f"/v1/jobs/{found.id}"))
         return reply
 
-    def _until_its_end(self, reply: Reply, live: Live | Row | None, held: AsyncExitStack) -> None:
-        """With the end of the reply the job ends, and what is `held` is let go."""
+    def _until_its_end(self, reply: Reply, live: Live | Row | None, size: int) -> None:
+        """With the end of the reply the job ends, and what its body takes is given back."""
         following = reply.ended
 
         async def ended() -> None:
-            async with held:
+            try:
                 if following is not None:
                     await following()
                 if isinstance(live, Live) and not live.done.is_set():
                     await self.book.cancel(live)
+            finally:
+                self.budget.give_back(size)
 
         reply.ended = ended
 
@@ -232,14 +244,12 @@ class Routes:
         if isinstance(found, Row):
             return found
         try:
-            async with request.until_gone() as scope:
-                await found.done.wait()
+            if not await request.waits(found.done, math.inf):
+                raise Gone
         finally:
             if attached and not found.done.is_set():
                 with trio.CancelScope(shield=True):
                     await self.book.cancel(found)
-        if scope.cancelled_caught:
-            raise Gone
         if found.refused is not None:
             raise found.refused
         return found
@@ -276,12 +286,8 @@ class Routes:
     async def job(self, call: Call) -> Reply:
         found = await self._job(call)
         wait = call.number("wait", 0, int(LONGEST_WAIT))
-        if wait and isinstance(found, Live):
-            async with call.request.until_gone() as scope:
-                with trio.move_on_after(wait):
-                    await found.done.wait()
-            if scope.cancelled_caught:
-                raise Gone
+        if wait and isinstance(found, Live) and not await call.request.waits(found.done, wait):
+            raise Gone
         return Reply.of(view(found))
 
     async def cancel(self, call: Call) -> Reply:
@@ -292,16 +298,54 @@ class Routes:
         return Reply.of(view(found), 202)
 
     async def events(self, call: Call) -> Reply:
-        last = call.request.headers.get("last-event-id", "")
-        following = call.number("from", None, 1 << 62)
-        if following is None and re.fullmatch(r"\d{1,16}", last, re.ASCII):
-            following = int(last) + 1
+        following = call.following()
         kind = events.wanted(call.request) or api.NDJSON
         follow = call.query.get("follow") != "0"
         want = events.Want(following, kind, follow)
         return await events.reply(self.book, await self._job(call, whole=False), want)
 
-    async def _begun(self, call: Call) -> tuple[Live, Run]:
+    # -- batches
+
+    async def submit_batch(self, call: Call) -> Reply:
+        request, most = call.request, self.bounds.body
+        size = most if request.length is None else min(request.length, most)
+        self.budget.take(size)
+        try:
+            body = await request.body(most)
+            trace = traceparent(request.headers.get("traceparent"))
+            asked = AskedBatch(body, _key(request), trace)
+            row, new = await self.batches.submit(call.caller, asked)
+        finally:
+            self.budget.give_back(size)
+        where = ("Location", f"/v1/batches/{row.id}")
+        if not call.flag("wait"):
+            reply = Reply.of(await self.batches.view(row), 202 if new else 200)
+        else:
+            lines = self.batches.lines(row, 0, follow=True)
+            reply = events.formed(lines, events.wanted(request) or api.NDJSON)
+            if asked.key is None:
+                reply.ended = functools.partial(self.batches.disconnected, row)
+        reply.headers.append(where)
+        return reply
+
+    async def batch(self, call: Call) -> Reply:
+        row = await self.batches.find(call.caller, call.names["id"])
+        return Reply.of(await self.batches.view(row))
+
+    async def cancel_batch(self, call: Call) -> Reply:
+        row = await self.batches.find(call.caller, call.names["id"])
+        await self.batches.cancel(row)
+        return Reply.of(await self.batches.view(row), 202)
+
+    async def batch_events(self, call: Call) -> Reply:
+        row = await self.batches.find(call.caller, call.names["id"])
+        following = call.following() or 0
+        lines = self.batches.lines(row, following, follow=call.query.get("follow") != "0")
+        return events.formed(lines, events.wanted(call.request) or api.NDJSON)
+
+    # -- what a job is told while it runs
+
+    async def _begun(self, call: Call) -> tuple[Live, Hands]:
         """The job and its run; Refusal 409 where there is none."""
         found = await self._job(call)
         if isinstance(found, Live):
@@ -374,6 +418,7 @@ class Routes:
 
     async def info(self, call: Call) -> Reply:
         book, quotas = self.book, self.book.settings.quotas
+        apart, name = book.settings.apart, call.caller.name
         limits: dict[str, int | float | None] = {
             "body": self.bounds.body,
             "queue": quotas.queue,
@@ -386,7 +431,8 @@ class Routes:
         return Reply.of(
             Info(
                 version=sandboxd.__version__,
-                caller=call.caller.name,
+                caller=name,
+                tenant=(book.runner.shares(name) if apart else "") or "own",
                 slots=book.runner.slots,
                 running=book.share.running,
                 queued=book.share.queued,
@@ -408,6 +454,13 @@ class Routes:
 
     async def openapi(self, call: Call) -> Reply:
         return Reply(body=self._openapi)
+
+
+def _key(request: Request) -> str | None:
+    key = request.headers.get("idempotency-key")
+    if key is not None and not re.fullmatch(api.KEY, key):
+        raise Refusal(400, "request", "Idempotency-Key: 1 to 255 characters of ASCII")
+    return key
 
 
 def _digest(call: Call) -> str:

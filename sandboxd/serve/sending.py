@@ -5,9 +5,12 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import tarfile
+import tempfile
 from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import msgspec
 import trio
@@ -17,7 +20,7 @@ from sandboxd.job import File, Input, Job, Pattern, Tar
 from sandboxd.policy import Policy
 from sandboxd.reference import Reference
 from sandboxd.serve.wire import NAME, content_json, text_json
-from sandboxd.supervise import policies
+from sandboxd.supervise import inputs, policies
 
 SMALL = 256 << 10
 """Bytes of a file that goes along with its job; a larger one is stored first."""
@@ -31,47 +34,44 @@ async def submission_of(job: Job, store: Store) -> dict[str, Any]:
     """The submission; JobError for what cannot be read here or said there."""
     if job.id is not None and not re.match(NAME, job.id):
         raise JobError(f"id={job.id!r}", hint="over the wire: letters, digits, and _.- after them")
-    _check_carried(job)
     found: dict[str, Any] = {"argv": [text_json(word) for word in job.argv], "keep": job.keep}
     policy = job.policy
     if isinstance(policy, str) and policies.is_path(policy):
         policy = await trio.to_thread.run_sync(policies.find, policy)
     found["policy"] = msgspec.to_builtins(policy) if isinstance(policy, Policy) else policy
     found["env"] = {_name(key): text_json(value) for key, value in job.env.items()}
-    found["collect"] = list(job.collect)
+    found["collect"] = [_pattern(one) for one in job.collect]
     if job.cwd is not None:
         found["cwd"] = text_json(job.cwd)
-    if job.limits is not None:
-        found["limits"] = msgspec.to_builtins(job.limits)
+    for name, section in (("limits", job.limits), ("artifacts", job.artifacts)):
+        if section is not None:
+            found[name] = msgspec.to_builtins(section)
+    if job.keep_root:
+        found["keep_root"] = job.keep_root
     if job.terminal is not None:
         found["terminal"] = {"rows": job.terminal.rows, "columns": job.terminal.columns}
     if job.id is not None:
         found["id"] = job.id
-    if job.stdin is None:
-        found["interactive"] = True
-    elif job.stdin:
-        found["stdin"] = await _content(job.stdin, "stdin", store)
-    found["files"] = files = dict[str, Any]()
-    for key, value in job.files.items():
-        await _add(files, (_name(key), value), f"files[{key!r}]", store)
+    found |= await _stdin(job.stdin, store)
+    found["files"] = {
+        _name(key): await _file(value, f"files[{key!r}]", store) for key, value in job.files.items()
+    }
     return found
 
 
-def _check_carried(job: Job) -> None:
-    """JobError for what there are no words for on the wire."""
-    archives = [key for key, value in job.files.items() if isinstance(value, Tar)]
-    built = [key for key, value in job.files.items() if isinstance(value, Reference)]
-    refused = {
-        **{f"files[{key!r}] is a Reference": "give the files of the build" for key in built},
-        **{f"files[{key!r}] is a Tar": "give the directory, or its files" for key in archives},
-        "collect has a Pattern": "give its name" * any(isinstance(p, Pattern) for p in job.collect),
-        "collect_to": "what is collected comes with the result" * (job.collect_to != "memory"),
-        "artifacts": "set [artifacts] in the policy" * (job.artifacts is not None),
-        "keep_root": "use a Runner of this machine" * bool(job.keep_root),
-    }
-    for what, hint in refused.items():
-        if hint:
-            raise JobError(f"{what}: not over the wire", hint=hint)
+async def _stdin(stdin: bytes | Path | None, store: Store) -> dict[str, Any]:
+    if stdin is None:
+        return {"interactive": True}
+    return {"stdin": await _content(stdin, "stdin", store)} if stdin else {}
+
+
+def _pattern(pattern: str | bytes | Pattern) -> Any:
+    if not isinstance(pattern, Pattern):
+        pattern = Pattern(pattern)
+    name = text_json(pattern.name)
+    if pattern.required is None and not pattern.literal and isinstance(name, str):
+        return name
+    return {"name": name, "required": pattern.required, "literal": pattern.literal}
 
 
 def _name(key: str | bytes) -> str:
@@ -81,34 +81,73 @@ def _name(key: str | bytes) -> str:
         raise JobError(f"{key!r} is no UTF-8", hint="over the wire names must be") from None
 
 
-async def _add(files: dict[str, Any], entry: tuple[str, Input], where: str, store: Store) -> None:
-    name, value = entry
-    assert not isinstance(value, Tar | Reference)
+async def _file(value: Input, where: str, store: Store) -> dict[str, Any]:
+    """The content of a file, or an archive of a directory's."""
+    if isinstance(value, Reference):
+        with inputs.files_of(value) as path:
+            return await _file(path, where, store)
+    if isinstance(value, Tar):
+        return {**await _archive(value.source, where, store), "unpack": True}
     data = value.data if isinstance(value, File) else value
     mode = value.mode if isinstance(value, File) else None
     if isinstance(data, Path) and await trio.Path(data).is_dir():
-        for path in sorted(await trio.to_thread.run_sync(_below, data, where)):
-            inner = f"{name.rstrip('/')}/{_name(os.fspath(path.relative_to(data)))}"
-            await _add(files, (inner, path), f"{where}: {path}", store)
-        return
+        with tempfile.TemporaryFile() as file:
+            await trio.to_thread.run_sync(_pack, data, file, where)
+            return {**await _spooled(file, store), "unpack": True}
     found = await _content(data, where, store)
     if mode is None:
         mode = os.stat(data).st_mode if isinstance(data, Path) else 0o644
-    files[name] = {**found, "mode": mode & 0o777}
+    return {**found, "mode": mode & 0o777}
 
 
-def _below(folder: Path, where: str) -> list[Path]:
-    """The files in a directory; JobError for what has no place in a submission."""
-    found = []
-    for path in folder.rglob("*"):
-        if path.is_symlink() or not (path.is_file() or path.is_dir()):
+async def _archive(source: bytes | Path | int, where: str, store: Store) -> dict[str, Any]:
+    if not isinstance(source, int):
+        return await _content(source, where, store)
+    with tempfile.TemporaryFile() as file:
+        await trio.to_thread.run_sync(_copy, source, file)
+        return await _spooled(file, store)
+
+
+def _copy(source: int, file: IO[bytes]) -> None:
+    while data := os.read(source, PIECE):
+        file.write(data)
+
+
+def _pack(folder: Path, file: IO[bytes], where: str) -> None:
+    """All of a directory as an archive; JobError for what is neither file, directory nor link."""
+
+    def checked(member: tarfile.TarInfo) -> tarfile.TarInfo:
+        if not (member.isreg() or member.isdir() or member.issym()):
             raise JobError(
-                f"{where}: {path} is neither file nor directory",
-                hint="over the wire there are files only: make it one, or an archive",
+                f"{where}: {folder / member.name} is no file, directory or link",
+                hint="leave it out",
             )
-        if path.is_file():
-            found.append(path)
-    return found
+        return member
+
+    try:
+        with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as archive:
+            for path in sorted(folder.rglob("*")):
+                archive.inodes.clear()  # type: ignore[attr-defined]  # each name is a file
+                name = os.fspath(path.relative_to(folder))
+                archive.add(path, name, recursive=False, filter=checked)
+    except OSError as error:
+        raise JobError(f"{where}: {error.filename or folder}: {error.strerror}") from None
+
+
+def _digest(file: IO[bytes]) -> str:
+    return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+
+
+async def _spooled(file: IO[bytes], store: Store) -> dict[str, Any]:
+    """What was written to a file of our own."""
+    size = file.tell()
+    file.seek(0)
+    if size <= SMALL:
+        return content_json(file.read())
+    digest = await trio.to_thread.run_sync(_digest, file)
+    file.seek(0)
+    await store(digest, _read_on(file))
+    return {"sha256": digest}
 
 
 async def _content(data: bytes | Path, where: str, store: Store) -> dict[str, Any]:
@@ -133,13 +172,19 @@ def _read(path: Path) -> tuple[str, bytes | None]:
     with path.open("rb") as file:
         if os.fstat(file.fileno()).st_size <= SMALL:
             return "", file.read()
-        return hashlib.file_digest(file, "sha256").hexdigest(), None
+        return _digest(file), None
 
 
 async def _pieces(path: Path) -> AsyncGenerator[bytes, None]:
     with await trio.to_thread.run_sync(path.open, "rb") as file:
-        while data := await trio.to_thread.run_sync(file.read, PIECE):
-            yield data
+        async with aclosing(_read_on(file)) as pieces:
+            async for data in pieces:
+                yield data
+
+
+async def _read_on(file: IO[bytes]) -> AsyncGenerator[bytes, None]:
+    while data := await trio.to_thread.run_sync(file.read, PIECE):
+        yield data
 
 
 async def _whole(data: bytes) -> AsyncGenerator[bytes, None]:

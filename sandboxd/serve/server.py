@@ -7,6 +7,7 @@ journal has as running, so the next daemon reports them lost or starts them agai
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import email.utils
 import errno
 import functools
@@ -15,6 +16,7 @@ import os
 import resource
 import signal
 import socket
+import ssl
 import stat
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -28,9 +30,11 @@ from sandboxd.serve import systemd
 from sandboxd.serve.address import Tcp, Unix
 from sandboxd.serve.book import Book, Settings, open_book
 from sandboxd.serve.callers import Callers, is_loopback
-from sandboxd.serve.http import Conversation, converse, peer_of
+from sandboxd.serve.http import HEAD_TIME, Conversation, converse, peer_of
 from sandboxd.serve.journal import open_journal
 from sandboxd.serve.routes import Bounds, Routes
+from sandboxd.serve.tls import Shown, name_of, of_daemon
+from sandboxd.serve.wires import SocketWire, Wire
 from sandboxd.supervise.one_error import one_error
 from sandboxd.supervise.runner import open_runner
 
@@ -53,6 +57,8 @@ class Options:
     settings: Settings
     addresses: Sequence[Unix | Tcp]
     callers: Callers
+    tls: Shown | None = None
+    """Of https:// addresses, and of TCP sockets from systemd."""
     bounds: Bounds = field(default_factory=Bounds)
     slots: int | None = None
     spares: int = 0
@@ -70,7 +76,7 @@ class Connections:
         self.count = 0
         self._date = (0, "")
 
-    async def serve(self, stream: trio.SocketStream) -> None:
+    async def serve(self, stream: trio.SocketStream, shown: ssl.SSLContext | None = None) -> None:
         """One of them, to its end; what goes wrong here is nobody else's."""
         self.count += 1
         try:
@@ -78,12 +84,32 @@ class Connections:
                 with trio.move_on_after(1.0), contextlib.suppress(trio.BrokenResourceError):
                     await stream.send_all(_FULL)
                 return
-            await converse(Conversation(stream, peer_of(stream)), self._routes.handle, self._now)
+            if shown is not None:
+                await self._in_secret(stream, shown)
+                return
+            await converse(
+                Conversation(SocketWire(stream), peer_of(stream)), self._routes.handle, self._now
+            )
         except Exception:
             logger.exception("connection failed")
         finally:
             self.count -= 1
             await trio.aclose_forcefully(stream)
+
+    async def _in_secret(self, stream: trio.SocketStream, shown: ssl.SSLContext) -> None:
+        inner = trio.SSLStream(stream, shown, server_side=True, https_compatible=True)
+        try:
+            with trio.fail_after(HEAD_TIME):
+                await inner.do_handshake()
+        except (trio.BrokenResourceError, trio.TooSlowError) as error:
+            why = str(error.__cause__ or "too slow")
+            logger.info("no handshake", extra={"address": peer_of(stream).address, "why": why})
+            return
+        peer = peer_of(stream)
+        if shown.verify_mode == ssl.CERT_REQUIRED:
+            name = name_of(inner.getpeercert(), inner.getpeercert(binary_form=True))
+            peer = dataclasses.replace(peer, certificate=name)
+        await converse(Conversation(Wire(inner), peer), self._routes.handle, self._now)
 
     def _now(self) -> str:
         """The Date of replies; made once a second."""
@@ -104,11 +130,13 @@ async def serve(options: Options, *, ready: Callable[[Book], None] = lambda _: N
             open_book(runner, journal, options.settings) as book,
         ):
             routes = Routes(book, options.callers, options.bounds)
+            await routes.batches.recover()
             connections = Connections(routes, most_connections(runner.slots))
             _gauges(book, connections)
             async with _listening(options) as listeners, trio.open_nursery() as nursery:
-                accept = functools.partial(trio.serve_listeners, connections.serve, listeners)
-                nursery.start_soon(accept)
+                for listener, shown in listeners:
+                    handle = functools.partial(connections.serve, shown=shown)
+                    nursery.start_soon(trio.serve_listeners, handle, [listener])
                 systemd.notify("READY=1")
                 logger.info("ready")
                 ready(book)
@@ -161,32 +189,40 @@ def _gauges(book: Book, connections: Connections) -> None:
 
 
 @contextlib.asynccontextmanager
-async def _listening(options: Options) -> AsyncIterator[list[trio.SocketListener]]:
+async def _listening(
+    options: Options,
+) -> AsyncIterator[list[tuple[trio.SocketListener, ssl.SSLContext | None]]]:
+    shown = of_daemon(options.tls) if options.tls is not None else None
     async with contextlib.AsyncExitStack() as stack:
-        given = systemd.activated(os.environ)
-        sockets = given or [
-            one for address in options.addresses for one in await _bound(address, options, stack)
-        ]
-        for one in sockets:
-            _check_open(one, options.callers)
+        sockets = [(one, one.family != socket.AF_UNIX) for one in systemd.activated(os.environ)]
+        if not sockets:
+            for address in options.addresses:
+                tls = isinstance(address, Tcp) and address.tls
+                sockets += [(one, tls) for one in await _bound(address, options, stack)]
         listeners = []
-        for one in sockets:
+        for one, tls in sockets:
+            _check_open(one, options, tls=tls)
             one.setblocking(False)
             listener = trio.SocketListener(trio.socket.from_stdlib_socket(one))
-            listeners.append(await stack.enter_async_context(listener))
+            await stack.enter_async_context(listener)
+            listeners.append((listener, shown if tls else None))
         yield listeners
 
 
-def _check_open(listening: socket.socket, callers: Callers) -> None:
-    """A socket that other machines reach needs tokens, wherever it came from."""
-    if listening.family == socket.AF_UNIX or callers.tokens:
-        return
-    host, port = listening.getsockname()[:2]
-    if not is_loopback(host):
+def _check_open(listening: socket.socket, options: Options, *, tls: bool) -> None:
+    """A socket that other machines reach needs callers we know, wherever it came from."""
+    if listening.family != socket.AF_UNIX:
+        host, port = listening.getsockname()[:2]
+        _check_reached(Tcp(host, port, tls), options)
+
+
+def _check_reached(address: Tcp, options: Options) -> None:
+    asks = address.tls and options.tls is not None and options.tls.client_ca is not None
+    if not (options.callers.tokens or asks or is_loopback(address.host)):
         raise HostError(
             "tokens",
-            f"{host}:{port} can be reached from elsewhere",
-            hint="--token-file FILE, or a loopback address",
+            f"{address.place} can be reached from elsewhere",
+            hint="--token-file FILE, https:// with --tls-client-ca FILE, or a loopback address",
         )
 
 
@@ -196,12 +232,10 @@ async def _bound(
     if isinstance(address, Unix):
         others = options.callers.uids - {os.getuid()}
         return [stack.enter_context(_unix(address.path, 0o666 if others else 0o600))]
-    if not options.callers.tokens and not is_loopback(address.host):
-        raise HostError(
-            "tokens",
-            f"{address.host} can be reached from elsewhere",
-            hint="--token-file FILE, or a loopback address",
-        )
+    _check_reached(address, options)
+    if address.tls and options.tls is None:
+        raise HostError("tls", f"{address}: no certificate to show",
+                        hint="--tls-cert FILE --tls-key FILE")  # fmt: skip
     try:
         listeners = await trio.open_tcp_listeners(address.port, host=address.host, backlog=BACKLOG)
     except OSError as error:

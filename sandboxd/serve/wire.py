@@ -25,8 +25,8 @@ from sandboxd.errors import (
     PolicyError,
     SandboxError,
 )
-from sandboxd.job import File, Job, Terminal
-from sandboxd.policy import Limits, Policy
+from sandboxd.job import File, Input, Job, Pattern, Tar, Terminal
+from sandboxd.policy import Artifacts, Limits, Policy
 from sandboxd.result import Event, Result, event_json
 
 NAME = "^[A-Za-z0-9][A-Za-z0-9_.-]{0,127}$"
@@ -42,7 +42,9 @@ FIRST_OF_ATTEMPT = 1 << 32
 State = Literal["queued", "running", "done"]
 
 
-class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Message(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True
+):
     """A JSON object that a caller sends: every key known."""
 
 
@@ -62,6 +64,16 @@ class Content(Message, frozen=True):
     b64: bytes | None = None
     sha256: Annotated[str, Meta(pattern=DIGEST)] | None = None
     mode: Annotated[int, Meta(ge=0, le=0o777)] = 0o644
+    unpack: bool = False
+    """It is an archive, and what is in it is put where it is named."""
+
+
+class Wanted(Message, frozen=True):
+    """A pattern of `collect` in full; job.Pattern says what its fields mean."""
+
+    name: Text
+    required: bool | None = None
+    literal: bool = False
 
 
 class Size(Message, frozen=True):
@@ -82,7 +94,9 @@ class Submission(Message, frozen=True):
     interactive: bool = False
     """stdin comes live, by POST /v1/jobs/{id}/stdin."""
     files: dict[str, Content] = msgspec.field(default_factory=dict)
-    collect: tuple[str, ...] = ()
+    collect: tuple[str | Wanted, ...] = ()
+    artifacts: Artifacts | None = None
+    keep_root: bool | Annotated[str, Meta(pattern=NAME)] = False
     limits: Limits | None = None
     keep: Annotated[int, Meta(ge=0, le=MOST_KEPT)] = 1 << 20
     terminal: Size | None = None
@@ -144,6 +158,8 @@ class Info(msgspec.Struct, frozen=True, kw_only=True):
     version: str
     caller: str
     """Who you are to the daemon."""
+    tenant: str
+    """`own`: its jobs share no user namespace and no ids with another's; else what they share."""
     slots: int
     running: int
     queued: int
@@ -213,6 +229,8 @@ def submission(body: bytes) -> Submission:
         _one_of(content, f"files[{name!r}]")
     if isinstance(found.stdin, Content):
         _one_of(found.stdin, "stdin")
+        if found.stdin.unpack:
+            raise Refusal(422, "job", "stdin is nothing to unpack", hint="name it in files")
     if found.interactive and found.stdin is not None:
         raise Refusal(422, "job", "stdin and interactive exclude each other")
     if found.interactive and found.on_lost == "retry":
@@ -248,10 +266,16 @@ def digests(wanted: Submission) -> set[str]:
     return {one.sha256 for one in contents if isinstance(one, Content) and one.sha256}
 
 
-def job_of(wanted: Submission, job_id: str, path_of: Callable[[str], Path]) -> Job:
-    """The Job; `path_of` knows where a stored file is. JobError if it cannot be right."""
-    files: dict[str, bytes | Path | File] = {
-        name: File(data=_content(one, path_of), mode=one.mode) for name, one in wanted.files.items()
+def job_of(
+    wanted: Submission, whose: tuple[str, str | None], path_of: Callable[[str], Path]
+) -> Job:
+    """The Job of an id and a domain; `path_of` knows where a stored file is. JobError if wrong."""
+    job_id, domain = whose
+    files: dict[str, Input] = {
+        name: Tar(_content(one, path_of))
+        if one.unpack
+        else File(data=_content(one, path_of), mode=one.mode)
+        for name, one in wanted.files.items()
     }
     size = wanted.terminal
     try:
@@ -262,14 +286,23 @@ def job_of(wanted: Submission, job_id: str, path_of: Callable[[str], Path]) -> J
             cwd=None if wanted.cwd is None else _text(wanted.cwd),
             stdin=None if wanted.interactive else _stdin(wanted.stdin, path_of),
             files=files,
-            collect=wanted.collect,
+            collect=tuple(_pattern(one) for one in wanted.collect),
+            artifacts=wanted.artifacts,
+            keep_root=wanted.keep_root,
             limits=wanted.limits,
             keep=wanted.keep,
             terminal=None if size is None else Terminal(rows=size.rows, columns=size.columns),
             id=job_id,
+            domain=domain,
         )
     except UnicodeEncodeError:  # half a pair of UTF-16
         raise JobError("text that is no UTF-8", hint='send {"b64": ...}') from None
+
+
+def _pattern(value: str | Wanted) -> str | Pattern:
+    if isinstance(value, str):
+        return value
+    return Pattern(_text(value.name), required=value.required, literal=value.literal)
 
 
 def _text(value: Text) -> str | bytes:
@@ -309,9 +342,12 @@ def traceparent(header: str | None) -> str | None:
 
 def event_line(event: Event, attempt: int) -> tuple[int, bytes]:
     """An event's number within its job, and its JSON."""
+    seq = event.seq + (attempt - 1) * FIRST_OF_ATTEMPT
+    if event.type == "start":
+        return seq, b'{"v":1,"seq":%d,"type":"start"}' % seq
     record = event_json(event)
-    record["seq"] = event.seq + (attempt - 1) * FIRST_OF_ATTEMPT
-    return record["seq"], encode(record)
+    record["seq"] = seq
+    return seq, encode(record)
 
 
 def last_line(seq: int, record: bytes) -> bytes:

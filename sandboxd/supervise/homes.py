@@ -38,6 +38,10 @@ class Home:
         self.living: Tenant | None = None
         self.living_netkeeper: Netkeeper | None = None
         self.kept: list[Kept] = []
+        self.runs = 0
+        """Of this moment."""
+        self.used = 0.0
+        """When the last of them ended, by trio's clock."""
         self._prepared = prepared
         self._host = host
         self._cgroups = cgroups
@@ -113,6 +117,23 @@ class Home:
         with Descriptors() as fds:
             opened = open_porter(_namespace(tenant, fds))
             return await self._stack.enter_async_context(opened)
+
+    async def retire(self) -> None:
+        """End all of it if nobody uses it; who comes later gets a new one."""
+        async with self._lock:
+            if self.runs or self.living is None:
+                return
+            stack, self._stack = self._stack, AsyncExitStack()
+            self.living = self.living_netkeeper = self._porter = self._uppers = None
+            boxes = [box for kept in self.kept for box in kept.spares]
+            for kept in self.kept:
+                kept.spares.clear()  # before anything is waited for: who comes takes no dying one
+            with trio.CancelScope(shield=True):
+                for box in boxes:
+                    await box.end()
+                for kept in self.kept:
+                    await kept.forget()
+                await stack.aclose()
 
     async def leave(self) -> None:
         """End all of it."""

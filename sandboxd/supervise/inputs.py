@@ -12,6 +12,7 @@ import posixpath
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from sandboxd.errors import JobError
 from sandboxd.job import Job
@@ -102,6 +103,14 @@ def held(attached: dict[str, Reference]) -> Iterator[Inputs | None]:
             ),
             identity=tuple(identity),
         )
+
+
+@contextmanager
+def files_of(reference: Reference) -> Iterator[Path]:
+    """Where they lie, for who copies them; meanwhile nobody removes them."""
+    with held({"x": reference}) as attached:
+        assert attached is not None
+        yield Path(attached.store, attached.attachments[0].source)
 
 
 def gone(store: Store, key: str) -> JobError:

@@ -15,16 +15,19 @@ from sandboxd.host import Host, Place
 from sandboxd.job import Job
 from sandboxd.policy import Policy
 from sandboxd.reference import Inputs
-from sandboxd.supervise import keeping, policies
+from sandboxd.supervise import keeping, policies, volumes
 from sandboxd.supervise.cgroups import Cgroups
+from sandboxd.supervise.domains import Domains
 from sandboxd.supervise.homes import Home, Kept
 from sandboxd.supervise.seat import Seat
 from sandboxd.supervise.seen import host_for
 from sandboxd.supervise.tenants import Prepared
 
-_Key = tuple[bytes, bool, Inputs | None, Place | None, Home | None]
+_Key = tuple[bytes, bool, Inputs | None, str | None, Place | None, Home | None]
 
 MOST = 256
+MOST_LIVING = 64
+"""Tenants that live while nobody uses them."""
 ATTACHED = 32
 """Sets of references whose sandboxes are made ready once, and have spares."""
 
@@ -38,8 +41,9 @@ class Known:
         self._nursery = nursery
         self._found: dict[str, Policy] = {}
         self._kept: dict[_Key, Kept] = {}
-        self._recent: dict[tuple[int, bool, Inputs | None], Kept] = {}
-        self._homes: dict[tuple[plan.TenantPlan, Home | None], Home] = {}
+        self._recent: dict[tuple[int, bool, Inputs | None, str | None], Kept] = {}
+        self._homes: dict[tuple[plan.TenantPlan, str | None, Home | None], Home] = {}
+        self.domains = Domains(host)
 
     @property
     def homes(self) -> Iterable[Home]:
@@ -60,37 +64,62 @@ class Known:
     def ready(self, job: Job, attached: Inputs | None = None, seat: Seat | None = None) -> Kept:
         """A job's policy, made ready for sandboxes in which these inputs are attached, and that
         have this seat in a group."""
-        policy, keep = self.policy(job), bool(job.keep_root)
+        policy, keep, domain = self.policy(job), bool(job.keep_root), job.domain
         if keep:
             keeping.check(job, policy)
-        kept = self._recent.get((id(policy), keep, attached)) if seat is None else None
+        recent = (id(policy), keep, attached, domain)
+        kept = self._recent.get(recent) if seat is None else None
         if kept is not None and not kept.over:
             return kept
         place, ground = (seat.place, seat.ground) if seat is not None else (None, None)
-        key = (msgspec.msgpack.encode(policy), keep, attached, place, ground)
+        key = (msgspec.msgpack.encode(policy), keep, attached, domain, place, ground)
         if key not in self._kept:
             self._forget()
-            host = dataclasses.replace(host_for(policy, self._host), inputs=attached, place=place)
-            prepared = Prepared.of(build.compile_policy(policy, host, keep=keep), host)
-            self._kept[key] = Kept(policy, prepared, self._home(prepared, ground))
+            prepared = self._prepare(job, policy, attached, place)
+            self._kept[key] = Kept(policy, prepared, self._home(prepared, domain, ground))
         kept = self._kept[key]
         if kept.policy is policy and seat is None:  # so that the id stays this policy's
-            self._recent[id(policy), keep, attached] = kept
+            self._recent[recent] = kept
         if attached is not None:
             self._forget_attached()
         return kept
 
-    def _home(self, prepared: Prepared, ground: Home | None) -> Home:
+    def _home(self, prepared: Prepared, domain: str | None, ground: Home | None) -> Home:
         """The home of its tenant; in the user namespace of `ground`, if it is not that one."""
         tenant = prepared.compiled.tenant
         if ground is not None and ground.is_of(tenant):
             return ground
-        if (tenant, ground) not in self._homes:
+        where = (tenant, domain, ground)
+        if where not in self._homes:
             if ground is not None:
                 prepared = dataclasses.replace(prepared, compiled=build.joined(prepared.compiled))
-            home = Home(prepared, self._host, self._cgroups, ground)
-            self._homes[tenant, ground] = home
-        return self._homes[tenant, ground]
+            self._homes[where] = Home(prepared, self._host, self._cgroups, ground)
+        return self._homes[where]
+
+    def _prepare(
+        self, job: Job, policy: Policy, attached: Inputs | None, place: Place | None
+    ) -> Prepared:
+        keep = bool(job.keep_root)
+        host = dataclasses.replace(host_for(policy, self._host), inputs=attached, place=place)
+        why = ""
+        if job.domain is not None:
+            whole = keep or host.image is not None or bool(volumes.stored(policy))
+            host, why = self.domains.host(job.domain, host, whole=whole)
+        compiled = build.compile_policy(policy, host, keep=keep)
+        if why:
+            noted = (*compiled.degraded, ("tenant", why))
+            compiled = dataclasses.replace(compiled, degraded=noted)
+        return Prepared.of(compiled, host)
+
+    def used(self, home: Home) -> None:
+        """A run of its is over; where too many tenants live, one that nobody uses need not."""
+        home.used = trio.current_time()
+        if len(self._homes) <= MOST_LIVING:
+            return
+        living = [one for one in self._homes.values() if one.living is not None]
+        idle = [one for one in living if not one.runs]
+        if len(living) > MOST_LIVING and idle:
+            self._nursery.start_soon(min(idle, key=lambda one: one.used).retire)
 
     def _forget(self) -> None:
         """Leave room for another policy: who asks for a new one each time must not fill memory."""
@@ -111,7 +140,7 @@ class Known:
     def _drop(self, key: _Key) -> Kept:
         kept = self._kept.pop(key)
         kept.over = True
-        self._recent.pop((id(kept.policy), *key[1:3]), None)
+        self._recent.pop((id(kept.policy), *key[1:4]), None)
         kept.home.kept.remove(kept)
         return kept
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Protocol
 
 import trio
 
@@ -17,7 +18,21 @@ from sandboxd.errors import InternalError, SandboxError
 from sandboxd.linux.packets import DESCRIPTORS
 from sandboxd.result import Artifact
 from sandboxd.supervise import artifacts
-from sandboxd.supervise.porter import Opened, Porter
+from sandboxd.supervise.porter import Porter
+
+Contents = dict[bytes, tuple[bytes, int | None]]
+
+
+class Source(Protocol):
+    """Where collected files are opened again."""
+
+    @property
+    def closed(self) -> bool: ...
+
+    async def reopen(self, names: list[bytes]) -> Contents:
+        """By name: a small one's content, or a descriptor, which is open until it is let go."""
+
+    def let_go(self, number: int) -> None: ...
 
 
 class Leavings:
@@ -38,11 +53,11 @@ class Leavings:
     def closed(self) -> bool:
         return self._box < 0
 
-    async def reopen(self, names: list[bytes]) -> Opened:
+    async def reopen(self, names: list[bytes]) -> Contents:
         porter = await self._porter()
         opened = await porter.reopen(self._box, names)
         self._open |= {number for _, number in opened.values() if number is not None}
-        return opened
+        return {name: (entry.content, number) for name, (entry, number) in opened.items()}
 
     def let_go(self, number: int) -> None:
         if number in self._open:
@@ -90,7 +105,7 @@ class OpenArtifact:
             at += len(data)
             yield data
 
-    def _end(self, leavings: Leavings) -> None:
+    def _end(self, leavings: Source) -> None:
         if self._number is not None:
             leavings.let_go(self._number)
             self._number = -1
@@ -104,7 +119,7 @@ class OpenArtifacts:
         self._left: deque[Artifact] | None = None
         self._ready: deque[OpenArtifact] = deque()
         self._last: OpenArtifact | None = None
-        self.leavings: Leavings | None = None
+        self.leavings: Source | None = None
 
     def __aiter__(self) -> OpenArtifacts:
         return self
@@ -133,5 +148,5 @@ class OpenArtifacts:
         names = {os.fsencode(record.path): record for record in records}
         opened = await self.leavings.reopen(list(names))
         for name, record in names.items():
-            entry, number = opened[name]
-            self._ready.append(OpenArtifact(record, entry.content, number))
+            content, number = opened[name]
+            self._ready.append(OpenArtifact(record, content, number))

@@ -22,13 +22,15 @@ FASTEST = 0.01
 """Seconds between two looks at what a run uses, at least."""
 
 
-class Run:
-    """One run in progress. Reading `events` is what keeps it going; see Runner.start."""
+class Hands:
+    """What may be done to a run while it goes on."""
 
-    def __init__(self, run_id: str, stdin: trio.abc.SendStream | None) -> None:
+    patient = False
+    """Whether a run that lasts a moment only may be told of when it is over."""
+
+    def __init__(self, run_id: str, stdin: trio.abc.SendStream | None = None) -> None:
         self.id = run_id
         self.stdin = stdin
-        self._send, self.events = trio.open_memory_channel[Event](EVENTS_BUFFER)
         self._seq = 0
         self._control: Control | None = None
         self._reports: Reports | None = None
@@ -36,13 +38,8 @@ class Run:
         """Why it is to end."""
         self._begun = trio.Event()
         self._terminal: int | None = None
-        self._done = trio.Event()
-        self._result: Result | None = None
-        self._error: Exception | None = None
-        self._error_told = False
         self._queue = trio.CancelScope()
         self._files = trio.CancelScope()
-        self._artifacts = OpenArtifacts(self._collected)
 
     def kill(self, why: str = "cancelled by the caller") -> None:
         """End it now; its status will be `cancelled`."""
@@ -75,6 +72,52 @@ class Run:
         if self._terminal is not None:
             resize_terminal(self._terminal, rows, columns)
 
+    def _started(self, control: Control) -> None:
+        self._control = control
+        self._begun.set()
+        if self._cancelled:
+            self.kill(self._cancelled)
+
+    async def _forward(self, name: str, data: bytes) -> None:
+        try:
+            await self._emit(Event(seq=self._seq, type=name, data=data))  # type: ignore[arg-type]
+        except trio.BrokenResourceError:  # the reader has gone: so has the reason to run
+            self.kill()
+
+    async def _emit(self, event: Event) -> None:
+        raise NotImplementedError
+
+    def _leave(self, leavings: Leavings) -> None:
+        raise NotImplementedError
+
+
+class Followed(Hands):
+    """One run whose events are told to `tell`, in turn: while that waits, the job does."""
+
+    patient = True
+
+    def __init__(self, run_id: str, tell: Callable[[Event], Awaitable[None]]) -> None:
+        super().__init__(run_id)
+        self._tell_event = tell
+
+    async def _emit(self, event: Event) -> None:
+        self._seq += 1
+        await self._tell_event(event)
+
+
+class Run(Hands):
+    """One run in progress. Reading `events` is what keeps it going; see Runner.start."""
+
+    def __init__(self, run_id: str, stdin: trio.abc.SendStream | None) -> None:
+        super().__init__(run_id, stdin)
+        self._send, self.events = trio.open_memory_channel[Event](EVENTS_BUFFER)
+        self._done = trio.Event()
+        self._result: Result | None = None
+        self._error: Exception | None = None
+        self._error_told = False
+        self._artifacts = OpenArtifacts(self._collected)
+        self._leavings: Leavings | None = None
+
     async def wait(self) -> Result:
         """The result. Someone must read `events` meanwhile: a full channel stalls the job."""
         await self._done.wait()
@@ -93,29 +136,17 @@ class Run:
         return self._artifacts
 
     def _leave(self, leavings: Leavings) -> None:
-        self._artifacts.leavings = leavings
+        self._artifacts.leavings = self._leavings = leavings
 
     async def _let_go(self) -> None:
-        if self._artifacts.leavings is not None:
-            await self._artifacts.leavings.close()
+        if self._leavings is not None:
+            await self._leavings.close()
 
     async def _collected(self) -> tuple[Artifact, ...]:
         found = (await self.wait()).artifacts
         if found and self._artifacts.leavings is None:
             raise SandboxError("the artifacts are elsewhere", hint='collect_to="stream" in the job')
         return found
-
-    def _started(self, control: Control) -> None:
-        self._control = control
-        self._begun.set()
-        if self._cancelled:
-            self.kill(self._cancelled)
-
-    async def _forward(self, name: str, data: bytes) -> None:
-        try:
-            await self._emit(Event(seq=self._seq, type=name, data=data))  # type: ignore[arg-type]
-        except trio.BrokenResourceError:  # the reader has gone: so has the reason to run
-            self.kill()
 
     def _tell(self, usage: Usage) -> None:
         """Nobody waits for a reader who is behind: there will be a newer one."""
@@ -132,13 +163,13 @@ class Run:
         await self._send.send(event)
 
 
-def forwarding(run: Run | None) -> Emit | None:
+def forwarding(run: Hands | None) -> Emit | None:
     """Who gets what is printed as it comes."""
     return run._forward if run is not None else None
 
 
 def leaving(
-    run: Run | None, job: Job, porter: Callable[[], Awaitable[Porter]]
+    run: Hands | None, job: Job, porter: Callable[[], Awaitable[Porter]]
 ) -> Callable[[int, Area | None], None] | None:
     """Who collects a run's files later has the working directory and what it lies in."""
     if run is None or job.collect_to != "stream":

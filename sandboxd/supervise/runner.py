@@ -32,7 +32,7 @@ from sandboxd.supervise.pipes import Pipes, open_pipes
 from sandboxd.supervise.place import open_place
 from sandboxd.supervise.planning import plan_on
 from sandboxd.supervise.resolver import with_way_out
-from sandboxd.supervise.run import FASTEST, Run, forwarding, leaving
+from sandboxd.supervise.run import FASTEST, Followed, Hands, Run, forwarding, leaving
 from sandboxd.supervise.sandboxes import Sandbox, make
 from sandboxd.supervise.seat import Seat
 from sandboxd.supervise.seen import host_for
@@ -168,13 +168,28 @@ class Runner:
             if run._error is not None and not run._error_told:
                 raise run._error
 
+    async def follow(self, job: Job, run: Followed) -> Result:
+        """Carry a job out in this task; what happens before its end is told to `run`.
+
+        As `start`, for who needs no byte at once: of a run that lasts a moment only all is told at
+        its end, so that it costs as little as with `run`. No stdin to feed, and no terminal.
+        """
+        await run._emit(Event(seq=0, type="start"))
+        return await self._run(job, run)
+
     def plan(self, job: Job) -> plan.Plan:
         """What would be done for a job, without doing it."""
         return plan_on(job, self._known.policy(job), self.host).plan
 
     def policy(self, job: Job) -> Policy:
         """The policy it would run under: found, and tightened by the job's limits."""
-        return self._known.policy(job)
+        policy = self._known.policy(job)
+        tighten_artifacts(policy, job.artifacts)
+        return policy
+
+    def shares(self, domain: str) -> str:
+        """Why the jobs of a domain (Job.domain) have no ids of their own; "" if they have."""
+        return self._known.domains.why_not(domain)
 
     def never_started(self, job: Job, queued: float) -> Result:
         """The record of a job that its caller cancelled after `queued` seconds of waiting."""
@@ -209,7 +224,7 @@ class Runner:
             run._send.close()
 
     async def _run(
-        self, job: Job, run: Run | None, pipes: Pipes | None = None, seat: Seat | None = None
+        self, job: Job, run: Hands | None, pipes: Pipes | None = None, seat: Seat | None = None
     ) -> Result:
         if self._closed:
             raise SandboxError("the runner is closed", hint="use it inside `async with`")
@@ -238,6 +253,7 @@ class Runner:
                     giving_up=run._files if run else trio.CancelScope(),
                     leave=leaving(run, job, porter),
                     emit=forwarding(run),
+                    patient=run is not None and run.patient,
                     on_start=run._started if run else lambda _: None,
                     reports=run._reports if run else None,
                     vigil=kept.vigil if self._is_alone() else NO_VIGIL,
@@ -247,6 +263,7 @@ class Runner:
                     host, started = kept.prepared.host, conduct.on_start
                     watched = volumes.watched(kept.policy, host, started)
                     conduct.on_start = await lent.enter_async_context(watched)
+                kept.home.runs += 1
                 try:
                     result = await self._in_sandbox(kept, conduct, (asked, queued), seat)
                 except GivenUp:
@@ -255,6 +272,9 @@ class Runner:
                     if self._cgroups is not None and error.errno in SCARCE:
                         self._cgroups.shrink()
                     raise told(error, "a run") from error
+                finally:
+                    kept.home.runs -= 1
+                    self._known.used(kept.home)
             self._finished += 1
             kept.runs += 1
             if seat is None and not kept.refilling and self._lacks(kept):
@@ -267,7 +287,7 @@ class Runner:
                 await lent.aclose()
 
     def _never_started(
-        self, job: Job, asked: float, run: Run | None = None, seat: Seat | None = None
+        self, job: Job, asked: float, run: Hands | None = None, seat: Seat | None = None
     ) -> Result:
         seen, waited = record.never_started(asked, run._cancelled if run is not None else "")
         kept = self._known.ready(job, None, seat)
@@ -278,7 +298,7 @@ class Runner:
         return self.host.cpus > 1 and self._limiter.borrowed_tokens == 1
 
     async def _take_slot(
-        self, token: object, run: Run | None, policy: Policy, lent: AsyncExitStack | None
+        self, token: object, run: Hands | None, policy: Policy, lent: AsyncExitStack | None
     ) -> bool:
         """After the caches of its policy. False if the run was killed before it got one."""
         if lent is None and not isinstance(token, Seat):

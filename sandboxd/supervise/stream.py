@@ -129,11 +129,14 @@ class Pump:
         self._capture.add(data)
         return data
 
-    def drain(self) -> None:
-        """Take the rest; for when nobody can write any more."""
+    def drain(self) -> list[bytes]:
+        """Take the rest, which a pipe or a terminal holds; for when nobody can write any more."""
+        rest = []
         with suppress(BlockingIOError):
             while not self.over:
-                self.read()
+                if data := self.read():
+                    rest.append(data)
+        return rest
 
 
 async def nowhere(name: str, data: bytes) -> None:

@@ -159,6 +159,8 @@ class Conduct:
     """Gets the working directory and what it lies in when files were collected from there, if
     somebody will read them."""
     emit: Emit | None
+    patient: bool
+    """Whether what is printed may be told a moment later, if that is cheaper."""
     on_start: Callable[[Control], None]
     reports: Reports | None = None
     vigil: Vigil = NO_VIGIL
@@ -198,9 +200,11 @@ async def supervise(run: Conduct, box: Sandbox) -> Observed:
         if not box.reported:
             await box.wait_dead()
         stops.over()
-        for pump in pumps:
-            pump.drain()
+        rest = [(pump.name, data) for pump in pumps for data in pump.drain()]
         ended_at = trio.current_time()
+        if run.emit is not None:
+            for name, data in rest:
+                await run.emit(name, data)
         error = start_error(run, box, image, failed)
         usage = account.usage(box, ended, watcher.seen, watcher.end(ended_at))
         if ended is None and error is None and stops.cause is None and not usage.oom_kills:
@@ -236,7 +240,18 @@ async def attend_run(
 ) -> bytes:
     if run.emit is None and run.dispatch.pipes.source is None:
         return await attend(box, control.stops, control.watcher, pumps, run.vigil)
+    if run.patient and await is_brief(run, box, control):
+        return await attend(box, control.stops, control.watcher, [])
     return await attend_streams(run, box, control, pumps)
+
+
+async def is_brief(run: Conduct, box: Sandbox, control: Control) -> bool:
+    """Whether init reports within GRACE: then all there is to pass on is in the pipes."""
+    watcher = control.watcher
+    await run.vigil.keep(box.socket, watcher.due)
+    with trio.CancelScope(deadline=min(watcher.due, watcher.started + GRACE)) as scope:
+        await trio.lowlevel.wait_readable(box.socket)
+    return not scope.cancelled_caught
 
 
 async def attend_streams(

@@ -20,7 +20,7 @@ from pathlib import Path
 import trio
 
 from sandboxd.supervise.probe import probe
-from tests.bench import network, report
+from tests.bench import network, report, serve
 from tests.bench.contestants import Contestant, bwrap, nobody, open_ours
 from tests.bench.crun import open_crun
 from tests.bench.images import MEASURES as OF_IMAGES
@@ -107,6 +107,9 @@ def tell(text: str) -> None:
 def main() -> None:
     if sys.argv[1:2] == ["network"]:
         network.main(sys.argv[2:])
+        return
+    if sys.argv[1:2] == ["serve"]:
+        serve.main(sys.argv[2:])
         return
     args = arguments()
     with tempfile.TemporaryDirectory(prefix="sandboxd-bench-") as folder:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.bench import files, report
+from tests.bench import files, report, serve
 from tests.bench.measures import FLIGHTS, LIVE, MEASURES, Row
 
 PROGRAMS = ("static program", "/bin/true")
@@ -55,6 +55,24 @@ def test_every_row_is_there() -> None:
     assert {measure: who[measure] for measure in FILES} == FILES
     assert who[OVERSHOOT] == {"sandboxd", "sandboxd, no cgroup"}
     assert report.text(found).count("\n") > len(found["rows"])
+
+
+@pytest.mark.needs("gcc")
+def test_the_daemon_is_measured_beside_a_runner() -> None:
+    words = ["serve", "--jobs", "80", "--callers", "4", "--rounds", "2"]
+    command = [sys.executable, "-P", "-m", "tests.bench", *words]
+    done = subprocess.run(
+        [*command, "--json"], capture_output=True, text=True, check=False, timeout=100
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert (found["jobs"], found["callers"], found["missing"]) == (80, 4, "")
+    for name in ("runner", "daemon", "runner cpu", "daemon cpu", "p50", "p99"):
+        assert len(found[name]) == 2
+        assert min(found[name]) >= 0.0
+    assert found["before"] > 0
+    assert found["after"] > 0
+    assert "ratio" in serve.text(found)
 
 
 @pytest.mark.needs("gcc", "overlay", "userns")

@@ -113,6 +113,8 @@ async def test_callers_do_not_see_each_other(tmp_path: Path) -> None:
             policy = {"limits": {"wall_time": 1.0}}
             with pytest.raises(SandboxError, match="the daemon's own user"):
                 await served.submit(argv=["true"], policy=policy)
+            with pytest.raises(SandboxError, match="the daemon's own user"):
+                await served.submit(argv=["true"], keep_root="mine")
             served.links = Links(where, None)
             with pytest.raises(SandboxError, match="no token"):
                 await served.ask("GET", "/v1/info")

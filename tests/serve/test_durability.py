@@ -9,13 +9,14 @@ import socket
 import sys
 from collections import Counter
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 import trio
+from h11 import RemoteProtocolError
 
 from sandboxd.errors import Busy, HostError, SandboxError
 from sandboxd.policy import Identity, Limits, Mount
@@ -137,6 +138,40 @@ async def test_an_end_that_does_not_wait_leaves_jobs_to_the_next() -> None:
         one.start()
         async with talking(one) as served:
             assert (await served.ended(job))["result"]["error"]["kind"] == "lost"
+
+
+async def test_an_upgrade_while_jobs_run() -> None:
+    """What is longer than --drain is started again where that was asked for, or reported."""
+    with folder() as place, process(place, "--drain", "0.3") as one:
+        async with talking(one) as served:
+            again = await served.submit(argv=["sleep", "1000"], on_lost="retry")
+            lost = await served.submit(argv=["sleep", "1000"])
+            waits = await served.submit(argv=["echo", "waited"])
+            batch = {"id": "b", "job": {"argv": ["true"]}, "cases": [{}] * 3}
+            body = msgspec.json.encode(batch)
+            asking = served.links.asking("POST", "/v1/batches?wait=1", body)
+            async with AsyncExitStack() as stack:
+                answer = await stack.enter_async_context(asking)
+                for job in (again, lost):
+                    await wait_state(served, job, "running")
+                assert one.kill(signal.SIGTERM) == 0
+                with pytest.raises(RemoteProtocolError):
+                    await answer.body()
+        one.start()
+        async with talking(one) as served:
+            await wait_state(served, again, "running")
+            assert (await served.ask("GET", f"/v1/jobs/{again}"))["attempts"] == 2
+            assert (await served.ended(lost))["result"]["error"]["kind"] == "lost"
+            assert (await served.ended(waits))["attempts"] == 1
+            for number in range(3):
+                assert (await served.ended(f"b.{number}"))["status"] == "ok"
+
+
+async def test_a_journal_of_before_there_were_batches_is_taken_over(tmp_path: Path) -> None:
+    async with open_journal(tmp_path) as journal:
+        await journal.select("DROP TABLE batches")
+    async with open_journal(tmp_path) as journal:
+        assert await journal.find_batch("c", "b") is None
 
 
 async def test_one_directory_has_one_daemon() -> None:

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from sandboxd.serve.api import ROUTES
+from sandboxd.serve.manifold import BatchSubmission
 from sandboxd.serve.metrics import Metrics
 from sandboxd.serve.wire import JobView, Submission
 from tests.serve.serving import daemon
@@ -25,6 +26,10 @@ def test_every_route_is_there() -> None:
 
 def test_every_field_of_a_submission_is_there() -> None:
     assert first_cells("A job") == set(Submission.__struct_fields__)
+
+
+def test_every_field_of_a_batch_is_there() -> None:
+    assert first_cells("A batch") == set(BatchSubmission.__struct_fields__)
 
 
 def test_every_field_of_a_view_is_there() -> None:

@@ -13,6 +13,7 @@ from sandboxd.job import Job
 from sandboxd.result import Event
 from sandboxd.supervise.oneshot import run as run_one
 from sandboxd.supervise.oneshot import run_sync
+from sandboxd.supervise.run import Followed
 from sandboxd.supervise.runner import Runner, open_runner
 from tests.supervise.variants import hosts, policy, without
 
@@ -32,6 +33,39 @@ async def test_events_come_live_and_end_with_the_result() -> None:
     assert [event.seq for event in seen] == [0, 1, 2, 3]
     assert seen[-1].result == result
     assert result.stdout == b"one\ntwo\n"
+
+
+async def test_one_who_follows_hears_all_of_short_runs_and_of_long_ones() -> None:
+    async with open_runner() as runner:
+        for script in ("echo one; echo two >&2", "echo one; sleep 0.1; echo two >&2"):
+            seen: list[Event] = []
+
+            async def tell(event: Event, seen: list[Event] = seen) -> None:
+                await trio.lowlevel.checkpoint()
+                seen.append(event)
+
+            job = Job(argv=["sh", "-c", script], policy=policy(), id="x")
+            result = await runner.follow(job, Followed("x", tell))
+            assert [event.type for event in seen] == ["start", "stdout", "stderr"]
+            assert [event.seq for event in seen] == [0, 1, 2]
+            assert [event.data for event in seen] == [b"", b"one\n", b"two\n"]
+            assert (result.stdout, result.streams["stderr"].data) == (b"one\n", b"two\n")
+
+
+async def test_who_follows_may_kill() -> None:
+    async with open_runner() as runner:
+
+        async def tell(event: Event) -> None:
+            await trio.lowlevel.checkpoint()
+            if event.type == "stdout":
+                run.kill()
+
+        run = Followed("x", tell)
+        job = Job(argv=["sh", "-c", "echo; sleep 100"], policy=policy(), id="x")
+        assert (await runner.follow(job, run)).status == "cancelled"
+        early = Followed("x", tell)
+        early.kill()
+        assert (await runner.follow(job, early)).status == "cancelled"
 
 
 async def test_a_slow_reader_stalls_the_job() -> None:

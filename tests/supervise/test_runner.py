@@ -16,7 +16,7 @@ import trio
 from sandboxd.errors import HostError, JobError
 from sandboxd.job import File, Job
 from sandboxd.policy import Clock, Identity, Limits, Policy, Require
-from sandboxd.result import Result, to_json
+from sandboxd.result import Result, encoded, to_json
 from sandboxd.supervise.runner import open_runner
 from tests.supervise.variants import EVERY, hosts, policy, without
 
@@ -197,6 +197,9 @@ async def test_names_that_are_not_utf8_in_json() -> None:
     script = b"echo x > '\xff'; ln -s / '\xfe'; exec '\xfd'"
     result = await run("nothing", "sh", "-c", script, collect=("*",))
     record = json.loads(msgspec.json.encode(to_json(result)))
+    assert json.loads(encoded(result)) == record
+    plain = await run("nothing", "sh", "-c", "echo hi; touch a", collect=("*",))
+    assert encoded(plain) == msgspec.json.encode(to_json(plain))
     (artifact,) = record["artifacts"]
     assert artifact["path"] == r"\xff"
     assert base64.b64decode(artifact["path_b64"]) == b"\xff"
