@@ -23,13 +23,14 @@ if TYPE_CHECKING:
         SandboxError,
         WorkloadFailed,
     )
-    from sandboxd.job import File, Job, Pattern, Tar, Terminal
+    from sandboxd.job import File, Job, Pattern, Pipe, Tar, Terminal
     from sandboxd.policy import Artifacts, Limits, Policy
     from sandboxd.reference import Reference
     from sandboxd.result import Artifact, Event, Kept, Output, Result, Usage, to_json
     from sandboxd.serve.client import Client, ClientRun, connect
     from sandboxd.supervise.builds import Build
     from sandboxd.supervise.bundles import load_bundle
+    from sandboxd.supervise.groups import Group
     from sandboxd.supervise.keeping import Change, KeptRoot, commit, find_kept, kept_roots
     from sandboxd.supervise.leavings import OpenArtifact
     from sandboxd.supervise.oneshot import run, run_sync
@@ -42,13 +43,14 @@ _HOMES = {
         "Busy", "HostError", "ImageError", "InternalError", "JobError", "LaunchError",
         "PolicyError", "PolicyErrors", "SandboxError", "WorkloadFailed",
     ),
-    "job": ("File", "Job", "Pattern", "Tar", "Terminal"),
+    "job": ("File", "Job", "Pattern", "Pipe", "Tar", "Terminal"),
     "policy": ("Artifacts", "Limits", "Policy"),
     "reference": ("Reference",),
     "result": ("Artifact", "Event", "Kept", "Output", "Result", "Usage", "to_json"),
     "serve.client": ("Client", "ClientRun", "connect"),
     "supervise.builds": ("Build",),
     "supervise.bundles": ("load_bundle",),
+    "supervise.groups": ("Group",),
     "supervise.keeping": ("Change", "KeptRoot", "commit", "find_kept", "kept_roots"),
     "supervise.leavings": ("OpenArtifact",),
     "supervise.oneshot": ("run", "run_sync"),
@@ -59,8 +61,8 @@ _WHERE = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "Artifact", "Artifacts", "Build", "Busy", "Change", "Client", "ClientRun", "Event", "File",
-    "HostError", "ImageError", "InternalError", "Job", "JobError", "Kept", "KeptRoot",
-    "LaunchError", "Limits", "OpenArtifact", "Output", "Pattern", "Policy", "PolicyError",
+    "Group", "HostError", "ImageError", "InternalError", "Job", "JobError", "Kept", "KeptRoot",
+    "LaunchError", "Limits", "OpenArtifact", "Output", "Pattern", "Pipe", "Policy", "PolicyError",
     "PolicyErrors", "Reference", "Result", "Run", "Runner", "RunnerStatistics", "SandboxError",
     "Tar", "Terminal", "Usage", "WorkloadFailed", "__version__", "commit", "connect", "find_kept",
     "find_policy", "kept_roots", "load_bundle", "open_runner", "run", "run_sync", "to_json",

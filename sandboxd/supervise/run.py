@@ -34,6 +34,8 @@ class Run:
         self._error: Exception | None = None
         self._error_told = False
         self._queue = trio.CancelScope()
+        self._limiter: trio.CapacityLimiter | None = None
+        """Of its group, which has slots already; None: the runner's."""
         self._files = trio.CancelScope()
         self._artifacts = OpenArtifacts(self._collected)
 

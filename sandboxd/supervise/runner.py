@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 
 import msgspec
 import trio
@@ -15,10 +15,10 @@ from sandboxd import plan
 from sandboxd.compile.load import tighten_artifacts
 from sandboxd.errors import InternalError, JobError, LaunchError, SandboxError
 from sandboxd.host import Host
-from sandboxd.job import Job
+from sandboxd.job import Job, Pipe
 from sandboxd.policy import Policy
 from sandboxd.result import Event, Result
-from sandboxd.supervise import builds, inputs, keeping, record, volumes
+from sandboxd.supervise import builds, groups, inputs, keeping, record, volumes
 from sandboxd.supervise.areas import Area, open_area
 from sandboxd.supervise.artifacts import check_place
 from sandboxd.supervise.cgroups import Cgroups, open_cgroups, slots_within
@@ -40,7 +40,6 @@ from sandboxd.supervise.supervise import (
     NO_VIGIL,
     Conduct,
     Dispatch,
-    Emit,
     GivenUp,
     Reports,
     supervise,
@@ -74,6 +73,7 @@ class Runner:
         self._cgroups = cgroups
         self._nursery = nursery
         self._limiter = trio.CapacityLimiter(slots)
+        self._group_turn = trio.Lock()
         self._closing = trio.CapacityLimiter(2 * slots + 8)
         self._finished = 0
         self._closed = False
@@ -108,16 +108,33 @@ class Runner:
         policy = self._known.policy(job)
         return policy, host_for(policy, self.host)
 
-    @asynccontextmanager
-    async def start(self, job: Job, *, usage_every: float | None = None) -> AsyncIterator[Run]:
+    def start(
+        self, job: Job, *, usage_every: float | None = None
+    ) -> AbstractAsyncContextManager[Run]:
         """Carry a job out while its events are read; leaving the block kills what is left.
 
         `usage_every`: seconds between two events that say what it has used; None for no such.
         """
+        return self._start(job, usage_every, None)
+
+    async def run_group(self, jobs: Sequence[Job], pipes: Sequence[Pipe]) -> list[Result]:
+        """Carry jobs out at the same time, joined by pipes (groups.py); results in their order."""
+        return await groups.run_group(self, jobs, pipes)
+
+    def start_group(
+        self, jobs: Sequence[Job], pipes: Sequence[Pipe], *, usage_every: float | None = None
+    ) -> AbstractAsyncContextManager[groups.Group]:
+        """The same while the events of each are read; leaving the block kills what is left."""
+        return groups.start_group(self, jobs, pipes, usage_every)
+
+    @asynccontextmanager
+    async def _start(
+        self, job: Job, usage_every: float | None, joint: groups.Joint | None
+    ) -> AsyncIterator[Run]:
         if usage_every is not None and not FASTEST <= usage_every < math.inf:
             raise JobError(f"usage_every={usage_every!r}", hint=f"{FASTEST:g} seconds or more")
         with Descriptors() as fds:
-            pipes = open_pipes(job, Pipes(fds))
+            pipes = open_pipes(job, Pipes(fds, given=joint.given(fds) if joint else {}))
             stdin = None
             if pipes.stdin is not None:
                 stdin = trio.lowlevel.FdStream(os.dup(pipes.stdin))
@@ -126,6 +143,7 @@ class Runner:
             run = Run(job.id or record.new_id(), stdin)
             run._reports = Reports(usage_every, run._tell) if usage_every else None
             run._terminal = pipes.stdin if job.terminal else None
+            run._limiter = joint.limiter if joint else None
             job = dataclasses.replace(job, id=run.id)
             try:
                 with one_error():
@@ -212,7 +230,7 @@ class Runner:
                     porter=porter,
                     giving_up=run._files if run else trio.CancelScope(),
                     leave=_leaving(run, job, porter),
-                    emit=_forwarding(run),
+                    emit=run._forward if run else None,
                     on_start=run._started if run else lambda _: None,
                     reports=run._reports if run else None,
                     vigil=kept.vigil if self._is_alone() else NO_VIGIL,
@@ -233,13 +251,16 @@ class Runner:
                 self._nursery.start_soon(self._refill, kept)
             return result
         finally:
-            self._limiter.release_on_behalf_of(token)
+            self._limiter_of(run).release_on_behalf_of(token)
             if lent is not None:
                 await lent.aclose()
 
     def _never_started(self, job: Job, asked: float) -> Result:
         seen, waited = record.never_started(asked)
         return record.make(job, self._known.ready(job).kind, seen, self.host, waited)
+
+    def _limiter_of(self, run: Run | None) -> trio.CapacityLimiter:
+        return (run and run._limiter) or self._limiter
 
     def _is_alone(self) -> bool:
         """Whether there is one run, and a CPU for it beside ours."""
@@ -249,15 +270,16 @@ class Runner:
         self, token: object, run: Run | None, policy: Policy, lent: AsyncExitStack | None
     ) -> bool:
         """After the caches of its policy. False if the run was killed before it got one."""
+        limiter = self._limiter_of(run)
         if lent is None:
             with suppress(trio.WouldBlock):
-                self._limiter.acquire_on_behalf_of_nowait(token)
+                limiter.acquire_on_behalf_of_nowait(token)
                 return True
         with run._queue if run is not None else trio.CancelScope():
             try:
                 if lent is not None:
                     await lent.enter_async_context(volumes.lent(policy))
-                await self._limiter.acquire_on_behalf_of(token)
+                await limiter.acquire_on_behalf_of(token)
             except BaseException:
                 if lent is not None:
                     await lent.aclose()
@@ -426,10 +448,6 @@ class Runner:
             while self._dying:
                 await self._dying.pop().end()
             await self._known.close()
-
-
-def _forwarding(run: Run | None) -> Emit | None:
-    return run._forward if run is not None else None
 
 
 def _leaving(
