@@ -32,6 +32,7 @@ from sandboxd.result import SCHEMA, error_json
 from sandboxd.serve import carry
 from sandboxd.serve.callers import Caller
 from sandboxd.serve.files import Files
+from sandboxd.serve.guests import Guest
 from sandboxd.serve.journal import Journal, Row
 from sandboxd.serve.live import About, Asked, Live
 from sandboxd.serve.log import Log
@@ -99,7 +100,8 @@ class Book:
         self.live: dict[tuple[str, str], Live] = {}
         self._coming: set[tuple[str, str]] = set()
         self._keys: dict[tuple[str, str], Live] = {}
-        self._queue: dict[Waiting, Live] = {}
+        self.guests: dict[str, Guest] = {}
+        self._queue: dict[Waiting, Live | Guest] = {}
         self._bodies: Counter[str] = Counter()
         """Caller -> bytes of requests whose jobs are not over."""
         self._changed = trio.Event()
@@ -235,6 +237,26 @@ class Book:
         self._changed.set()
         self._changed = trio.Event()
 
+    def admit(self, guest: Guest) -> None:
+        """Into the queue with the jobs; Refusal if it is not taken on."""
+        if self.draining:
+            raise carry.going_down()
+        self.spending.check(guest.caller.name, self.share)
+        self.guests[guest.id] = guest
+        self._queue[guest.waiting] = guest
+        self.share.add(guest.waiting)
+        self.metrics.accepted.add()
+        self.changed()
+
+    def leave(self, guest: Guest, seconds: float) -> None:
+        """A guest is over, after so many seconds in its place, or gives up waiting."""
+        del self.guests[guest.id]
+        if self.share.remove(guest.waiting):
+            self._queue.pop(guest.waiting, None)
+        elif guest.refused is None:
+            self.share.give_back(guest.waiting, seconds)
+        self.changed()
+
     # -- asking for
 
     async def find(self, caller: Caller, job_id: str, *, whole: bool = True) -> Live | Row | None:
@@ -259,6 +281,9 @@ class Book:
             changed = self._changed
             while not self.draining and (waiting := self.share.next()) is not None:
                 live = self._queue.pop(waiting)
+                if isinstance(live, Guest):
+                    live.given.set()
+                    continue
                 nursery.start_soon(carry.carry_out, self, live)
             await changed.wait()
 
@@ -336,7 +361,11 @@ class Book:
         """Start nothing more and let what runs end; whether all of it did in this time."""
         self.draining = True
         for waiting, live in list(self._queue.items()):
-            if live.asked.attached and self.share.remove(waiting):
+            if isinstance(live, Guest):
+                self.share.remove(waiting)
+                del self._queue[waiting]
+                live.refuse(carry.going_down())
+            elif live.asked.attached and self.share.remove(waiting):
                 del self._queue[waiting]
                 live.refused = carry.going_down()
                 self.over(live)

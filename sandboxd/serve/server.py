@@ -28,9 +28,12 @@ from sandboxd.serve import systemd
 from sandboxd.serve.address import Tcp, Unix
 from sandboxd.serve.book import Book, Settings, open_book
 from sandboxd.serve.callers import Callers, is_loopback
+from sandboxd.serve.gojudge.runs import Runs
+from sandboxd.serve.gojudge.server import GoJudge
+from sandboxd.serve.gojudge.store import Store
 from sandboxd.serve.http import Conversation, converse, peer_of
 from sandboxd.serve.journal import open_journal
-from sandboxd.serve.routes import Bounds, Routes
+from sandboxd.serve.routes import Bounds, Budget, Routes
 from sandboxd.supervise.one_error import one_error
 from sandboxd.supervise.runner import open_runner
 
@@ -57,14 +60,24 @@ class Options:
     slots: int | None = None
     spares: int = 0
     cgroup: str | None = None
+    gojudge: GoJudgeOptions | None = None
     drain: float = 30.0
     """Seconds that running jobs get when the daemon is told to end."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GoJudgeOptions:
+    """A listener for go-judge's protocol."""
+
+    address: Unix | Tcp
+    local: Sequence[Path] = ()
+    """Directories whose files requests may name by path."""
 
 
 class Connections:
     """The connections there are, and how many of them wait for a reply."""
 
-    def __init__(self, routes: Routes, most: int) -> None:
+    def __init__(self, routes: Routes | GoJudge, most: int) -> None:
         self._routes = routes
         self._most = most
         self.count = 0
@@ -106,9 +119,14 @@ async def serve(options: Options, *, ready: Callable[[Book], None] = lambda _: N
             routes = Routes(book, options.callers, options.bounds)
             connections = Connections(routes, most_connections(runner.slots))
             _gauges(book, connections)
-            async with _listening(options) as listeners, trio.open_nursery() as nursery:
-                accept = functools.partial(trio.serve_listeners, connections.serve, listeners)
-                nursery.start_soon(accept)
+            async with (
+                _listening(options) as listeners,
+                _gojudge(book, options) as more,
+                trio.open_nursery() as nursery,
+            ):
+                for accepting, where in ((connections, listeners), *more):
+                    accept = functools.partial(trio.serve_listeners, accepting.serve, where)
+                    nursery.start_soon(accept)
                 systemd.notify("READY=1")
                 logger.info("ready")
                 ready(book)
@@ -157,6 +175,29 @@ def _gauges(book: Book, connections: Connections) -> None:
     metrics.gauge("sandboxd_stored_bytes", "files of all callers", book.files.total)
 
 
+@contextlib.asynccontextmanager
+async def _gojudge(
+    book: Book, options: Options
+) -> AsyncIterator[list[tuple[Connections, list[trio.SocketListener]]]]:
+    """What listens for go-judge's protocol, if anything does."""
+    if options.gojudge is None:
+        yield []
+        return
+    settings, bounds = options.settings, options.bounds
+    store = Store(settings.state / "go-judge", settings.quotas.stored)
+    await trio.to_thread.run_sync(store.open)
+    runs = Runs(book, store, options.gojudge.local)
+    handler = GoJudge(runs, options.callers, bounds.body, Budget(bounds.bodies))
+    connections = Connections(handler, most_connections(book.runner.slots))
+    async with contextlib.AsyncExitStack() as stack:
+        sockets = await _bound(options.gojudge.address, options, stack)
+        listeners = [await _listener(one, stack) for one in sockets]
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(store.keep_small, settings.age)
+            yield [(connections, listeners)]
+            nursery.cancel_scope.cancel()
+
+
 # -- listening -------------------------------------------------------------------------------
 
 
@@ -169,12 +210,13 @@ async def _listening(options: Options) -> AsyncIterator[list[trio.SocketListener
         ]
         for one in sockets:
             _check_open(one, options.callers)
-        listeners = []
-        for one in sockets:
-            one.setblocking(False)
-            listener = trio.SocketListener(trio.socket.from_stdlib_socket(one))
-            listeners.append(await stack.enter_async_context(listener))
-        yield listeners
+        yield [await _listener(one, stack) for one in sockets]
+
+
+async def _listener(one: socket.socket, stack: contextlib.AsyncExitStack) -> trio.SocketListener:
+    one.setblocking(False)
+    listener = trio.SocketListener(trio.socket.from_stdlib_socket(one))
+    return await stack.enter_async_context(listener)
 
 
 def _check_open(listening: socket.socket, callers: Callers) -> None:

@@ -64,13 +64,17 @@ class Group:
 
     async def wait(self) -> list[Result]:
         """The results, with what was relayed. Someone must read the events of each meanwhile."""
-        found = [await run.wait() for run in self.runs]
+        return [await self.result(number) for number in range(len(self.runs))]
+
+    async def result(self, number: int) -> Result:
+        """The result of one of them. Someone must read its events meanwhile."""
+        result = await self.runs[number].wait()
         for relay in self._relays:
-            await relay.done.wait()
-            result = found[relay.pipe.writer]
-            streams = {**result.streams, relay.pipe.stream: relay.capture.output()}
-            found[relay.pipe.writer] = msgspec.structs.replace(result, streams=streams)
-        return found
+            if relay.pipe.writer == number:
+                await relay.done.wait()
+                streams = {**result.streams, relay.pipe.stream: relay.capture.output()}
+                result = msgspec.structs.replace(result, streams=streams)
+        return result
 
 
 async def run_group(runner: Runner, jobs: Sequence[Job], pipes: Sequence[Pipe]) -> list[Result]:
