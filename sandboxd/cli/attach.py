@@ -16,7 +16,7 @@ import select
 import signal
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sandboxd.cli.flags import window
 from sandboxd.errors import SandboxError
@@ -45,6 +45,8 @@ class Ending:
     """How it went: the result, unless we were in too much of a hurry, and what made us stop."""
 
     result: Result | None = None
+    record: dict[str, Any] | None = None
+    """The result as JSON, where it came so."""
     signal: int | None = None
     error: OSError | None = None
     """Why output could not be written."""
@@ -90,7 +92,7 @@ async def attached(job: Job, output: Output, wanted: Wanted = Wanted()) -> Endin
     with contextlib.ExitStack() as stack:
         if job.terminal is not None and job.stdin is None:
             stack.enter_context(raw_terminal())
-        signals = stack.enter_context(trio.open_signal_receiver(*_wanted_signals()))
+        signals = stack.enter_context(trio.open_signal_receiver(*wanted_signals()))
         async with trio.open_nursery() as nursery:
             here = _Foreground(ending, nursery.cancel_scope, trio.CancelScope())
             nursery.start_soon(_obey, signals, here)
@@ -106,7 +108,7 @@ async def attached(job: Job, output: Output, wanted: Wanted = Wanted()) -> Endin
     return ending
 
 
-def _wanted_signals() -> list[signal.Signals]:
+def wanted_signals() -> list[signal.Signals]:
     """All that would end us, unless who started us had them ignored (nohup, `&` in a script)."""
     endings = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
     wanted = [one for one in endings if signal.getsignal(one) is not signal.SIG_IGN]
@@ -135,13 +137,13 @@ async def _follow(run: Run, here: _Foreground, output: Output) -> None:
                     here.ending.error = error
                     here.end()
                     break
-                here.ending.open_line = _leaves_line_open(*piece)
+                here.ending.open_line = leaves_line_open(*piece)
     async for event in run.events:
         here.ending.result = event.result
     here.ending.result = await run.wait()
 
 
-def _leaves_line_open(fd: int, data: bytes) -> bool:
+def leaves_line_open(fd: int, data: bytes) -> bool:
     return not data.endswith(b"\n") and os.isatty(fd)
 
 

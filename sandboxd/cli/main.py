@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import difflib
 import importlib
 import io
 import os
@@ -186,6 +185,8 @@ def _deepest(
 
 
 def _nearest(word: str, known: Mapping[str, str] | Sequence[str]) -> str:
+    import difflib
+
     found = difflib.get_close_matches(word, list(known), n=1)
     return f"did you mean {found[0]}?" if found else ""
 

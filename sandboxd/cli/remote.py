@@ -26,11 +26,14 @@ def add(
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "-H", "--host", metavar="ADDRESS",
-        help="the daemon: unix:///path or http://HOST:PORT (default: $SANDBOXD_HOST, else yours)",
+    add_host(
+        parser, "the daemon: unix:///path or http://HOST:PORT (default: $SANDBOXD_HOST, else yours)"
     )  # fmt: skip
     return parser
+
+
+def add_host(parser: argparse.ArgumentParser, text: str) -> None:
+    parser.add_argument("-H", "--host", metavar="ADDRESS", help=text)
 
 
 def daemon(args: argparse.Namespace) -> Plain:

@@ -8,6 +8,7 @@ import socket
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import h11
@@ -48,12 +49,16 @@ class Plain:
 
     @contextmanager
     def asking(
-        self, method: str, target: str, body: bytes | Iterable[bytes] | None = None
+        self,
+        method: str,
+        target: str,
+        body: bytes | Iterable[bytes] | None = None,
+        headers: Mapping[str, str] = MappingProxyType({}),
     ) -> Iterator[Answer]:
         """An answer. Problems are exceptions."""
         with self._connected() as sock:
             try:
-                answer = self._ask(sock, (method, target), body)
+                answer = self._ask(sock, (method, target, headers), body)
                 if answer.status >= 400:
                     raise refused(answer.status, answer.body())
                 yield answer
@@ -82,10 +87,14 @@ class Plain:
             yield sock
 
     def _ask(
-        self, sock: socket.socket, what: tuple[str, str], body: bytes | Iterable[bytes] | None
+        self,
+        sock: socket.socket,
+        what: tuple[str, str, Mapping[str, str]],
+        body: bytes | Iterable[bytes] | None,
     ) -> Answer:
         host = str(self.address).removeprefix("http://")
-        headers = {"Host": "localhost" if isinstance(self.address, Unix) else host}
+        method, target, more = what
+        headers = {"Host": "localhost" if isinstance(self.address, Unix) else host, **more}
         if self.token is not None:
             headers["Authorization"] = f"Bearer {self.token}"
         if isinstance(body, bytes):
@@ -94,7 +103,6 @@ class Plain:
         elif body is not None:
             headers["Transfer-Encoding"] = "chunked"
         machine = h11.Connection(h11.CLIENT)
-        method, target = what
         head = h11.Request(method=method, target=target, headers=list(headers.items()))
         with suppress(ConnectionError):  # it may have said why before it hung up
             sock.sendall(machine.send(head) or b"")
