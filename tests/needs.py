@@ -16,6 +16,7 @@ from pathlib import Path
 
 CONTROLLERS = ("cpu", "cpuset", "io", "memory", "pids")
 PROGRAMS = {
+    "chromium": ("chromium", "--version"),
     "crun": ("crun", "--version"),
     "docker-registry": ("docker-registry", "--version"),
     "go": ("go", "version"),

@@ -89,7 +89,9 @@ IMPURE = frozenset(
 )
 IMPURE_CALLS = frozenset({"open", "print", "input", "breakpoint", "exec", "eval"})
 PURE_ROOMS = VALUES | {"compile", "script"}
-PURE_FILES = {f"serve/{one}.py" for one in ("api", "metrics", "share", "wire", "gojudge/wire")}
+PURE_FILES = {
+    f"serve/{one}.py" for one in ("api", "metrics", "share", "views", "wire", "gojudge/wire")
+}
 ALLOWED = {
     "errors.py": {"os"},  # os.strerror
     "job.py": {"os", "pathlib"},  # types: what a caller may hand over

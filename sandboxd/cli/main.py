@@ -33,6 +33,7 @@ COMMANDS: Mapping[str, str] = MappingProxyType(
         "logs": "show the output of a job",
         "wait": "wait for a job, and exit as it did",
         "cancel": "cancel jobs",
+        "top": "show what the daemon does, live",
         "plan": "show what would be done to run a program",
         "diff": "what a kept run changed in its root",
         "commit": "make an image of a kept run",

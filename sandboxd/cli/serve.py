@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -95,6 +96,13 @@ def _add_callers(group: argparse._ArgumentGroup) -> None:
         type=Path,
         metavar="FILE",
         help="lines of NAME TOKEN; needed to listen where other machines reach it",
+    )
+    group.add_argument(
+        "--overseer",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a NAME of the tokens that sees what all callers run, in /ui and `top`",
     )
 
 
@@ -232,7 +240,11 @@ def _options(args: argparse.Namespace) -> Options:
             size=args.keep_size,
         ),
         addresses=addresses or [address.default(os.environ)],
-        callers=Callers(uids=frozenset({os.getuid(), *args.allow_uid}), tokens=tokens),
+        callers=Callers(
+            uids=frozenset({os.getuid(), *args.allow_uid}),
+            tokens=tokens,
+            overseers=_overseers(args, tokens),
+        ),
         bounds=Bounds(body=args.max_body, bodies=max(256 << 20, 4 * args.max_body)),
         slots=args.slots,
         spares=args.spares,
@@ -240,6 +252,13 @@ def _options(args: argparse.Namespace) -> Options:
         drain=args.drain,
         gojudge=_gojudge(args),
     )
+
+
+def _overseers(args: argparse.Namespace, tokens: Mapping[str, bytes]) -> frozenset[str]:
+    for name in args.overseer:
+        if name not in tokens:
+            raise JobError(f"--overseer {name}: no such name", hint="one of --token-file's")
+    return frozenset(args.overseer)
 
 
 def _gojudge(args: argparse.Namespace) -> GoJudgeOptions | None:

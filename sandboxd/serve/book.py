@@ -37,6 +37,7 @@ from sandboxd.serve.journal import Journal, Row
 from sandboxd.serve.live import About, Asked, Live
 from sandboxd.serve.log import Log
 from sandboxd.serve.metrics import Metrics
+from sandboxd.serve.overview import Endings
 from sandboxd.serve.quotas import Quotas, Spending
 from sandboxd.serve.share import Need, Share, Waiting
 from sandboxd.serve.wire import (
@@ -91,6 +92,7 @@ class Book:
         self.journal = journal
         self.settings = settings
         self.metrics = Metrics()
+        self.endings = Endings()
         self.files = Files(settings.state / "files", settings.quotas.stored)
         self.share = Share(runner.slots, settings.room, settings.quotas.running)
         self.spending = Spending(settings.quotas)

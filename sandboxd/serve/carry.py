@@ -135,6 +135,7 @@ async def _end(book: Book, live: Live, record: dict[str, Any], result: Result | 
     except SandboxError as error:  # who waits for it shall have it nevertheless
         logger.error("result not written", extra={"job": live.id, "why": str(error)})
     live.record, live.state = data, "done"
+    book.endings.note(live.caller.name, live.id, live.about, record)
     seq = max(live.log.last + 1, (live.attempts - 1) * FIRST_OF_ATTEMPT)
     live.log.finish(seq, last_line(seq, data))
     _count(book, live, result)

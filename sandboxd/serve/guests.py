@@ -96,6 +96,9 @@ def count(book: Book, guest: Guest, status: str, result: Result | None) -> None:
     """What a run of a guest's used, and how it ended."""
     metrics = book.metrics
     metrics.ended.add(status=status)
+    message = "" if result is None else result.message
+    told = {"status": status, "message": message}
+    book.endings.note(guest.caller.name, guest.id, guest.about, told)
     about = {"caller": guest.caller.name, "job": guest.id, "status": status}
     if guest.about.traceparent is not None:
         about["traceparent"] = guest.about.traceparent

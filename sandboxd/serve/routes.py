@@ -25,6 +25,8 @@ from sandboxd.serve.http import Gone, Reply, Request
 from sandboxd.serve.journal import Row
 from sandboxd.serve.live import Asked, Live, view
 from sandboxd.serve.metrics import TEXT
+from sandboxd.serve.overview import Looks
+from sandboxd.serve.page import HTML, page
 from sandboxd.serve.wire import (
     DIGEST,
     FileView,
@@ -45,6 +47,8 @@ MOST_SMALL = 64 << 10
 MOST_STDIN = 1 << 40
 PAGE, MOST_ON_PAGE = 100, 500
 LONGEST_WAIT = 300.0
+FASTEST_LOOKS = 0.2
+"""Seconds between two looks of a stream, at least."""
 STARTING = 30.0
 """Seconds that stdin and signals wait for a job to begin."""
 
@@ -112,6 +116,7 @@ class Routes:
         self.callers = callers
         self.bounds = bounds
         self.budget = Budget(bounds.bodies)
+        self.looks = Looks(book)
         self._openapi = Reply.of(api.openapi()).body
 
     async def handle(self, request: Request) -> Reply:
@@ -394,6 +399,18 @@ class Routes:
                 limits=limits,
             )
         )
+
+    async def overview(self, call: Call) -> Reply:
+        kind = events.wanted(call.request)
+        if kind is None:
+            return Reply.of(self.looks.look(call.caller))
+        every = max(FASTEST_LOOKS, (call.number("every", 1000, 3_600_000) or 1000) / 1000)
+        stream = self.looks.stream(call.caller, every, events=kind == api.SSE)
+        return Reply(kind=kind, stream=stream)
+
+    async def ui(self, call: Call) -> Reply:
+        body, headers = page()
+        return Reply(body=body, kind=HTML, headers=list(headers))
 
     async def healthz(self, call: Call) -> Reply:
         return Reply(body=b"ok\n", kind=TEXT)
