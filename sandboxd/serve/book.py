@@ -94,6 +94,8 @@ class Book:
         self.metrics = Metrics()
         self.endings = Endings()
         self.files = Files(settings.state / "files", settings.quotas.stored)
+        self.stores = [self.files.total]
+        """What is stored, in bytes, wherever."""
         self.share = Share(runner.slots, settings.room, settings.quotas.running)
         self.spending = Spending(settings.quotas)
         self.draining = False
@@ -107,6 +109,10 @@ class Book:
         self._bodies: Counter[str] = Counter()
         """Caller -> bytes of requests whose jobs are not over."""
         self._changed = trio.Event()
+
+    def stored(self) -> int:
+        """Bytes of files of all callers."""
+        return sum(total() for total in self.stores)
 
     # -- taking on
 

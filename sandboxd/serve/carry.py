@@ -149,6 +149,8 @@ def _count(book: Book, live: Live, result: Result | None) -> None:
         about["traceparent"] = live.about.traceparent
     if result is not None:
         usage = result.usage
+        for one in result.violations:
+            metrics.denials.add(one.count, kind=one.kind)
         if live.started is not None:
             metrics.setup_time.observe(result.timing.setup)
         if usage.wall_time is not None:

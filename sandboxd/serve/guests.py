@@ -106,6 +106,8 @@ def count(book: Book, guest: Guest, status: str, result: Result | None) -> None:
     if result is None:
         return
     usage = result.usage
+    for one in result.violations:
+        metrics.denials.add(one.count, kind=one.kind)
     metrics.setup_time.observe(result.timing.setup)
     if usage.wall_time is not None:
         metrics.run_time.observe(usage.wall_time)

@@ -172,7 +172,7 @@ def _gauges(book: Book, connections: Connections) -> None:
     metrics.gauge("sandboxd_slots", "jobs that may run at once", lambda: runner.slots)
     metrics.gauge("sandboxd_spares", "sandboxes made ahead", lambda: runner.statistics().spares)
     metrics.gauge("sandboxd_connections", "connections", lambda: connections.count)
-    metrics.gauge("sandboxd_stored_bytes", "files of all callers", book.files.total)
+    metrics.gauge("sandboxd_stored_bytes", "files of all callers", book.stored)
 
 
 @contextlib.asynccontextmanager
@@ -186,6 +186,7 @@ async def _gojudge(
     settings, bounds = options.settings, options.bounds
     store = Store(settings.state / "go-judge", settings.quotas.stored)
     await trio.to_thread.run_sync(store.open)
+    book.stores.append(store.total)
     runs = Runs(book, store, options.gojudge.local)
     handler = GoJudge(runs, options.callers, bounds.body, Budget(bounds.bodies))
     connections = Connections(handler, most_connections(book.runner.slots))
