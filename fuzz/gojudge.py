@@ -1,7 +1,7 @@
 """Whatever comes in go-judge's protocol becomes jobs, or a Refusal; never anything else is raised.
 
-So of requests, of messages on its streams, and of forms with a file. And the answer to whatever a
-program may have left is one that go-judge could have given.
+So of requests, of messages on its streams, and of forms with a file. And whatever bytes come on a
+WebSocket are messages within its bound, or its end.
 
     ./do fuzz gojudge          # until stopped by an error, or after a million examples
     ./do fuzz gojudge 5000     # that many examples
@@ -13,7 +13,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import h11
 import msgspec
+import trio
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -21,6 +23,8 @@ from sandboxd.job import Job
 from sandboxd.serve.gojudge import wire
 from sandboxd.serve.gojudge.orders import Sources, inside, orders
 from sandboxd.serve.gojudge.server import uploaded
+from sandboxd.serve.http import Conversation, Gone, Peer, Request
+from sandboxd.serve.websocket import accepted
 from sandboxd.serve.wire import Refusal
 from sandboxd.supervise import policies
 from sandboxd.supervise.groups import check
@@ -132,6 +136,23 @@ forms = st.lists(
     max_size=8,
 ).map(b"".join)  # fmt: skip
 
+UPGRADE = [
+    ("Host", "localhost"), ("Upgrade", "websocket"), ("Connection", "Upgrade"),
+    ("Sec-WebSocket-Key", "dGhlIHNhbXBsZSBub25jZQ=="), ("Sec-WebSocket-Version", "13"),
+]  # fmt: skip
+frames = st.lists(
+    st.one_of(
+        st.binary(max_size=20),
+        st.builds(
+            lambda first, size, rest: bytes((first, 0x80 | size)) + bytes(4) + rest[:size],
+            st.sampled_from([0x81, 0x82, 0x01, 0x00, 0x80, 0x88, 0x89, 0x8A, 0xC1, 0x8F]),
+            st.integers(0, 125),
+            st.binary(max_size=125),
+        ),
+    ),
+    max_size=5,
+).map(b"".join)
+
 
 def check_request(body: bytes, live: bool) -> None:
     try:
@@ -164,6 +185,35 @@ def check_form(kind: str, body: bytes) -> None:
     assert content in body
 
 
+class Stream:
+    """A connection that brings these bytes in these pieces, then its end."""
+
+    def __init__(self, data: bytes, size: int) -> None:
+        self._pieces = [data[start : start + size] for start in range(0, len(data), size)]
+
+    async def receive_some(self, _: int) -> bytes:
+        await trio.lowlevel.checkpoint()
+        return self._pieces.pop(0) if self._pieces else b""
+
+    async def send_all(self, _: bytes) -> None:
+        await trio.lowlevel.checkpoint()
+
+
+async def listen(data: bytes, size: int) -> None:
+    conversation = Conversation(Stream(data, size), Peer(address="x"))  # type: ignore[arg-type]
+    head = h11.Request(method="GET", target="/ws", headers=UPGRADE)
+    try:
+        async with accepted(Request(conversation, head), 100) as socket:
+            while True:
+                assert len(await socket.receive()) <= 100
+    except Gone:
+        return
+
+
+def check_socket(data: bytes, size: int) -> None:
+    trio.run(listen, data, size)
+
+
 def check_name(name: str) -> None:
     place = inside(name)
     if place is not None:
@@ -177,10 +227,19 @@ def fuzz(examples: int) -> None:
         max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck),
         database=None,
     )  # fmt: skip
-    @given(requests, st.booleans(), messages, st.tuples(kinds, forms), names)
+    @given(
+        requests, st.booleans(), messages, st.tuples(kinds, forms), names,
+        st.tuples(frames, st.sampled_from([1, 3, 999])),
+    )  # fmt: skip
     def whatever(
-        body: bytes, live: bool, message: bytes, form: tuple[str, bytes], name: Any
+        body: bytes,
+        live: bool,
+        message: bytes,
+        form: tuple[str, bytes],
+        name: Any,
+        frame: tuple[bytes, int],
     ) -> None:
+        check_socket(*frame)
         check_request(body, live)
         check_message(message)
         check_form(*form)

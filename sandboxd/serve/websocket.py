@@ -152,6 +152,10 @@ async def accepted(request: Request, most: int) -> AsyncIterator[WebSocket]:
             nursery.start_soon(socket.keep_alive)
             yield socket
             nursery.cancel_scope.cancel()
+    except BaseExceptionGroup as group:  # of those who were sending when it went
+        if group.split(Gone)[1] is None:
+            raise Gone from None
+        raise
     finally:
         with trio.move_on_after(1.0, shield=True):
             await socket.close()

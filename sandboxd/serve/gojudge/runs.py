@@ -33,6 +33,9 @@ PRIORITY = 5
 WORDS, LONGEST = 16, 128
 """Words that are shown of a program's, and characters of each."""
 
+LARGE = 256 << 10
+"""Bytes of output from which on a thread deals with it."""
+
 Output = Callable[[int, int, bytes], Awaitable[None]]
 """Gets what programs write as they write it: the program's number, the descriptor, the bytes."""
 
@@ -141,8 +144,11 @@ class Runs:
         return [found[at] for at in range(len(jobs))]
 
     async def _answer(self, guest: Guest, order: Order, result: Result, folder: Path) -> CmdResult:
+        """What is large, or goes to a disk, holds nobody up."""
         caller = guest.caller.name
-        if not order.files and not any(one.cached for one in order.streams.values()):
+        stored = order.files or any(one.cached for one in order.streams.values())
+        large = sum(one.kept for one in result.streams.values()) > LARGE
+        if not stored and not large:
             return answer(caller, order, result, self.store, folder)
         return await trio.to_thread.run_sync(answer, caller, order, result, self.store, folder)
 

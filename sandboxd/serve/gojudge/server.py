@@ -19,7 +19,7 @@ from sandboxd.serve.api import BINARY
 from sandboxd.serve.callers import Caller, Callers
 from sandboxd.serve.files import pieces_of
 from sandboxd.serve.gojudge import sockets, wire
-from sandboxd.serve.gojudge.runs import Runs
+from sandboxd.serve.gojudge.runs import LARGE, Runs
 from sandboxd.serve.guests import Cancelled
 from sandboxd.serve.http import Gone, Reply, Request
 from sandboxd.serve.routes import Budget
@@ -115,7 +115,9 @@ class GoJudge:
                 self.book.replying -= 1
                 if self.book.draining:
                     self.book.changed()
-        return Reply(body=encode(found), kind="application/json; charset=utf-8")
+        size = sum(len(text) for one in found for text in (one.files or {}).values())
+        body = await trio.to_thread.run_sync(encode, found) if size > LARGE else encode(found)
+        return Reply(body=body, kind="application/json; charset=utf-8")
 
     async def _ws(self, request: Request, caller: Caller) -> Reply:
         await sockets.many(self.runs, caller, request, self.most)
