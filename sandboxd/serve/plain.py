@@ -46,6 +46,8 @@ class Plain:
 
     address: Unix | Tcp
     token: str | None = None
+    traceparent: str | None = None
+    """W3C Trace Context, of whoever asks."""
 
     @contextmanager
     def asking(
@@ -95,6 +97,8 @@ class Plain:
         host = str(self.address).removeprefix("http://")
         method, target, more = what
         headers = {"Host": "localhost" if isinstance(self.address, Unix) else host, **more}
+        if self.traceparent is not None:
+            headers["traceparent"] = self.traceparent
         if self.token is not None:
             headers["Authorization"] = f"Bearer {self.token}"
         if isinstance(body, bytes):

@@ -158,6 +158,22 @@ def test_who_sees_what() -> None:
         assert not any("token" in one or TOKENS["other"] in one for one in page.asked())
 
 
+def test_without_tokens_it_shows_what_came_over_tcp() -> None:
+    port = free_port()
+    with folder() as place, process(place, "--listen", f"http://127.0.0.1:{port}") as served:
+        trio.run(ready, served)
+        sandboxd(served, "submit", "--name", "elsewhere", "--", "sleep", "60")
+        over_tcp = ("--host", f"http://127.0.0.1:{port}", "--name", "here")
+        sandboxd(served, "submit", *over_tcp, "--", "sleep", "60")
+        with folder() as own, browser(own) as page:
+            page.open(f"http://127.0.0.1:{port}/ui")
+            page.until("document.querySelector('#jobs tbody tr')")
+            assert page.value("document.getElementById('ask').hidden")
+            shown = page.value("document.getElementById('jobs').innerText")
+            assert "here" in shown
+            assert "elsewhere" not in shown
+
+
 def test_the_daemon_may_go_and_come_back() -> None:
     with serving() as (served, url), folder() as place, browser(place) as page:
         log_in(page, url, "me")
