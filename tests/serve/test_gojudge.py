@@ -101,6 +101,9 @@ async def test_the_working_directory_is_w() -> None:
         assert found["status"] == "Accepted", found
         assert found["files"]["stdout"] == "aba/w\n"
         assert found["files"]["/w/out"] == found["files"]["out"] == "made\n"
+        twice = sh("echo made > out", copyOutCached=["/w/out", "out"])
+        (found,) = await served.run(twice)
+        assert set(found["fileIds"]) == {"/w/out", "out"}
 
 
 async def test_files_are_kept_and_used_again() -> None:

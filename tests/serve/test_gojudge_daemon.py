@@ -75,6 +75,7 @@ async def test_a_token_where_there_are_tokens() -> None:
         (["--compat", "go-judge="], "is not go-judge=HOST:PORT"),
         (["--compat-src", "/"], "--compat-src without --compat"),
         (["--compat", "go-judge=127.0.0.1:1", "--compat", "go-judge=127.0.0.1:2"], "twice"),
+        (["--overseer", "nobody"], "--overseer nobody: no such name"),
         (["--compat", "go-judge=0.0.0.0:5050"], "can be reached from elsewhere"),
     ],
 )

@@ -160,7 +160,7 @@ def _hand_over(
         if isinstance(data, bytes):
             found.stored[wanted.name] = store.save(caller, wanted.name, data)
         else:
-            found.stored[wanted.name] = store.move(caller, wanted.name, data)
+            found.stored[wanted.name] = store.link(caller, wanted.name, data)
     except Refusal as refusal:
         _fault(found, wanted, "CopyOutCopyContent", str(refusal))
 
@@ -171,7 +171,7 @@ def _file(
     store, folder, found = to
     artifact = next((one for one in result.artifacts if one.path == wanted.path), None)
     path = folder / (wanted.path or "")
-    if artifact is None or not path.is_file():  # a second name may have taken it
+    if artifact is None:
         why = next((one.reason for one in result.artifact_errors if one.path == wanted.path), "")
         _missing(wanted, why, found)
         return

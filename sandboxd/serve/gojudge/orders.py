@@ -29,6 +29,7 @@ COPY_OUT = 64 << 20
 MOST = 16
 """Programs of one request."""
 STREAMS = {1: "stdout", 2: "stderr"}
+HIGHEST_CPU = 65536
 EXECUTABLE = 0o777
 """What go-judge gives to everything that is copied in."""
 
@@ -326,11 +327,23 @@ class _Maker:
             )
         except msgspec.ValidationError as error:
             raise self._no(f"cpuSetLimit: {error}") from None
+        allowed = self._policy.resources.cpuset
+        if allowed is not None and not _cpus(self._cmd.cpu_set_limit) <= _cpus(allowed):
+            raise self._no(f"cpuSetLimit: the policy allows {allowed}")
         return msgspec.structs.replace(self._policy, resources=found)
 
 
 def _is_collector(file: CmdFile) -> bool:
     return file.name is not None and file.max is not None
+
+
+def _cpus(text: str) -> set[int]:
+    """The CPUs of a list that is one: "0-3,8"."""
+    found: set[int] = set()
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        found.update(range(int(first), min(int(last or first), HIGHEST_CPU) + 1))
+    return found
 
 
 def _plain(names: list[str] | None) -> set[str]:
