@@ -27,7 +27,7 @@ from sandboxd.serve.http import Conversation, Gone, Peer, Request
 from sandboxd.serve.websocket import accepted
 from sandboxd.serve.wire import Refusal
 from sandboxd.supervise import policies
-from sandboxd.supervise.groups import check
+from sandboxd.supervise.pipeline import check
 
 POLICY = policies.find("go-judge")
 

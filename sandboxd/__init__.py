@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from sandboxd.serve.client import Client, ClientRun, connect
     from sandboxd.supervise.builds import Build
     from sandboxd.supervise.bundles import load_bundle
-    from sandboxd.supervise.groups import Group
+    from sandboxd.supervise.pipeline import Pipeline
     from sandboxd.supervise.keeping import Change, KeptRoot, commit, find_kept, kept_roots
     from sandboxd.supervise.leavings import OpenArtifact
     from sandboxd.supervise.oneshot import run, run_sync
@@ -50,7 +50,7 @@ _HOMES = {
     "serve.client": ("Client", "ClientRun", "connect"),
     "supervise.builds": ("Build",),
     "supervise.bundles": ("load_bundle",),
-    "supervise.groups": ("Group",),
+    "supervise.pipeline": ("Pipeline",),
     "supervise.keeping": ("Change", "KeptRoot", "commit", "find_kept", "kept_roots"),
     "supervise.leavings": ("OpenArtifact",),
     "supervise.oneshot": ("run", "run_sync"),
@@ -61,7 +61,7 @@ _WHERE = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "Artifact", "Artifacts", "Build", "Busy", "Change", "Client", "ClientRun", "Event", "File",
-    "Group", "HostError", "ImageError", "InternalError", "Job", "JobError", "Kept", "KeptRoot",
+    "Pipeline", "HostError", "ImageError", "InternalError", "Job", "JobError", "Kept", "KeptRoot",
     "LaunchError", "Limits", "OpenArtifact", "Output", "Pattern", "Pipe", "Policy", "PolicyError",
     "PolicyErrors", "Reference", "Result", "Run", "Runner", "RunnerStatistics", "SandboxError",
     "Tar", "Terminal", "Usage", "WorkloadFailed", "__version__", "commit", "connect", "find_kept",

@@ -277,7 +277,7 @@ def members(kind: type) -> set[str]:
     "kind",
     [
         *(Job, File, Tar, Pattern, Pipe, Artifacts, Terminal, sandboxd.OpenArtifact),
-        *(sandboxd.Run, sandboxd.Group, sandboxd.Runner, sandboxd.RunnerStatistics),
+        *(sandboxd.Run, sandboxd.Pipeline, sandboxd.Runner, sandboxd.RunnerStatistics),
         *(sandboxd.Client, sandboxd.ClientRun),
     ],
     ids=lambda kind: kind.__name__,

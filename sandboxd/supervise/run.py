@@ -35,7 +35,7 @@ class Run:
         self._error_told = False
         self._queue = trio.CancelScope()
         self._limiter: trio.CapacityLimiter | None = None
-        """Of its group, which has slots already; None: the runner's."""
+        """Of its pipeline, which has slots already; None: the runner's."""
         self._files = trio.CancelScope()
         self._artifacts = OpenArtifacts(self._collected)
 

@@ -18,7 +18,7 @@ from sandboxd.host import Host
 from sandboxd.job import Job, Pipe
 from sandboxd.policy import Policy
 from sandboxd.result import Event, Result
-from sandboxd.supervise import builds, groups, inputs, keeping, record, volumes
+from sandboxd.supervise import builds, inputs, keeping, pipeline, record, volumes
 from sandboxd.supervise.areas import Area, open_area
 from sandboxd.supervise.artifacts import check_place
 from sandboxd.supervise.cgroups import Cgroups, open_cgroups, slots_within
@@ -73,7 +73,7 @@ class Runner:
         self._cgroups = cgroups
         self._nursery = nursery
         self._limiter = trio.CapacityLimiter(slots)
-        self._group_turn = trio.Lock()
+        self._grouping = trio.Lock()
         self._closing = trio.CapacityLimiter(2 * slots + 8)
         self._finished = 0
         self._closed = False
@@ -117,19 +117,19 @@ class Runner:
         """
         return self._start(job, usage_every, None)
 
-    async def run_group(self, jobs: Sequence[Job], pipes: Sequence[Pipe]) -> list[Result]:
-        """Carry jobs out at the same time, joined by pipes (groups.py); results in their order."""
-        return await groups.run_group(self, jobs, pipes)
+    async def run_pipeline(self, jobs: Sequence[Job], pipes: Sequence[Pipe]) -> list[Result]:
+        """Carry jobs out at the same time, joined by pipes (pipeline.py); results in their order."""
+        return await pipeline.run_pipeline(self, jobs, pipes)
 
-    def start_group(
+    def start_pipeline(
         self, jobs: Sequence[Job], pipes: Sequence[Pipe], *, usage_every: float | None = None
-    ) -> AbstractAsyncContextManager[groups.Group]:
+    ) -> AbstractAsyncContextManager[pipeline.Pipeline]:
         """The same while the events of each are read; leaving the block kills what is left."""
-        return groups.start_group(self, jobs, pipes, usage_every)
+        return pipeline.start_pipeline(self, jobs, pipes, usage_every)
 
     @asynccontextmanager
     async def _start(
-        self, job: Job, usage_every: float | None, joint: groups.Joint | None
+        self, job: Job, usage_every: float | None, joint: pipeline.Joint | None
     ) -> AsyncIterator[Run]:
         if usage_every is not None and not FASTEST <= usage_every < math.inf:
             raise JobError(f"usage_every={usage_every!r}", hint=f"{FASTEST:g} seconds or more")

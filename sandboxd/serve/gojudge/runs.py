@@ -121,8 +121,8 @@ class Runs:
                 run = await stack.enter_async_context(runner.start(jobs[0]))
                 guest.runs, result_of = (run,), _waiting(run)
             else:
-                group = await stack.enter_async_context(runner.start_group(jobs, made.pipes))
-                guest.runs, result_of = group.runs, group.result
+                joined = await stack.enter_async_context(runner.start_pipeline(jobs, made.pipes))
+                guest.runs, result_of = joined.runs, joined.result
             if guest.cancelled:
                 guest.kill()
             guest.begun.set()

@@ -6,7 +6,7 @@ closed it. A relayed one is two pipes with a task here that carries from one to 
 on reading when the reader has gone, so that the writer is not ended by SIGPIPE, and closes the
 second pipe when the first is at its end.
 
-A group takes as many slots as it has jobs, or all there are: groups take theirs one after the
+A pipeline takes as many slots as it has jobs, or all there are: pipelines take theirs one after the
 other, so no two of them wait for what the other has. Its jobs then wait for nobody.
 """
 
@@ -34,24 +34,24 @@ if TYPE_CHECKING:
     from sandboxd.supervise.runner import Runner
 
 MOST = 16
-"""Jobs of a group."""
+"""Jobs of a pipeline."""
 
 
 @dataclass(frozen=True, slots=True)
 class Joint:
-    """What a job has of its group: a slot, and the ends of its pipes."""
+    """What a job has of its pipeline: a slot, and the ends of its pipes."""
 
     limiter: trio.CapacityLimiter
     ends: dict[str, int] = field(default_factory=dict)
-    """Name of the stream -> the job's end, which is the group's own."""
+    """Name of the stream -> the job's end, which is the pipeline's own."""
 
     def given(self, fds: Descriptors) -> dict[str, int]:
         """The ends once more, for `fds` to own."""
         return {name: fds.own(os.dup(fd)) for name, fd in self.ends.items()}
 
 
-class Group:
-    """Jobs in progress. Made by `start_group`; `runs` are in the order of the jobs."""
+class Pipeline:
+    """Jobs in progress. Made by `start_pipeline`; `runs` are in the order of the jobs."""
 
     def __init__(self, runs: Sequence[Run], relays: Sequence[_Relay]) -> None:
         self.runs = tuple(runs)
@@ -77,14 +77,14 @@ class Group:
         return result
 
 
-async def run_group(runner: Runner, jobs: Sequence[Job], pipes: Sequence[Pipe]) -> list[Result]:
-    """See Runner.run_group."""
-    async with start_group(runner, jobs, pipes, None) as group:
+async def run_pipeline(runner: Runner, jobs: Sequence[Job], pipes: Sequence[Pipe]) -> list[Result]:
+    """See Runner.run_pipeline."""
+    async with start_pipeline(runner, jobs, pipes, None) as joined:
         with one_error():
             async with trio.open_nursery() as readers:
-                for run in group.runs:
+                for run in joined.runs:
                     readers.start_soon(_ignore, run)
-        return await group.wait()
+        return await joined.wait()
 
 
 async def _ignore(run: Run) -> None:
@@ -95,10 +95,10 @@ async def _ignore(run: Run) -> None:
 
 
 @asynccontextmanager
-async def start_group(
+async def start_pipeline(
     runner: Runner, jobs: Sequence[Job], pipes: Sequence[Pipe], usage_every: float | None
-) -> AsyncIterator[Group]:
-    """See Runner.start_group."""
+) -> AsyncIterator[Pipeline]:
+    """See Runner.start_pipeline."""
     check(jobs, pipes)
     with one_error(), Descriptors() as ours:
         async with _slots(runner, len(jobs)), trio.open_nursery() as nursery:
@@ -113,7 +113,7 @@ async def start_group(
                     ]
                 for relay in relays:
                     nursery.start_soon(relay.carry)
-                yield Group(runs, relays)
+                yield Pipeline(runs, relays)
             nursery.cancel_scope.cancel()
 
 
@@ -121,7 +121,7 @@ async def start_group(
 async def _slots(runner: Runner, count: int) -> AsyncIterator[None]:
     limiter, held = runner._limiter, list[object]()
     try:
-        async with runner._group_turn:
+        async with runner._grouping:
             for _ in range(min(count, runner.slots)):
                 token = object()
                 await limiter.acquire_on_behalf_of(token)
@@ -138,10 +138,10 @@ async def _slots(runner: Runner, count: int) -> AsyncIterator[None]:
 def check(jobs: Sequence[Job], pipes: Sequence[Pipe]) -> None:
     """JobError if these jobs cannot be joined so."""
     if not 1 <= len(jobs) <= MOST:
-        raise JobError(f"a group of {len(jobs)} jobs", hint=f"1 to {MOST}")
+        raise JobError(f"a pipeline of {len(jobs)} jobs", hint=f"1 to {MOST}")
     for number, job in enumerate(jobs):
         if job.collect_to == "stream":
-            raise JobError(f'jobs[{number}]: collect_to="stream" in a group',
+            raise JobError(f'jobs[{number}]: collect_to="stream" in a pipeline',
                            hint="collect into memory or a directory")  # fmt: skip
     ends: Counter[tuple[int, str]] = Counter()
     for number, pipe in enumerate(pipes):

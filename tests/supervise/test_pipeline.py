@@ -47,7 +47,7 @@ def python(program: str, **more: object) -> Job:
 
 async def run(jobs: list[Job], *pipes: Pipe, slots: int = 2, host: str = "nothing") -> list[Result]:
     async with open_runner(slots=slots, host=without(host)) as runner:
-        return await runner.run_group(jobs, pipes)
+        return await runner.run_pipeline(jobs, pipes)
 
 
 def both_ways(relay: bool) -> tuple[Pipe, Pipe]:
@@ -127,12 +127,12 @@ async def test_a_program_that_is_not_there_is_a_result() -> None:
     assert (missing.status, other.status) == ("start_failed", "ok")
 
 
-async def test_groups_and_others_share_the_slots_without_waiting_for_each_other() -> None:
+async def test_pipelines_and_others_share_the_slots_without_waiting_for_each_other() -> None:
     async with open_runner(slots=2) as runner:
         ended = list[str]()
 
-        async def group() -> None:
-            found = await runner.run_group([python(GUESSER), python(JUDGE)], both_ways(False))
+        async def pipeline() -> None:
+            found = await runner.run_pipeline([python(GUESSER), python(JUDGE)], both_ways(False))
             ended.extend(one.status for one in found)
 
         async def single() -> None:
@@ -140,7 +140,7 @@ async def test_groups_and_others_share_the_slots_without_waiting_for_each_other(
 
         async with trio.open_nursery() as nursery:
             for _ in range(6):
-                nursery.start_soon(group)
+                nursery.start_soon(pipeline)
                 nursery.start_soon(single)
         assert runner.statistics().running == 0
     assert sorted(ended) == ["nonzero_exit"] * 6 + ["ok"] * 12
@@ -150,7 +150,7 @@ async def test_groups_and_others_share_the_slots_without_waiting_for_each_other(
 async def test_cancelled_it_leaves_nothing(relay: bool) -> None:
     async with open_runner(slots=2) as runner:
         with trio.move_on_after(0.5) as scope:
-            await runner.run_group([job("sleep", "60"), job("cat")], both_ways(relay))
+            await runner.run_pipeline([job("sleep", "60"), job("cat")], both_ways(relay))
         assert scope.cancelled_caught
         assert runner.statistics().running == 0
 
@@ -158,18 +158,18 @@ async def test_cancelled_it_leaves_nothing(relay: bool) -> None:
 async def test_followed_and_killed() -> None:
     async with open_runner(slots=2) as runner:
         talks = job("sh", "-c", "echo ready >&2; exec cat")
-        async with runner.start_group([talks, talks], both_ways(False)) as group:
-            first, second = group.runs
+        async with runner.start_pipeline([talks, talks], both_ways(False)) as joined:
+            first, second = joined.runs
             for run in (first, second):
                 async for event in run.events:
                     if event.data:
                         assert event.data == b"ready\n"
                         break
-            group.kill()
+            joined.kill()
             async with trio.open_nursery() as nursery:
-                for run in group.runs:
+                for run in joined.runs:
                     nursery.start_soon(_drain, run.events)
-                found = await group.wait()
+                found = await joined.wait()
         assert [one.status for one in found] == ["cancelled", "cancelled"]
 
 
@@ -181,8 +181,8 @@ async def _drain(events: trio.MemoryReceiveChannel[object]) -> None:
 REFUSED = {
     "no job 2": ([job("a"), job("b")], [Pipe(writer=0, reader=2)]),
     "no job -1": ([job("a"), job("b")], [Pipe(writer=-1, reader=0)]),
-    "group of 0": ([], []),
-    "group of 17": ([job("a")] * 17, []),
+    "pipeline of 0": ([], []),
+    "pipeline of 17": ([job("a")] * 17, []),
     "a stdin": ([job("a"), job("b", stdin=b"x")], [Pipe(writer=0, reader=1)]),
     "a terminal": ([job("a", terminal=Terminal()), job("b")], [Pipe(writer=0, reader=1)]),
     "joined 2 times": ([job("a"), job("b")], [Pipe(writer=0, reader=1)] * 2),
