@@ -13,7 +13,7 @@ EXAMPLE='judge examples/different examples/different/submissions/accepted/differ
 RUN_NEEDS='newuidmap:uidmap fuse-overlayfs:fuse-overlayfs gcc:gcc g++:g++'
 TEST_NEEDS='bwrap:bubblewrap crun:crun slirp4netns:slirp4netns objdump:binutils qemu-aarch64:qemu-user
     pasta:passt nft:nftables ip:iproute2 docker-registry:docker-registry skopeo:skopeo mmdebstrap:mmdebstrap
-    umoci:umoci aarch64-linux-gnu-objdump:binutils-aarch64-linux-gnu'
+    umoci:umoci aarch64-linux-gnu-objdump:binutils-aarch64-linux-gnu chromium:chromium'
 VM_NEEDS='newuidmap:uidmap mmdebstrap:mmdebstrap qemu-system-x86_64:qemu-system-x86
     qemu-img:qemu-utils mke2fs:e2fsprogs'
 

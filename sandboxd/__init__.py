@@ -24,7 +24,7 @@ if TYPE_CHECKING:
         WorkloadFailed,
     )
     from sandboxd.group import Group, Member
-    from sandboxd.job import File, Job, Pattern, Tar, Terminal
+    from sandboxd.job import File, Job, Pattern, Pipe, Tar, Terminal
     from sandboxd.policy import Artifacts, Limits, Policy
     from sandboxd.reference import Reference
     from sandboxd.result import Artifact, Event, Kept, Output, Result, Usage, to_json
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from sandboxd.supervise.keeping import Change, KeptRoot, commit, find_kept, kept_roots
     from sandboxd.supervise.leavings import OpenArtifact
     from sandboxd.supervise.oneshot import run, run_sync
+    from sandboxd.supervise.pipeline import Pipeline
     from sandboxd.supervise.policies import find as find_policy
     from sandboxd.supervise.run import Run
     from sandboxd.supervise.runner import Runner, RunnerStatistics, open_runner
@@ -47,7 +48,7 @@ _HOMES = {
         "PolicyError", "PolicyErrors", "SandboxError", "WorkloadFailed",
     ),
     "group": ("Group", "Member"),
-    "job": ("File", "Job", "Pattern", "Tar", "Terminal"),
+    "job": ("File", "Job", "Pattern", "Pipe", "Tar", "Terminal"),
     "policy": ("Artifacts", "Limits", "Policy"),
     "reference": ("Reference",),
     "result": ("Artifact", "Event", "Kept", "Output", "Result", "Usage", "to_json"),
@@ -57,6 +58,7 @@ _HOMES = {
     "supervise.bundles": ("load_bundle",),
     "supervise.group_files": ("load_group",),
     "supervise.groups": ("GroupRun",),
+    "supervise.pipeline": ("Pipeline",),
     "supervise.keeping": ("Change", "KeptRoot", "commit", "find_kept", "kept_roots"),
     "supervise.leavings": ("OpenArtifact",),
     "supervise.oneshot": ("run", "run_sync"),
@@ -68,11 +70,11 @@ _WHERE = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [
     "Artifact", "Artifacts", "Build", "Busy", "Change", "Client", "ClientRun", "Event", "File",
     "Group", "GroupRun", "HostError", "ImageError", "InternalError", "Job", "JobError", "Kept",
-    "KeptRoot", "LaunchError", "Limits", "Member", "OpenArtifact", "Output", "Pattern", "Policy",
-    "PolicyError", "PolicyErrors", "Reference", "Result", "Run", "Runner", "RunnerStatistics",
-    "SandboxError", "Tar", "Terminal", "Trust", "Usage", "WorkloadFailed", "__version__", "commit",
-    "connect", "find_kept", "find_policy", "kept_roots", "load_bundle", "load_group", "open_runner",
-    "run", "run_sync", "to_json",
+    "KeptRoot", "LaunchError", "Limits", "Member", "OpenArtifact", "Output", "Pattern", "Pipe",
+    "Pipeline", "Policy", "PolicyError", "PolicyErrors", "Reference", "Result", "Run", "Runner",
+    "RunnerStatistics", "SandboxError", "Tar", "Terminal", "Trust", "Usage", "WorkloadFailed",
+    "__version__", "commit", "connect", "find_kept", "find_policy", "kept_roots", "load_bundle",
+    "load_group", "open_runner", "run", "run_sync", "to_json",
 ]  # fmt: skip
 
 

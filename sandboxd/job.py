@@ -74,6 +74,22 @@ class Terminal:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Pipe:
+    """Joins two jobs of a pipeline: what `writer` writes to `stream` is the stdin of `reader`.
+
+    Both are numbers of jobs in the pipeline, from 0. The pipe is one of the kernel's, so what goes
+    through it is neither seen nor counted. With `relay` it goes through sandboxd, which is slower:
+    it is counted and kept in the writer's result, and a writer whose reader has gone is not ended
+    by SIGPIPE.
+    """
+
+    writer: int
+    reader: int
+    stream: Literal["stdout", "stderr"] = "stdout"
+    relay: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
     """One program to run once.
 

@@ -131,6 +131,8 @@ class Root(Section, frozen=True):
     """/proc with processes only (subset=pid), whole with the dangerous parts masked, or absent."""
     etc: tuple[str, ...] = ()
     """Entries of the host's /etc that are shown read-only where they exist (source "host")."""
+    aliases: tuple[str, ...] = ()
+    """Names at the top of the root that lead to /box, as symbolic links (source "host")."""
 
 
 class Mount(Section, frozen=True):

@@ -16,6 +16,7 @@ from pathlib import Path
 
 CONTROLLERS = ("cpu", "cpuset", "io", "memory", "pids")
 PROGRAMS = {
+    "chromium": ("chromium", "--version"),
     "crun": ("crun", "--version"),
     "docker-registry": ("docker-registry", "--version"),
     "go": ("go", "version"),
@@ -32,6 +33,7 @@ PROGRAMS = {
     "bwrap": ("bwrap", "--ro-bind", "/", "/", "--unshare-pid", "true"),
     "userns": ("unshare", "--map-root-user", "true"),
     "subuid": ("unshare", "--map-root-user", "--map-auto", "true"),
+    "systemd-analyze": ("systemd-analyze", "--version"),
 }
 LANDLOCK_CREATE_RULESET = 444  # the same number on every architecture
 LANDLOCK_CREATE_RULESET_VERSION = 1

@@ -41,7 +41,7 @@ from sandboxd.cli import main
 from sandboxd.compile.build import compile_policy
 from sandboxd.errors import SandboxError
 from sandboxd.host import CgroupSubtree, Host, IdRange
-from sandboxd.job import File, Job, Pattern, Tar, Terminal
+from sandboxd.job import File, Job, Pattern, Pipe, Tar, Terminal
 from sandboxd.policy import Artifacts, Limits, Policy, Root
 from sandboxd.script import machine
 
@@ -276,8 +276,8 @@ def members(kind: type) -> set[str]:
 @pytest.mark.parametrize(
     "kind",
     [
-        *(Job, File, Tar, Pattern, Artifacts, Terminal, sandboxd.OpenArtifact),
-        *(sandboxd.Run, sandboxd.Runner, sandboxd.RunnerStatistics),
+        *(Job, File, Tar, Pattern, Pipe, Artifacts, Terminal, sandboxd.OpenArtifact),
+        *(sandboxd.Run, sandboxd.Pipeline, sandboxd.Runner, sandboxd.RunnerStatistics),
         *(sandboxd.Group, sandboxd.Member, sandboxd.GroupRun),
         *(sandboxd.Client, sandboxd.ClientRun),
     ],

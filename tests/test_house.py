@@ -65,7 +65,7 @@ OUTSIDE: dict[str, frozenset[str]] = {
     "images": frozenset({"msgspec"}),  # and zstd where it is installed, by name
     "supervise": frozenset({"jeepney", "msgspec", "trio"}),
     "judge": frozenset({"msgspec", "trio", "yaml"}),
-    "serve": frozenset({"h11", "msgspec", "trio"}),
+    "serve": frozenset({"h11", "msgspec", "trio", "wsproto"}),
     "cli": frozenset({"msgspec", "trio"}),
 }
 
@@ -90,7 +90,10 @@ IMPURE = frozenset(
 )
 IMPURE_CALLS = frozenset({"open", "print", "input", "breakpoint", "exec", "eval"})
 PURE_ROOMS = VALUES | {"compile", "script"}
-PURE_FILES = {f"serve/{one}.py" for one in ("api", "manifold", "metrics", "share", "swift", "wire")}
+PURE_FILES = {
+    f"serve/{one}.py"
+    for one in ("api", "manifold", "metrics", "share", "swift", "views", "wire", "gojudge/wire")
+}
 ALLOWED = {
     "errors.py": {"os"},  # os.strerror
     "job.py": {"os", "pathlib"},  # types: what a caller may hand over

@@ -16,7 +16,7 @@ import select
 import signal
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sandboxd.cli.flags import window
 from sandboxd.errors import SandboxError
@@ -45,6 +45,8 @@ class Ending:
     """How it went: the result, unless we were in too much of a hurry, and what made us stop."""
 
     result: Result | None = None
+    record: dict[str, Any] | None = None
+    """The result as JSON, where it came so."""
     signal: int | None = None
     error: OSError | None = None
     """Why output could not be written."""
@@ -135,13 +137,13 @@ async def _follow(run: Run, here: _Foreground, output: Output) -> None:
                     here.ending.error = error
                     here.end()
                     break
-                here.ending.open_line = _leaves_line_open(*piece)
+                here.ending.open_line = leaves_line_open(*piece)
     async for event in run.events:
         here.ending.result = event.result
     here.ending.result = await run.wait()
 
 
-def _leaves_line_open(fd: int, data: bytes) -> bool:
+def leaves_line_open(fd: int, data: bytes) -> bool:
     return not data.endswith(b"\n") and os.isatty(fd)
 
 

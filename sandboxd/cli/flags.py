@@ -14,15 +14,17 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from sandboxd.cli import inputs, mounts, subtree, users
 from sandboxd.cli.quantities import count, cpus, or_unlimited, size, time
 from sandboxd.errors import JobError
-from sandboxd.job import Job, Terminal
-from sandboxd.policy import Limits, Mount, Network, Policy, Root, Section
 
-Table = TypeVar("Table", bound=Section)
+if TYPE_CHECKING:  # nothing of it is needed where a daemon does the work
+    from sandboxd.job import Job
+    from sandboxd.policy import Mount, Network, Policy, Root, Section
+
+Table = TypeVar("Table", bound="Section")
 
 WORK = "/box"
 ORIGIN = "command line"
@@ -263,13 +265,13 @@ def described(args: argparse.Namespace) -> tuple[Policy, Job | None]:
     from sandboxd.supervise.bundles import POLICY, Instead, load_bundle
 
     instead = Instead(
-        argv=[os.fsencode(word) for word in _words(args)],
+        argv=[os.fsencode(word) for word in words(args)],
         root=args.root is not None,
         places={mount.target for mount in args.mounts},
         terminal=args.tty or os.isatty(0),
     )
     job = load_bundle(args.bundle, args.policy or POLICY, strict=args.strict, instead=instead)
-    assert isinstance(job.policy, Policy)
+    assert not isinstance(job.policy, str)
     return job.policy, job
 
 
@@ -277,7 +279,7 @@ def policy(args: argparse.Namespace, base: Policy) -> Policy:
     """The policy named, or one derived from it where flags say otherwise."""
     changes: dict[str, Any] = {}
     origins: dict[str, str] = {}
-    if given := _given_limits(args):
+    if given := given_limits(args):
         changes["limits"] = _changed(
             base.limits, **{field: value for field, (value, _) in given.items()}
         )
@@ -301,6 +303,26 @@ def policy(args: argparse.Namespace, base: Policy) -> Policy:
     changes["name"] = f"{base.name}+flags"
     changes["origins"] = base.origins | {key: f"{ORIGIN}: {flag}" for key, flag in origins.items()}
     return _changed(base, **changes)
+
+
+def policy_flags(args: argparse.Namespace) -> dict[str, Any]:
+    """The flags that make a policy of one's own -> their values; all limits are `limits`."""
+    given = {
+        "limits": given_limits(args),
+        "--collect-files, --collect-bytes": _artifacts(args),
+        "-v, --mount, --tmpfs": args.mounts,
+        "--writable-root": args.writable_root,
+        "--read-only": args.read_only,
+        "--upper": args.upper,
+        "--root": args.root,
+        "--image": args.image,
+        "--user": args.user,
+        "--hostname": args.hostname,
+        "--network": args.network,
+        "--allow": args.allow,
+        "--publish": args.publish,
+    }
+    return {flag: value for flag, value in given.items() if value}
 
 
 def _given_root(args: argparse.Namespace, base: Policy, origins: dict[str, str]) -> dict[str, Any]:
@@ -330,13 +352,12 @@ def _changed(table: Table, **fields: Any) -> Table:
     return type(table)(**{name: getattr(table, name) for name in table.__struct_fields__} | fields)
 
 
-def _given_limits(args: argparse.Namespace) -> dict[str, tuple[float | None, str]]:
+def given_limits(args: argparse.Namespace) -> dict[str, tuple[float | None, str]]:
     """Field of Limits -> value and flag; a flag of its own beats --ulimit."""
     given = {field: (value, "--ulimit") for field, value in args.ulimit}
     for names, field, *_ in _LIMITS:
         if f"limits.{field}" in vars(args):
             given[field] = (vars(args)[f"limits.{field}"], names[-1])
-    assert given.keys() <= set(Limits.__struct_fields__)
     return given
 
 
@@ -375,10 +396,10 @@ def _root(text: str) -> str:
 # -- the job ---------------------------------------------------------------------------------
 
 
-def _words(args: argparse.Namespace) -> list[str]:
+def words(args: argparse.Namespace) -> list[str]:
     """What was typed."""
-    words = args.command[1:] if args.command[:1] == ["--"] else args.command
-    return words if args.entrypoint is None else [*filter(None, [args.entrypoint]), *words]
+    typed = args.command[1:] if args.command[:1] == ["--"] else args.command
+    return typed if args.entrypoint is None else [*filter(None, [args.entrypoint]), *typed]
 
 
 def argv(args: argparse.Namespace, root: Root) -> list[bytes]:
@@ -386,15 +407,20 @@ def argv(args: argparse.Namespace, root: Root) -> list[bytes]:
 
     As docker has it: what is typed takes the place of the image's Cmd, --entrypoint that of both.
     """
-    words = _words(args)
+    found = words(args)
     if args.entrypoint is None and root.image:
         from sandboxd.images.store import look_up
 
         meant = look_up(root.image)[1].config
-        words = [*meant.entrypoint, *(words or meant.cmd)]
-    if not words:
-        raise JobError("no program to run", hint="name one: sandboxd run -- python3 -c 'print(1)'")
-    return [os.fsencode(word) for word in words]
+        found = [*meant.entrypoint, *(found or meant.cmd)]
+    if not found:
+        raise no_program()
+    return [os.fsencode(word) for word in found]
+
+
+def no_program() -> JobError:
+    hint = "name one: sandboxd run -- python3 -c 'print(1)'"
+    return JobError("no program to run", hint=hint)
 
 
 def job(
@@ -411,6 +437,8 @@ def job(
     if args.interactive and any(source == "-" for source, _ in args.files_from):
         raise JobError("--files-from - and --interactive both read stdin",
                        hint="give one of them a file")  # fmt: skip
+    from sandboxd.job import Job, Terminal
+
     env = inputs.environment(args.env_file, args.env, os.environb)
     terminal = None
     if args.tty:

@@ -128,7 +128,7 @@ def files(
     what was in one. A directory goes in with all that is below it. Several may have one name.
     """
     for source, _ in wanted:
-        _check_source(source)
+        check_source(source)
     if sum(source == "-" for source, _ in archives) > 1:
         raise JobError("--files-from - stands there twice", hint="stdin is read once")
     from sandboxd.job import Tar  # not for `sandboxd submit`, which is to start at once
@@ -153,7 +153,7 @@ def files(
     return found
 
 
-def _check_source(path: str) -> None:
+def check_source(path: str) -> None:
     try:
         mode = os.stat(path).st_mode
     except OSError as error:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import difflib
 import importlib
 import io
 import os
@@ -35,6 +34,7 @@ COMMANDS: Mapping[str, str] = MappingProxyType(
         "logs": "show the output of a job",
         "wait": "wait for a job, and exit as it did",
         "cancel": "cancel jobs",
+        "top": "show what the daemon does, live",
         "plan": "show what would be done to run a program",
         "diff": "what a kept run changed in its root",
         "commit": "make an image of a kept run",
@@ -187,6 +187,8 @@ def _deepest(
 
 
 def _nearest(word: str, known: Mapping[str, str] | Sequence[str]) -> str:
+    import difflib
+
     found = difflib.get_close_matches(word, list(known), n=1)
     return f"did you mean {found[0]}?" if found else ""
 

@@ -8,10 +8,12 @@ import posixpath
 import re
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sandboxd.cli.quantities import count, size, time
-from sandboxd.policy import Mount
+
+if TYPE_CHECKING:
+    from sandboxd.policy import Mount
 
 VOLUME_FORM = "SRC:DST[:ro], e.g. ./data:/data:ro, or NAME:DST[:ro] for a volume"
 MOUNT_FORM = (
@@ -158,6 +160,8 @@ def _mount(kind: str, found: dict[str, Any], text: str) -> Mount:
     elif kind in ("volume", "cache"):
         found["name"] = _name(found.pop("source"), kind)
     writable = {} if kind == "cache" else {"writable": True}
+    from sandboxd.policy import Mount
+
     return Mount(**({"type": kind} | writable | found))
 
 

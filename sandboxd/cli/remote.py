@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -26,12 +27,15 @@ def add(
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "-H", "--host", metavar="ADDRESS",
-        help="the daemon: unix:///path, http:// or https://HOST:PORT"
-        " (default: $SANDBOXD_HOST, else yours)",
+    add_host(
+        parser, "the daemon: unix:///path, http:// or https://HOST:PORT"
+        " (default: $SANDBOXD_HOST, else yours)"
     )  # fmt: skip
     return parser
+
+
+def add_host(parser: argparse.ArgumentParser, text: str) -> None:
+    parser.add_argument("-H", "--host", metavar="ADDRESS", help=text)
 
 
 def daemon(args: argparse.Namespace) -> Plain:
@@ -40,7 +44,11 @@ def daemon(args: argparse.Namespace) -> Plain:
     from sandboxd.serve.plain import Plain
 
     where = address.parse(args.host) if args.host else address.named(os.environ)
-    return Plain(where, os.environ.get("SANDBOXD_TOKEN"))
+    trace = os.environ.get("TRACEPARENT", "")
+    given = (
+        trace if re.fullmatch(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}", trace) else ""
+    )
+    return Plain(where, os.environ.get("SANDBOXD_TOKEN"), traceparent=given or None)
 
 
 def path(job: str) -> str:

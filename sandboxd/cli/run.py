@@ -12,15 +12,13 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sandboxd.cli import attach, committing, exitcodes, flags, inputs
+from sandboxd.cli import attach, away, committing, exitcodes, flags, inputs, remote
 from sandboxd.cli.attach import STDERR, STDOUT, Ending, Output
 from sandboxd.cli.main import complain, first_error, say
 from sandboxd.cli.quantities import size, time
 from sandboxd.errors import JobError, SandboxError
-from sandboxd.result import event_json, failure_json, to_json
 
 if TYPE_CHECKING:
-    from sandboxd.job import Job
     from sandboxd.result import Event, Kept, Result
 
 _DESCRIPTION = """\
@@ -43,6 +41,7 @@ exit status: the program's own; 124 time limit, 125 sandboxd failed, 126 cannot 
 found, 128+N ended by signal N, 137 memory limit, 153 output limit; 2 wrong usage. The exact status
 is in --json and --result-fd."""
 _MIB = 1 << 20
+Ignored = tuple[tuple[str, str], ...]
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -56,6 +55,10 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         allow_abbrev=False,
         usage="sandboxd run [-p POLICY] [flags] [--] CMD...",
     )
+    remote.add_host(
+        parser, "have it run by a daemon: unix:///path or http://HOST:PORT (default:"
+        " $SANDBOXD_HOST, else here; `local`: here)"
+    )  # fmt: skip
     group = parser.add_argument_group("what comes out")
     group.add_argument(
         "--json",
@@ -122,37 +125,46 @@ def run(args: argparse.Namespace) -> int:
     except Exception as error:
         found = first_error(error)
         if isinstance(found, SandboxError):
+            from sandboxd.result import failure_json
+
             _deliver(args, failure_json(found))
         raise
 
 
 def _run(args: argparse.Namespace) -> int:
-    collect = inputs.patterns(args)
-    if collect and args.collect_to is None:
+    collected = bool(args.collect or args.collect_optional or args.collect_required)
+    if collected and args.collect_to is None:
         raise JobError("--collect without --collect-to", hint="say where to: --collect-to DIR")
     if args.usage_every is not None and args.json != "stream":
         raise JobError("--usage-every without --json=stream", hint="only its events have usage")
+    if away.wanted(args):
+        return _end(args, away.run(args))
     base, meant = flags.described(args)
     wanted = flags.policy(args, base)
     if args.commit is not None:
         committing.check(args.commit, wanted)
     more: dict[str, Any] = {"keep": args.keep_output, "keep_root": bool(args.keep or args.commit)}
-    if collect:
-        more |= {"collect": collect, "collect_to": args.collect_to}
+    if collected:
+        more |= {"collect": inputs.patterns(args), "collect_to": args.collect_to}
     job = flags.job(args, wanted, more, meant)
     for what, why in () if args.quiet or args.json else job.ignored:
         say(f"not done: {what} ({why})")
     import trio
 
     beyond = attach.Wanted(args.cgroup, args.usage_every)
-    ending = trio.run(attach.attached, job, _output(args), beyond)
+    return _end(args, trio.run(attach.attached, job, _output(args), beyond), job.ignored)
+
+
+def _end(args: argparse.Namespace, ending: Ending, ignored: Ignored = ()) -> int:
     if ending.result is None:
         return _hurried(args, ending)
-    return _finish(args, ending, ending.result, job)
+    return _finish(args, ending, ending.result, ignored)
 
 
 def _hurried(args: argparse.Namespace, ending: Ending) -> int:
     """A signal came before there was anything to tell, or a second one while we waited for it."""
+    from sandboxd.result import failure_json
+
     assert ending.signal is not None
     name = signal.Signals(ending.signal).name
     error = SandboxError(f"ended by {name} before there was a result")
@@ -161,23 +173,29 @@ def _hurried(args: argparse.Namespace, ending: Ending) -> int:
     return exitcodes.SIGNAL + ending.signal
 
 
-def _finish(args: argparse.Namespace, ending: Ending, result: Result, job: Job) -> int:
+def _finish(args: argparse.Namespace, ending: Ending, result: Result, ignored: Ignored) -> int:
     if ending.error is not None and not isinstance(ending.error, BrokenPipeError):
         raise SandboxError(f"output cannot be written: {ending.error.strerror}")
     if args.commit is not None:
         committing.finish(result, args.commit, stays=args.keep)
-    if ending.error is None:
-        _deliver(args, to_json(result))
+    if ending.error is None and (args.json or args.result_fd is not None):
+        _deliver(args, ending.record or _record(result))
     if not args.quiet and args.json is None:
         if ending.open_line:
             print(file=sys.stderr)
-        for line in accounting(result, told={what for what, _ in job.ignored}):
+        for line in accounting(result, told={what for what, _ in ignored}):
             say(line)
     if ending.error is not None:
         return exitcodes.BROKEN_PIPE
     return (
         exitcodes.exit_code(result) if ending.signal is None else exitcodes.SIGNAL + ending.signal
     )
+
+
+def _record(result: Result) -> dict[str, Any]:
+    from sandboxd.result import to_json
+
+    return to_json(result)
 
 
 # -- JSON ------------------------------------------------------------------------------------
@@ -187,6 +205,8 @@ def _output(args: argparse.Namespace) -> Output:
     """What goes where for each event."""
 
     def line(event: Event) -> tuple[int, bytes]:
+        from sandboxd.result import event_json
+
         args.following = event.seq + 1
         return STDOUT, _line(event_json(event))
 

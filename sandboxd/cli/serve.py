@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sandboxd.cli import exitcodes, subtree
 from sandboxd.cli.quantities import count, size, time
+from sandboxd.errors import JobError
 
 if TYPE_CHECKING:
     from sandboxd.serve.quotas import Quotas
-    from sandboxd.serve.server import Options
+    from sandboxd.serve.server import GoJudgeOptions, Options
     from sandboxd.serve.tls import Shown
 
 _DESCRIPTION = """\
@@ -44,7 +46,34 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     _add_jobs(parser.add_argument_group("how many jobs"))
     _add_quotas(parser.add_argument_group("what one caller may have"))
     _add_kept(parser.add_argument_group("what is kept"))
+    _add_compat(parser.add_argument_group("other protocols"))
     parser.set_defaults(func=run)
+
+
+def _add_compat(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--compat",
+        action="append",
+        default=[],
+        type=_compat,
+        metavar="NAME=ADDRESS",
+        help="listen for another protocol, too: go-judge=127.0.0.1:5050",
+    )
+    group.add_argument(
+        "--compat-src",
+        action="append",
+        default=[],
+        type=Path,
+        metavar="DIR",
+        help="a directory whose files its callers may name by path; may be repeated",
+    )
+
+
+def _compat(text: str) -> tuple[str, str]:
+    name, equals, address = text.partition("=")
+    if name != "go-judge" or not equals or not address:
+        raise argparse.ArgumentTypeError(f"{text!r} is not go-judge=HOST:PORT")
+    return name, address if "://" in address else f"http://{address}"
 
 
 def _add_callers(group: argparse._ArgumentGroup) -> None:
@@ -78,6 +107,13 @@ def _add_callers(group: argparse._ArgumentGroup) -> None:
         type=Path,
         metavar="FILE",
         help="callers need a certificate of these authorities, and are who it names",
+    )
+    group.add_argument(
+        "--overseer",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a NAME of the tokens that sees what all callers run, in /ui and `top`",
     )
 
 
@@ -208,6 +244,7 @@ def _options(args: argparse.Namespace) -> Options:
     callers = Callers(
         uids=frozenset({os.getuid(), *args.allow_uid}),
         tokens=tokens,
+        overseers=_overseers(args, tokens),
         certificates=args.tls_client_ca is not None,
     )
     return Options(
@@ -228,11 +265,11 @@ def _options(args: argparse.Namespace) -> Options:
         spares=args.spares,
         cgroup=args.cgroup,
         drain=args.drain,
+        gojudge=_gojudge(args),
     )
 
 
 def _tls(args: argparse.Namespace) -> Shown | None:
-    from sandboxd.errors import JobError
     from sandboxd.serve.tls import Shown
 
     files = (args.tls_cert, args.tls_key)
@@ -241,6 +278,27 @@ def _tls(args: argparse.Namespace) -> Shown | None:
     if files != (None, None) or args.tls_client_ca is not None:
         raise JobError("--tls-cert and --tls-key belong together", hint="give both")
     return None
+
+
+def _overseers(args: argparse.Namespace, tokens: Mapping[str, bytes]) -> frozenset[str]:
+    for name in args.overseer:
+        if name not in tokens:
+            raise JobError(f"--overseer {name}: no such name", hint="one of --token-file's")
+    return frozenset(args.overseer)
+
+
+def _gojudge(args: argparse.Namespace) -> GoJudgeOptions | None:
+    from sandboxd.serve import address
+    from sandboxd.serve.server import GoJudgeOptions
+
+    if not args.compat:
+        if args.compat_src:
+            raise JobError("--compat-src without --compat", hint="--compat go-judge=127.0.0.1:5050")
+        return None
+    if len(args.compat) > 1:
+        raise JobError("--compat go-judge twice", hint="one address")
+    ((_, where),) = args.compat
+    return GoJudgeOptions(address=address.parse(where), local=args.compat_src)
 
 
 def _quotas(args: argparse.Namespace) -> Quotas:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sandboxd.errors import JobError
-from sandboxd.policy import Identity, Policy, Root
+
+if TYPE_CHECKING:
+    from sandboxd.policy import Identity, Policy, Root
 
 _ROOT_IDS = (0, 0)
 _NOBODY_IDS = (65534, 65534)

@@ -284,6 +284,7 @@ MEANINGS: Mapping[str, str | Callable[[Any], str]] = MappingProxyType(
             none="no proc: an empty directory",
         ),
         "root.etc": "each is bound read-only from the host's /etc if it is there",
+        "root.aliases": "symbolic links in the root",
         "network.mode": _choice(
             none="a network namespace of its own in which only lo is up",
             user="the same with tap0, whose packets a program outside carries, and a filter"

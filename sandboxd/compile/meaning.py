@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
+from sandboxd.compile.pieces import MERGED
 from sandboxd.compile.reading import Entries
+from sandboxd.compile.rootfs import DIRS, SHELF
 
 Found = tuple[str, str, str]
 """Key, message, what to do."""
@@ -68,6 +70,9 @@ def _root(root: Mapping[str, Any]) -> Iterator[Found]:
     for at, name in _entries(root, "etc"):
         if not _is_below(name):
             yield f"root.etc[{at}]", f"{name!r} is no name below /etc", "e.g. localtime, ssl/certs"
+    for at, name in _entries(root, "aliases"):
+        if not _is_below(name) or "/" in name or name in (*DIRS, *MERGED, SHELF[1:]):
+            yield f"root.aliases[{at}]", f"{name!r} is no free name at the top", "e.g. w"
 
 
 def _environment(environment: Mapping[str, Any]) -> Iterator[Found]:

@@ -111,7 +111,7 @@ def template(policy: Policy, host: Host) -> tuple[Step, ...]:
     steps.append(plan.Tmpfs(target=NEW, size=4 << 20, why=why))
     steps += [plan.MakeDir(path=f"{NEW}/{name}", why=why) for name in DIRS]
     if of_host(policy):
-        steps += _host_links(NEW, host, why)
+        steps += _host_links(NEW, policy, host, why)
     else:
         steps.append(plan.MakeDir(path=NEW + LOWER, why=why))
     network = etc.of_template(policy, host.place)
@@ -219,8 +219,9 @@ def _template_place(piece: Piece, slot: int) -> str:
     return f"{SHELF}/{slot}" if on_shelf else piece.target
 
 
-def _host_links(root: str, host: Host, why: str) -> list[Step]:
+def _host_links(root: str, policy: Policy, host: Host, why: str) -> list[Step]:
     links = [(name, host.root_links[name]) for name in MERGED if name in host.root_links]
+    links += [(name, WORK) for name in policy.root.aliases]
     return [plan.Symlink(path=f"{root}/{name}", to=to.lstrip("/"), why=why) for name, to in links]
 
 
@@ -388,7 +389,7 @@ def _layers(policy: Policy, host: Host, root: str, received: tuple[str, ...]) ->
             steps.append(plan.MakeDir(path=f"{root}/{name}", for_job=own, why=why))
         # First: the sidecar's descriptor is closed with the strays of the next file written.
         steps += _layer(how, lower, root, received, policy)
-        steps += _host_links(root, host, why)
+        steps += _host_links(root, policy, host, why)
         network = etc.network_files(policy, host.place)
         steps += etc.files(root, policy, network, whole=of_host(policy))
     else:

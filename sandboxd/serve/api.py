@@ -13,6 +13,7 @@ import msgspec
 import sandboxd
 from sandboxd.result import SCHEMA, Event, Result
 from sandboxd.serve.manifold import BatchSubmission, BatchView
+from sandboxd.serve.views import Overview
 from sandboxd.serve.wire import (
     DIGEST,
     NAME,
@@ -215,6 +216,23 @@ ROUTES = (
     Route(method="GET", path="/v1/info", name="info", text="the daemon", gives=Info),
     Route(
         method="GET",
+        path="/v1/overview",
+        name="overview",
+        gives=Overview,
+        text="what waits, what runs and what it uses, and how jobs ended",
+        query={"every": "of a stream: milliseconds between two looks; 1000 by default"},
+        headers={"Accept": f"{SSE} or {NDJSON}: again and again"},
+    ),
+    Route(
+        method="GET",
+        path="/ui",
+        name="ui",
+        gives="text/html",
+        text="the same as a page for a browser",
+        open=True,
+    ),
+    Route(
+        method="GET",
         path="/healthz",
         name="healthz",
         text="whether it lives",
@@ -350,7 +368,7 @@ def _operation(route: Route) -> dict[str, Any]:
     good: dict[str, Any] = {"description": route.text}
     if route.gives is not None:
         good["content"] = _content(route.gives)
-        if route.name in ("events", "submit", "submit_batch", "batch_events"):
+        if route.name in ("events", "submit", "submit_batch", "batch_events", "overview"):
             good["content"] |= _content(NDJSON) | _content(SSE)
     problem = {"schema": {"$ref": "#/components/schemas/ProblemView"}}
     bad = {"description": "why not", "content": {"application/problem+json": problem}}

@@ -32,10 +32,12 @@ from sandboxd.result import SCHEMA, error_json
 from sandboxd.serve import carry
 from sandboxd.serve.callers import Caller
 from sandboxd.serve.files import Files
+from sandboxd.serve.guests import Guest
 from sandboxd.serve.journal import BatchRow, Journal, Row
 from sandboxd.serve.live import About, Asked, Batch, Live
 from sandboxd.serve.log import Log
 from sandboxd.serve.metrics import Metrics
+from sandboxd.serve.overview import Endings
 from sandboxd.serve.quotas import Quotas, Spending
 from sandboxd.serve.share import Need, Share, Waiting
 from sandboxd.serve.wire import (
@@ -94,7 +96,10 @@ class Book:
         self.journal = journal
         self.settings = settings
         self.metrics = Metrics()
+        self.endings = Endings()
         self.files = Files(settings.state / "files", settings.quotas.stored)
+        self.stores = [self.files.total]
+        """What is stored, in bytes, wherever."""
         self.share = Share(runner.slots, settings.room, settings.quotas.running)
         self.spending = Spending(settings.quotas)
         self.draining = False
@@ -106,11 +111,16 @@ class Book:
         self.coming: set[tuple[str, str]] = set()
         """Callers, and the ids and keys of what is being taken on for them at this moment."""
         self._keys: dict[tuple[str, str], Live] = {}
-        self._queue: dict[Waiting, Live] = {}
+        self.guests: dict[str, Guest] = {}
+        self._queue: dict[Waiting, Live | Guest] = {}
         self._bodies: Counter[str] = Counter()
         """Caller -> bytes of requests whose jobs are not over."""
         self._changed = trio.Event()
         self._jobs: trio.Nursery | None = None
+
+    def stored(self) -> int:
+        """Bytes of files of all callers."""
+        return sum(total() for total in self.stores)
 
     # -- taking on
 
@@ -289,10 +299,34 @@ class Book:
     def changed(self) -> None:
         """Something was queued, or is over: start what may be started."""
         while not self.draining and self._jobs and (waiting := self.share.next()) is not None:
-            self._jobs.start_soon(carry.carry_out, self, self._queue.pop(waiting))
+            next_one = self._queue.pop(waiting)
+            if isinstance(next_one, Guest):
+                next_one.given.set()
+            else:
+                self._jobs.start_soon(carry.carry_out, self, next_one)
         if self.draining:
             self._changed.set()
             self._changed = trio.Event()
+
+    def admit(self, guest: Guest) -> None:
+        """Into the queue with the jobs; Refusal if it is not taken on."""
+        if self.draining:
+            raise carry.going_down()
+        self.spending.check(guest.caller.name, self.share)
+        self.guests[guest.id] = guest
+        self._queue[guest.waiting] = guest
+        self.share.add(guest.waiting)
+        self.metrics.accepted.add()
+        self.changed()
+
+    def leave(self, guest: Guest, seconds: float) -> None:
+        """A guest is over, after so many seconds in its place, or gives up waiting."""
+        del self.guests[guest.id]
+        if self.share.remove(guest.waiting):
+            self._queue.pop(guest.waiting, None)
+        elif guest.refused is None:
+            self.share.give_back(guest.waiting, seconds)
+        self.changed()
 
     # -- asking for
 
@@ -399,7 +433,11 @@ class Book:
         """Start nothing more and let what runs end; whether all of it did in this time."""
         self.draining = True
         for waiting, live in list(self._queue.items()):
-            if live.asked.attached and self.share.remove(waiting):
+            if isinstance(live, Guest):
+                self.share.remove(waiting)
+                del self._queue[waiting]
+                live.refuse(carry.going_down())
+            elif live.asked.attached and self.share.remove(waiting):
                 del self._queue[waiting]
                 live.refused = carry.going_down()
                 self.over(live)

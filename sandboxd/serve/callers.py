@@ -24,10 +24,18 @@ LOCAL = re.compile(r"(localhost|127\.\d+\.\d+\.\d+|\[::1\])(:\d+)?", re.IGNORECA
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """`operator`: the daemon's own user, whose power over this machine the daemon has anyway."""
+    """`operator`: the daemon's own user, whose power over this machine the daemon has anyway.
+
+    `overseer`: who sees what everybody does, without having power over it.
+    """
 
     name: str
     operator: bool = False
+    overseer: bool = False
+
+    @property
+    def oversees(self) -> bool:
+        return self.operator or self.overseer
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +53,9 @@ class Callers:
         """Whether there can be more than one."""
         return self.certificates or len(self.uids) + len(self.tokens) > 1
 
+    overseers: frozenset[str] = frozenset()
+    """Names of tokens whose callers see everybody's jobs at a glance."""
+
     def find(self, peer: Peer, headers: Mapping[str, str]) -> Caller:
         """The caller; Refusal 401 or 403 if it is nobody we know."""
         if peer.uid is not None:
@@ -59,7 +70,8 @@ class Callers:
         if peer.certificate and not (self.tokens and "authorization" in headers):
             return Caller(f"tls:{peer.certificate}")
         if self.tokens:
-            return Caller(f"token:{self._by_token(headers.get('authorization', ''))}")
+            name = self._by_token(headers.get("authorization", ""))
+            return Caller(f"token:{name}", overseer=name in self.overseers)
         _check_local(headers)
         return Caller("tcp")
 

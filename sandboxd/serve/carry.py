@@ -168,6 +168,8 @@ async def _end(book: Book, live: Live, found: Result | SandboxError) -> None:
     except SandboxError as error:  # who waits for it shall have it nevertheless
         logger.error("result not written", extra={"job": live.id, "why": str(error)})
     live.record, live.state = data, "done"
+    said = found.message if isinstance(found, Result) else f"{found}"
+    book.endings.note(live.caller.name, live.id, live.about, (live.status, said))
     seq = max(live.log.last + 1, (live.attempts - 1) * FIRST_OF_ATTEMPT)
     live.log.finish(seq, last_line(seq, data))
     _count(book, live, found if isinstance(found, Result) else None)
@@ -178,6 +180,8 @@ def _count(book: Book, live: Live, result: Result | None) -> None:
     metrics.ended.add(status=live.status or "error")
     if result is not None:
         usage = result.usage
+        for one in result.violations:
+            metrics.denials.add(one.count, kind=one.kind)
         if live.started is not None:
             metrics.setup_time.observe(result.timing.setup)
         if usage.wall_time is not None:

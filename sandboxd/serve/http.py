@@ -89,7 +89,7 @@ class Conversation:
 
     def __init__(self, wire: Wire, peer: Peer) -> None:
         self.peer = peer
-        self._wire = wire
+        self.wire = wire
         self.machine = h11.Connection(h11.SERVER, max_incomplete_event_size=HEAD_SIZE)
         self._ahead = bytearray()
         self._ended = False
@@ -107,9 +107,14 @@ class Conversation:
 
     async def _read(self) -> bytes:
         """One task at a time: who reads a body does not wait for the end meanwhile."""
-        data = await self._wire.receive()
+        data = await self.wire.receive()
         self._ended = not data
         return data
+
+    def ahead(self) -> bytes:
+        """What came behind a request, for who goes on without h11."""
+        data, _ = self.machine.trailing_data
+        return data + bytes(self._ahead)
 
     async def next_event(self, deadline: float = math.inf) -> h11.Event | type[h11.PAUSED]:
         """trio.TooSlowError after the deadline."""
@@ -163,14 +168,14 @@ class Conversation:
     async def say(self, data: bytes) -> None:
         """Gone if the peer has."""
         try:
-            await self._wire.send(data)
+            await self.wire.send(data)
         except BROKEN:
             raise Gone from None
 
     async def linger(self) -> None:
         """Throw away what is still coming: closing with unread data would take our answer back."""
         with trio.move_on_after(LINGER):
-            await self._wire.end()
+            await self.wire.end()
             for _ in range(256):
                 if self._ended or not await self._read():
                     break

@@ -80,6 +80,7 @@ class Metrics:
         self.retried = Counter("sandboxd_jobs_retried_total", "of those, the ones started again")
         self.requests = Counter("sandboxd_http_requests_total", "requests answered, by status")
         self.cpu = Counter("sandboxd_cpu_seconds_total", "CPU seconds that jobs used")
+        self.denials = Counter("sandboxd_denials_total", "what jobs were denied, by kind")
         self.queue_time = Histogram("sandboxd_queue_seconds", "from acceptance to a slot")
         self.setup_time = Histogram("sandboxd_setup_seconds", "making the sandbox")
         self.run_time = Histogram("sandboxd_run_seconds", "wall clock of the program")

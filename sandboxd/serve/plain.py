@@ -8,6 +8,7 @@ import socket
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import h11
@@ -48,17 +49,23 @@ class Plain:
     token: str | None = None
     trust: Trust | None = None
     """None: as the environment says."""
+    traceparent: str | None = None
+    """W3C Trace Context, of whoever asks."""
 
     @contextmanager
     def asking(
-        self, method: str, target: str, body: bytes | Iterable[bytes] | None = None
+        self,
+        method: str,
+        target: str,
+        body: bytes | Iterable[bytes] | None = None,
+        headers: Mapping[str, str] = MappingProxyType({}),
     ) -> Iterator[Answer]:
         """An answer. Problems are exceptions."""
         broken: tuple[type[Exception], ...] = (ConnectionError, h11.ProtocolError)
         with self._connected() as sock:
             broken += _of_tls(self.address)
             try:
-                answer = self._ask(sock, (method, target), body)
+                answer = self._ask(sock, (method, target, headers), body)
                 if answer.status >= 400:
                     raise refused(answer.status, answer.body())
                 yield answer
@@ -98,9 +105,16 @@ class Plain:
             raise not_believed(address, error) from None
 
     def _ask(
-        self, sock: socket.socket, what: tuple[str, str], body: bytes | Iterable[bytes] | None
+        self,
+        sock: socket.socket,
+        what: tuple[str, str, Mapping[str, str]],
+        body: bytes | Iterable[bytes] | None,
     ) -> Answer:
-        headers = {"Host": "localhost" if isinstance(self.address, Unix) else self.address.place}
+        method, target, more = what
+        host = "localhost" if isinstance(self.address, Unix) else self.address.place
+        headers = {"Host": host, **more}
+        if self.traceparent is not None:
+            headers["traceparent"] = self.traceparent
         if self.token is not None:
             headers["Authorization"] = f"Bearer {self.token}"
         if isinstance(body, bytes):
@@ -109,7 +123,6 @@ class Plain:
         elif body is not None:
             headers["Transfer-Encoding"] = "chunked"
         machine = h11.Connection(h11.CLIENT)
-        method, target = what
         head = h11.Request(method=method, target=target, headers=list(headers.items()))
         with suppress(ConnectionError):  # it may have said why before it hung up
             sock.sendall(machine.send(head) or b"")

@@ -8,6 +8,7 @@ import hashlib
 import logging
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import h11
@@ -26,6 +27,8 @@ from sandboxd.serve.http import Gone, Reply, Request
 from sandboxd.serve.journal import Row
 from sandboxd.serve.live import Asked, Live, view
 from sandboxd.serve.metrics import TEXT
+from sandboxd.serve.overview import Looks
+from sandboxd.serve.page import HTML, page
 from sandboxd.serve.wire import (
     DIGEST,
     FileView,
@@ -46,6 +49,8 @@ MOST_SMALL = 64 << 10
 MOST_STDIN = 1 << 40
 PAGE, MOST_ON_PAGE = 100, 500
 LONGEST_WAIT = 300.0
+FASTEST_LOOKS = 0.2
+"""Seconds between two looks of a stream, at least."""
 STARTING = 30.0
 """Seconds that stdin and signals wait for a job to begin."""
 
@@ -68,6 +73,14 @@ class Budget:
 
     def give_back(self, size: int) -> None:
         self._left += size
+
+    @contextlib.contextmanager
+    def hold(self, size: int) -> Iterator[None]:
+        self.take(size)
+        try:
+            yield
+        finally:
+            self.give_back(size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +134,7 @@ class Routes:
         self.callers = callers
         self.bounds = bounds
         self.budget = Budget(bounds.bodies)
+        self.looks = Looks(book)
         self._openapi = Reply.of(api.openapi()).body
 
     async def handle(self, request: Request) -> Reply:
@@ -309,14 +323,11 @@ class Routes:
     async def submit_batch(self, call: Call) -> Reply:
         request, most = call.request, self.bounds.body
         size = most if request.length is None else min(request.length, most)
-        self.budget.take(size)
-        try:
+        with self.budget.hold(size):
             body = await request.body(most)
             trace = traceparent(request.headers.get("traceparent"))
             asked = AskedBatch(body, _key(request), trace)
             row, new = await self.batches.submit(call.caller, asked)
-        finally:
-            self.budget.give_back(size)
         where = ("Location", f"/v1/batches/{row.id}")
         if not call.flag("wait"):
             reply = Reply.of(await self.batches.view(row), 202 if new else 200)
@@ -440,6 +451,18 @@ class Routes:
                 limits=limits,
             )
         )
+
+    async def overview(self, call: Call) -> Reply:
+        kind = events.wanted(call.request)
+        if kind is None:
+            return Reply.of(self.looks.look(call.caller))
+        every = max(FASTEST_LOOKS, (call.number("every", 1000, 3_600_000) or 1000) / 1000)
+        stream = self.looks.stream(call.caller, every, events=kind == api.SSE)
+        return Reply(kind=kind, stream=stream)
+
+    async def ui(self, call: Call) -> Reply:
+        body, headers = page()
+        return Reply(body=body, kind=HTML, headers=list(headers))
 
     async def healthz(self, call: Call) -> Reply:
         return Reply(body=b"ok\n", kind=TEXT)

@@ -30,9 +30,12 @@ from sandboxd.serve import systemd
 from sandboxd.serve.address import Tcp, Unix
 from sandboxd.serve.book import Book, Settings, open_book
 from sandboxd.serve.callers import Callers, is_loopback
+from sandboxd.serve.gojudge.runs import Runs
+from sandboxd.serve.gojudge.server import GoJudge
+from sandboxd.serve.gojudge.store import Store
 from sandboxd.serve.http import HEAD_TIME, Conversation, converse, peer_of
 from sandboxd.serve.journal import open_journal
-from sandboxd.serve.routes import Bounds, Routes
+from sandboxd.serve.routes import Bounds, Budget, Routes
 from sandboxd.serve.tls import Shown, name_of, of_daemon
 from sandboxd.serve.wires import SocketWire, Wire
 from sandboxd.supervise.one_error import one_error
@@ -63,14 +66,24 @@ class Options:
     slots: int | None = None
     spares: int = 0
     cgroup: str | None = None
+    gojudge: GoJudgeOptions | None = None
     drain: float = 30.0
     """Seconds that running jobs get when the daemon is told to end."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GoJudgeOptions:
+    """A listener for go-judge's protocol."""
+
+    address: Unix | Tcp
+    local: Sequence[Path] = ()
+    """Directories whose files requests may name by path."""
 
 
 class Connections:
     """The connections there are, and how many of them wait for a reply."""
 
-    def __init__(self, routes: Routes, most: int) -> None:
+    def __init__(self, routes: Routes | GoJudge, most: int) -> None:
         self._routes = routes
         self._most = most
         self.count = 0
@@ -133,10 +146,16 @@ async def serve(options: Options, *, ready: Callable[[Book], None] = lambda _: N
             await routes.batches.recover()
             connections = Connections(routes, most_connections(runner.slots))
             _gauges(book, connections)
-            async with _listening(options) as listeners, trio.open_nursery() as nursery:
+            async with (
+                _listening(options) as listeners,
+                _gojudge(book, options) as more,
+                trio.open_nursery() as nursery,
+            ):
                 for listener, shown in listeners:
                     handle = functools.partial(connections.serve, shown=shown)
                     nursery.start_soon(trio.serve_listeners, handle, [listener])
+                for accepting, where in more:
+                    nursery.start_soon(trio.serve_listeners, accepting.serve, where)
                 systemd.notify("READY=1")
                 logger.info("ready")
                 ready(book)
@@ -182,7 +201,31 @@ def _gauges(book: Book, connections: Connections) -> None:
     metrics.gauge("sandboxd_slots", "jobs that may run at once", lambda: runner.slots)
     metrics.gauge("sandboxd_spares", "sandboxes made ahead", lambda: runner.statistics().spares)
     metrics.gauge("sandboxd_connections", "connections", lambda: connections.count)
-    metrics.gauge("sandboxd_stored_bytes", "files of all callers", book.files.total)
+    metrics.gauge("sandboxd_stored_bytes", "files of all callers", book.stored)
+
+
+@contextlib.asynccontextmanager
+async def _gojudge(
+    book: Book, options: Options
+) -> AsyncIterator[list[tuple[Connections, list[trio.SocketListener]]]]:
+    """What listens for go-judge's protocol, if anything does."""
+    if options.gojudge is None:
+        yield []
+        return
+    settings, bounds = options.settings, options.bounds
+    store = Store(settings.state / "go-judge", settings.quotas.stored)
+    await trio.to_thread.run_sync(store.open)
+    book.stores.append(store.total)
+    runs = Runs(book, store, options.gojudge.local)
+    handler = GoJudge(runs, options.callers, bounds.body, Budget(bounds.bodies))
+    connections = Connections(handler, most_connections(book.runner.slots))
+    async with contextlib.AsyncExitStack() as stack:
+        sockets = await _bound(options.gojudge.address, options, stack)
+        listeners = [await _listener(one, stack) for one in sockets]
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(store.keep_small, settings.age)
+            yield [(connections, listeners)]
+            nursery.cancel_scope.cancel()
 
 
 # -- listening -------------------------------------------------------------------------------
@@ -202,11 +245,14 @@ async def _listening(
         listeners = []
         for one, tls in sockets:
             _check_open(one, options, tls=tls)
-            one.setblocking(False)
-            listener = trio.SocketListener(trio.socket.from_stdlib_socket(one))
-            await stack.enter_async_context(listener)
-            listeners.append((listener, shown if tls else None))
+            listeners.append((await _listener(one, stack), shown if tls else None))
         yield listeners
+
+
+async def _listener(one: socket.socket, stack: contextlib.AsyncExitStack) -> trio.SocketListener:
+    one.setblocking(False)
+    listener = trio.SocketListener(trio.socket.from_stdlib_socket(one))
+    return await stack.enter_async_context(listener)
 
 
 def _check_open(listening: socket.socket, options: Options, *, tls: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import termios
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,6 +27,8 @@ class Pipes:
     stdin: int | None = None
     source: int | None = None
     """A file that is fed to stdin, too large for a copy in memory."""
+    given: Mapping[str, int] = field(default_factory=dict)
+    """Streams of the job that somebody else has made: its ends, owned by `fds`."""
 
 
 def open_pipes(job: Job, pipes: Pipes) -> Pipes:
@@ -33,8 +36,12 @@ def open_pipes(job: Job, pipes: Pipes) -> Pipes:
     fds = pipes.fds
     if job.terminal is not None:
         return open_terminal(job.terminal, pipes)
-    pipes.job_ends.append(open_stdin(job, pipes))
+    given = pipes.given
+    pipes.job_ends.append(given["stdin"] if "stdin" in given else open_stdin(job, pipes))
     for name in ("stdout", "stderr"):
+        if name in given:
+            pipes.job_ends.append(given[name])
+            continue
         ours, theirs = os.pipe2(os.O_CLOEXEC)
         fds.own(ours)
         os.set_blocking(ours, False)

@@ -39,6 +39,8 @@ class Hands:
         self._begun = trio.Event()
         self._terminal: int | None = None
         self._queue = trio.CancelScope()
+        self._limiter: trio.CapacityLimiter | None = None
+        """Of its pipeline, which has slots already; None: the runner's."""
         self._files = trio.CancelScope()
 
     def kill(self, why: str = "cancelled by the caller") -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 
 import msgspec
@@ -13,19 +13,19 @@ import trio
 
 from sandboxd import plan
 from sandboxd.compile.load import tighten_artifacts
-from sandboxd.errors import InternalError, JobError, LaunchError, SandboxError
+from sandboxd.errors import JobError, SandboxError
 from sandboxd.group import Group
 from sandboxd.host import Host
-from sandboxd.job import Job
+from sandboxd.job import Job, Pipe
 from sandboxd.policy import Policy
 from sandboxd.result import Event, Result
-from sandboxd.supervise import builds, groups, inputs, keeping, record, volumes
-from sandboxd.supervise.areas import open_area
+from sandboxd.supervise import builds, groups, inputs, keeping, pipeline, record, volumes
 from sandboxd.supervise.artifacts import check_place
 from sandboxd.supervise.cgroups import Cgroups, open_cgroups, slots_within
 from sandboxd.supervise.descriptors import SCARCE, Descriptors, told
 from sandboxd.supervise.homes import Kept
 from sandboxd.supervise.known import Known
+from sandboxd.supervise.maker import Maker
 from sandboxd.supervise.netkeeper import UserNetwork
 from sandboxd.supervise.one_error import one_error
 from sandboxd.supervise.pipes import Pipes, open_pipes
@@ -33,7 +33,7 @@ from sandboxd.supervise.place import open_place
 from sandboxd.supervise.planning import plan_on
 from sandboxd.supervise.resolver import with_way_out
 from sandboxd.supervise.run import FASTEST, Followed, Hands, Run, forwarding, leaving
-from sandboxd.supervise.sandboxes import Sandbox, make
+from sandboxd.supervise.sandboxes import Sandbox
 from sandboxd.supervise.seat import Seat
 from sandboxd.supervise.seen import host_for
 from sandboxd.supervise.supervise import (
@@ -69,10 +69,11 @@ class Runner:
     ) -> None:
         self.host = host
         self.slots = slots
-        self._spares_wanted = spares
         self._cgroups = cgroups
+        self._maker = Maker(slots, spares, cgroups)
         self._nursery = nursery
         self._limiter = trio.CapacityLimiter(slots)
+        self._grouping = trio.Lock()
         self._closing = trio.CapacityLimiter(2 * slots + 8)
         self._finished = 0
         self._closed = False
@@ -80,7 +81,6 @@ class Runner:
         self._burying = False
         self._known = Known(host, cgroups, nursery)
         self._building = builds.Building()
-        self._grouping = trio.Lock()
 
     # -- what callers use
 
@@ -131,16 +131,30 @@ class Runner:
 
         `usage_every`: seconds between two events that say what it has used; None for no such.
         """
-        return self._begin(job, usage_every, None)
+        return self._begin(job, usage_every)
+
+    async def run_pipeline(self, jobs: Sequence[Job], pipes: Sequence[Pipe]) -> list[Result]:
+        """Carry jobs out at the same time, joined by pipes; their results, in their order."""
+        return await pipeline.run_pipeline(self, jobs, pipes)
+
+    def start_pipeline(
+        self, jobs: Sequence[Job], pipes: Sequence[Pipe], *, usage_every: float | None = None
+    ) -> AbstractAsyncContextManager[pipeline.Pipeline]:
+        """The same while the events of each are read; leaving the block kills what is left."""
+        return pipeline.start_pipeline(self, jobs, pipes, usage_every)
 
     @asynccontextmanager
     async def _begin(
-        self, job: Job, usage_every: float | None, seat: Seat | None
+        self,
+        job: Job,
+        usage_every: float | None,
+        seat: Seat | None = None,
+        joint: pipeline.Joint | None = None,
     ) -> AsyncIterator[Run]:
         if usage_every is not None and not FASTEST <= usage_every < math.inf:
             raise JobError(f"usage_every={usage_every!r}", hint=f"{FASTEST:g} seconds or more")
         with Descriptors() as fds:
-            pipes = open_pipes(job, Pipes(fds))
+            pipes = open_pipes(job, Pipes(fds, given=joint.given(fds) if joint else {}))
             stdin = None
             if pipes.stdin is not None:
                 stdin = trio.lowlevel.FdStream(os.dup(pipes.stdin))
@@ -149,6 +163,7 @@ class Runner:
             run = Run(job.id or record.new_id(), stdin)
             run._reports = Reports(usage_every, run._tell) if usage_every else None
             run._terminal = pipes.stdin if job.terminal else None
+            run._limiter = joint.limiter if joint else None
             job = dataclasses.replace(job, id=run.id)
             try:
                 with one_error():
@@ -277,12 +292,12 @@ class Runner:
                     self._known.used(kept.home)
             self._finished += 1
             kept.runs += 1
-            if seat is None and not kept.refilling and self._lacks(kept):
+            if seat is None and not kept.refilling and self._maker.lacks(kept):
                 kept.refilling = True
-                self._nursery.start_soon(self._refill, kept)
+                self._nursery.start_soon(self._maker.refill, kept)
             return result
         finally:
-            self._limiter.release_on_behalf_of(token)
+            self._limiter_of(run).release_on_behalf_of(token)
             if lent is not None:
                 await lent.aclose()
 
@@ -293,6 +308,9 @@ class Runner:
         kept = self._known.ready(job, None, seat)
         return record.make(job, kept.kind, seen, self.host, waited)
 
+    def _limiter_of(self, run: Hands | None) -> trio.CapacityLimiter:
+        return (run and run._limiter) or self._limiter
+
     def _is_alone(self) -> bool:
         """Whether there is one run, and a CPU for it beside ours."""
         return self.host.cpus > 1 and self._limiter.borrowed_tokens == 1
@@ -301,9 +319,10 @@ class Runner:
         self, token: object, run: Hands | None, policy: Policy, lent: AsyncExitStack | None
     ) -> bool:
         """After the caches of its policy. False if the run was killed before it got one."""
+        limiter = self._limiter_of(run)
         if lent is None and not isinstance(token, Seat):
             with suppress(trio.WouldBlock):
-                self._limiter.acquire_on_behalf_of_nowait(token)
+                limiter.acquire_on_behalf_of_nowait(token)
                 return True
         with run._queue if run is not None else trio.CancelScope():
             if isinstance(token, Seat):  # it has all that, and those before it may not be ready
@@ -312,7 +331,7 @@ class Runner:
             try:
                 if lent is not None:
                     await lent.enter_async_context(volumes.lent(policy))
-                await self._limiter.acquire_on_behalf_of(token)
+                await limiter.acquire_on_behalf_of(token)
             except BaseException:
                 if lent is not None:
                     await lent.aclose()
@@ -378,7 +397,7 @@ class Runner:
         self._bury()  # what they had is used again
         while len(self._dying) > self.slots:
             await self._dying.pop(0).end()
-        box = await self._spare(kept) or await self._new(kept, seat)
+        box = await self._maker.spare(kept) or await self._maker.new(kept, seat)
         try:
             dispatch.begin(box.socket)
         except BaseException:
@@ -399,83 +418,6 @@ class Runner:
             if self._cgroups is not None:
                 self._cgroups.tidy()
             self._burying = bool(self._dying)
-
-    async def _spare(self, kept: Kept) -> Sandbox | None:
-        while kept.spares:
-            box = kept.spares.pop()
-            if not box.is_dead() and not (box.area and box.area.is_lost()):
-                return box
-            await box.end()  # it died with its tenant
-        return None
-
-    async def _new(self, kept: Kept, seat: Seat | None) -> Sandbox:
-        """Made now; a tenant that has died is started anew, once."""
-        for attempt in range(2):
-            try:
-                return await self._make(kept, seat)
-            except LaunchError as error:
-                if error.stage != "tenant" or attempt or seat is not None:
-                    raise
-        raise InternalError("unreachable")
-
-    async def _make(self, kept: Kept, seat: Seat | None = None) -> Sandbox:
-        tenant, uppers = await kept.home.tenant(), await kept.uppers()
-        area, way_out = await kept.take_area(tenant), None
-        try:
-            if seat is not None:
-                way_out = seat.network
-            elif (egress := kept.prepared.compiled.egress) is not None:
-                way_out = await (await kept.home.netkeeper()).take(egress)
-        except BaseException:
-            if area is not None:
-                await area.close()
-            raise
-        return await make(tenant, kept.prepared, self._cgroups, uppers, area, way_out)
-
-    def _lacks(self, kept: Kept) -> bool:
-        """Whether there is something to make ahead."""
-        if kept.over:
-            return False
-        egress = kept.prepared.compiled.egress
-        if egress is not None and egress.published:
-            return False  # a port of the host's cannot be held ahead
-        if len(kept.spares) < self._spares_wanted:
-            return True
-        if self._lacks_area(kept):
-            return True
-        if egress is not None:
-            keeper = kept.home.living_netkeeper
-            return keeper is not None and keeper.ahead(egress) < self.slots
-        tenant = kept.home.living
-        again = kept.prepared.compiled.network_serves_again
-        return tenant is not None and not again and tenant.networks_ahead < self.slots
-
-    def _lacks_area(self, kept: Kept) -> bool:
-        """A sidecar takes long to start; but who runs one job only does not need another."""
-        wanted = kept.runs > 1 and not self._spares_wanted and kept.ahead is None
-        return wanted and "area" in kept.prepared.compiled.setup.descriptors
-
-    async def _refill(self, kept: Kept) -> None:
-        """Make what a policy lacks of spares and networks: after a job, not while one starts."""
-        try:
-            compiled = kept.prepared.compiled
-            if compiled.egress is not None:
-                await (await kept.home.netkeeper()).refill(compiled.egress, self.slots)
-            elif not compiled.network_serves_again:
-                await (await kept.home.tenant()).refill_networks(self.slots)
-            if self._lacks_area(kept):
-                tenant = await kept.home.tenant()
-                kept.ahead = await open_area(tenant, kept.prepared, await kept.uppers())
-            while len(kept.spares) < self._spares_wanted and not kept.over:
-                box = await self._make(kept)
-                kept.spares.append(box)
-                await box.wait_known()
-        except (SandboxError, OSError):
-            return  # the next job meets the same error, and can tell somebody
-        finally:
-            kept.refilling = False
-            if kept.over:
-                await kept.forget()
 
     async def _close(self) -> None:
         self._building.close()

@@ -61,6 +61,17 @@ def test_files_limits_variables_and_a_place(served: Process, tmp_path: Path) -> 
     assert sandboxd(served, "logs", job).stdout == b"x1000000\ny"
 
 
+@pytest.mark.parametrize("given", ["00-" + "a" * 32 + "-" + "b" * 16 + "-01", "x\r\nA: b", ""])
+def test_a_trace_goes_with_it(served: Process, monkeypatch: pytest.MonkeyPatch, given: str) -> None:
+    monkeypatch.setenv("TRACEPARENT", given)
+    job = submit(served, "--", "true")
+    done = sandboxd(served, "run", "-q", "--name", "traced", "--", "true")
+    assert done.returncode == 0
+    views = map(json.loads, sandboxd(served, "ps", "-a", "--json").stdout.splitlines())
+    kept = given if given.startswith("00-") else None
+    assert {one["id"]: one["traceparent"] for one in views} == {job: kept, "traced": kept}
+
+
 def test_following_ends_with_the_job(served: Process) -> None:
     job = submit(served, "--", "sh", "-c", "for i in 1 2 3; do echo $i; sleep 0.1; done")
     assert sandboxd(served, "logs", "-f", job).stdout == b"1\n2\n3\n"

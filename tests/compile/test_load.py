@@ -303,6 +303,10 @@ WRONG = {
         "p.toml:1: mounts[1].target: something is mounted on /a already (p.toml:1: mounts[0])"
         ' (to replace what is inherited, write mounts = ["!reset", {...}])'
     ),
+    'root.aliases = ["w", "usr"]': "p.toml:1: root.aliases[1]: 'usr' is no free name at the top"
+    " (e.g. w)",
+    'root.aliases = ["a/b"]': "p.toml:1: root.aliases[0]: 'a/b' is no free name at the top"
+    " (e.g. w)",
     # system calls
     'syscalls.allow = ["@base", "opena"]': "p.toml:1: syscalls.allow[1]: unknown system call"
     " 'opena' (did you mean openat or open or openat2?)",

@@ -8,6 +8,7 @@ from pathlib import Path
 from sandboxd.serve.api import ROUTES
 from sandboxd.serve.manifold import BatchSubmission
 from sandboxd.serve.metrics import Metrics
+from sandboxd.serve.views import CallerView, FailureView, Overview, RunningView
 from sandboxd.serve.wire import JobView, Submission
 from tests.serve.serving import daemon
 
@@ -34,6 +35,13 @@ def test_every_field_of_a_batch_is_there() -> None:
 
 def test_every_field_of_a_view_is_there() -> None:
     assert first_cells("A view") == set(JobView.__struct_fields__)
+
+
+def test_every_field_of_the_overview_is_there() -> None:
+    assert first_cells("The overview") == set(Overview.__struct_fields__)
+    words = set(re.findall(r"`(\w+)`", SECTIONS["The overview"]))
+    for kind in (RunningView, FailureView, CallerView):
+        assert set(kind.__struct_fields__) <= words
 
 
 async def test_every_metric_is_there() -> None:

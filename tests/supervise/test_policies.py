@@ -22,6 +22,7 @@ NAMES = [
         "bundle",
         "ci",
         "compile",
+        "go-judge",
         "judge-java",
         "judge-native",
         "judge-python",

@@ -173,3 +173,12 @@ async def test_a_bind_source_that_is_not_there_names_its_line(tmp_path: Path) ->
         await run("true", chosen)
     assert "mounts[0]" in caught.value.hint
     assert caught.value.errno == 2
+
+
+@pytest.mark.parametrize(
+    "writable", [False, pytest.param(True, marks=pytest.mark.needs("overlay"))]
+)
+async def test_an_alias_leads_to_the_working_directory(writable: bool) -> None:
+    chosen = policy(root=Root(writable=writable, aliases=("w", "work")))
+    result = await run("cd /w; echo x > /w/file; cat /box/file /work/file; readlink /w", chosen)
+    assert result.stdout == b"x\nx\nbox\n", result

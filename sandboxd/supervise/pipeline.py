@@ -1,0 +1,225 @@
+"""Jobs that run at the same time, joined by pipes: an interactive problem and who plays it.
+
+Theory of operation. A pipe is one of the kernel's between two sandboxes, and nobody of ours in
+between: what is written there costs what a pipe costs, and its end is seen when the last writer has
+closed it. A relayed one is two pipes with a task here that carries from one to the other. It goes
+on reading when the reader has gone, so that the writer is not ended by SIGPIPE, and closes the
+second pipe when the first is at its end.
+
+A pipeline takes as many slots as it has jobs, or all there are: pipelines take theirs one after the
+other, so no two of them wait for what the other has. Its jobs then wait for nobody.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import msgspec
+import trio
+
+from sandboxd.errors import JobError
+from sandboxd.job import Job, Pipe
+from sandboxd.result import Result
+from sandboxd.supervise.descriptors import Descriptors
+from sandboxd.supervise.one_error import one_error
+from sandboxd.supervise.run import Run
+from sandboxd.supervise.stream import CHUNK, Capture
+
+if TYPE_CHECKING:
+    from sandboxd.supervise.runner import Runner
+
+MOST = 16
+"""Jobs of a pipeline."""
+
+
+@dataclass(frozen=True, slots=True)
+class Joint:
+    """What a job has of its pipeline: a slot, and the ends of its pipes."""
+
+    limiter: trio.CapacityLimiter
+    ends: dict[str, int] = field(default_factory=dict)
+    """Name of the stream -> the job's end, which is the pipeline's own."""
+
+    def given(self, fds: Descriptors) -> dict[str, int]:
+        """The ends once more, for `fds` to own."""
+        return {name: fds.own(os.dup(fd)) for name, fd in self.ends.items()}
+
+
+class Pipeline:
+    """Jobs in progress. Made by `start_pipeline`; `runs` are in the order of the jobs."""
+
+    def __init__(self, runs: Sequence[Run], relays: Sequence[_Relay]) -> None:
+        self.runs = tuple(runs)
+        self._relays = relays
+
+    def kill(self) -> None:
+        """End all of them now; their status will be `cancelled`."""
+        for run in self.runs:
+            run.kill()
+
+    async def wait(self) -> list[Result]:
+        """The results, with what was relayed. Someone must read the events of each meanwhile."""
+        return [await self.result(number) for number in range(len(self.runs))]
+
+    async def result(self, number: int) -> Result:
+        """The result of one of them. Someone must read its events meanwhile."""
+        result = await self.runs[number].wait()
+        for relay in self._relays:
+            if relay.pipe.writer == number:
+                await relay.done.wait()
+                streams = {**result.streams, relay.pipe.stream: relay.capture.output()}
+                result = msgspec.structs.replace(result, streams=streams)
+        return result
+
+
+async def run_pipeline(runner: Runner, jobs: Sequence[Job], pipes: Sequence[Pipe]) -> list[Result]:
+    """See Runner.run_pipeline."""
+    async with start_pipeline(runner, jobs, pipes, None) as joined:
+        with one_error():
+            async with trio.open_nursery() as readers:
+                for run in joined.runs:
+                    readers.start_soon(_ignore, run)
+        return await joined.wait()
+
+
+async def _ignore(run: Run) -> None:
+    """Read what keeps a run going; an error of one ends the others."""
+    async for _ in run.events:
+        pass
+    await run.wait()
+
+
+@asynccontextmanager
+async def start_pipeline(
+    runner: Runner, jobs: Sequence[Job], pipes: Sequence[Pipe], usage_every: float | None
+) -> AsyncIterator[Pipeline]:
+    """See Runner.start_pipeline."""
+    check(jobs, pipes)
+    with one_error(), Descriptors() as ours:
+        async with _slots(runner, len(jobs)), trio.open_nursery() as nursery:
+            limiter = trio.CapacityLimiter(len(jobs))
+            joints = [Joint(limiter) for _ in jobs]
+            async with AsyncExitStack() as stack:
+                with Descriptors() as theirs:
+                    relays = list(_join(jobs, pipes, joints, (ours, theirs)))
+                    runs = [
+                        await stack.enter_async_context(
+                            runner._begin(job, usage_every, joint=joint)
+                        )
+                        for job, joint in zip(jobs, joints, strict=True)
+                    ]
+                for relay in relays:
+                    nursery.start_soon(relay.carry)
+                yield Pipeline(runs, relays)
+            nursery.cancel_scope.cancel()
+
+
+@asynccontextmanager
+async def _slots(runner: Runner, count: int) -> AsyncIterator[None]:
+    limiter, held = runner._limiter, list[object]()
+    try:
+        async with runner._grouping:
+            for _ in range(min(count, runner.slots)):
+                token = object()
+                await limiter.acquire_on_behalf_of(token)
+                held.append(token)
+        yield
+    finally:
+        for token in held:
+            limiter.release_on_behalf_of(token)
+
+
+# -- what is joined --------------------------------------------------------------------------
+
+
+def check(jobs: Sequence[Job], pipes: Sequence[Pipe]) -> None:
+    """JobError if these jobs cannot be joined so."""
+    if not 1 <= len(jobs) <= MOST:
+        raise JobError(f"a pipeline of {len(jobs)} jobs", hint=f"1 to {MOST}")
+    for number, job in enumerate(jobs):
+        if job.collect_to == "stream":
+            raise JobError(f'jobs[{number}]: collect_to="stream" in a pipeline',
+                           hint="collect into memory or a directory")  # fmt: skip
+    ends: Counter[tuple[int, str]] = Counter()
+    for number, pipe in enumerate(pipes):
+        _check_pipe(f"pipes[{number}]", jobs, pipe)
+        ends.update([(pipe.writer, pipe.stream), (pipe.reader, "stdin")])
+    for (index, stream), count in ends.items():
+        if count > 1:
+            raise JobError(f"pipes: {stream} of job {index} is joined {count} times", hint="once")
+
+
+def _check_pipe(where: str, jobs: Sequence[Job], pipe: Pipe) -> None:
+    for index in (pipe.writer, pipe.reader):
+        if not 0 <= index < len(jobs):
+            raise JobError(f"{where}: there is no job {index}", hint="the first is 0")
+        if jobs[index].terminal is not None:
+            raise JobError(f"{where}: job {index} has a terminal", hint="leave it out")
+    if jobs[pipe.reader].stdin != b"":
+        raise JobError(f"{where}: job {pipe.reader} has a stdin", hint="leave it out")
+
+
+def _join(
+    jobs: Sequence[Job],
+    pipes: Sequence[Pipe],
+    joints: Sequence[Joint],
+    owners: tuple[Descriptors, Descriptors],
+) -> Iterator[_Relay]:
+    """Make the pipes; what is to be relayed. `owners`: of our ends, and of the jobs'."""
+    ours, theirs = owners
+    for pipe in pipes:
+        source, target = os.pipe2(os.O_CLOEXEC)
+        joints[pipe.writer].ends[pipe.stream] = theirs.own(target)
+        if not pipe.relay:
+            joints[pipe.reader].ends["stdin"] = theirs.own(source)
+            continue
+        ours.own(source)
+        last, next_target = os.pipe2(os.O_CLOEXEC)
+        joints[pipe.reader].ends["stdin"] = theirs.own(last)
+        ours.own(next_target)
+        for fd in (source, next_target):
+            os.set_blocking(fd, False)
+        yield _Relay(pipe, source, next_target, ours, Capture(jobs[pipe.writer].keep))
+
+
+@dataclass(slots=True)
+class _Relay:
+    """From one pipe into the other, to the first one's end."""
+
+    pipe: Pipe
+    source: int
+    target: int
+    owner: Descriptors
+    capture: Capture
+    done: trio.Event = field(default_factory=trio.Event)
+    _deaf: bool = False
+    """The reader has gone."""
+
+    async def carry(self) -> None:
+        while True:
+            try:
+                data = os.read(self.source, CHUNK)
+            except BlockingIOError:
+                await trio.lowlevel.wait_readable(self.source)
+                continue
+            if not data:
+                break
+            self.capture.add(data)
+            await self._pass_on(memoryview(data))
+        self.owner.close(self.target)
+        self.done.set()
+
+    async def _pass_on(self, data: memoryview) -> None:
+        """All of it, or nothing any more."""
+        while data and not self._deaf:
+            try:
+                data = data[os.write(self.target, data) :]
+            except BlockingIOError:
+                await trio.lowlevel.wait_writable(self.target)
+            except BrokenPipeError:
+                self._deaf = True
