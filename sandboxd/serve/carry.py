@@ -39,7 +39,7 @@ async def carry_out(book: Book, live: Live) -> None:
     live.slotted = time.monotonic()
     try:
         await trio.lowlevel.checkpoint_if_cancelled()  # else the journal would have it as started
-        live.state, live.started = "running", time.time()
+        live.started = time.time()
         live.attempts += 1
         book.metrics.queue_time.observe(max(0.0, live.started - live.created))
         found = await _run(book, live)
@@ -77,6 +77,7 @@ async def _run(book: Book, live: Live) -> Result | SandboxError:
     try:
         if not live.asked.attached:
             await book.journal.start(live.caller.name, live.id, live.attempts)
+        live.state = "running"  # not before that is known after a crash, too
         job = await _job(book, live)
         return await _kept(book, live, await _result(book, live, job))
     except SandboxError as error:

@@ -81,9 +81,9 @@ class Page:
         return found["result"].get("value")
 
     def until(self, script: str) -> None:
-        """Returns once it is true."""
+        """Returns once it is true; as long as the page is not there it is not."""
         deadline = time.monotonic() + PATIENCE
-        while not self.value(f"Boolean({script})"):
+        while not self.value(f"(() => {{ try {{ return Boolean({script}) }} catch {{ }} }})()"):
             assert time.monotonic() < deadline, (script, self.value("document.body.innerText"))
             time.sleep(0.05)
 
