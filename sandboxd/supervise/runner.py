@@ -284,9 +284,7 @@ class Runner:
                 except GivenUp:
                     return self._never_started(job, asked, run, seat)
                 except OSError as error:
-                    if self._cgroups is not None and error.errno in SCARCE:
-                        self._cgroups.shrink()
-                    raise told(error, "a run") from error
+                    raise self._without(error) from error
                 finally:
                     kept.home.runs -= 1
                     self._known.used(kept.home)
@@ -300,6 +298,12 @@ class Runner:
             self._limiter_of(run).release_on_behalf_of(token)
             if lent is not None:
                 await lent.aclose()
+
+    def _without(self, error: OSError) -> Exception:
+        """What a run ends with that could not have something; kept descriptors are given up."""
+        if self._cgroups is not None and error.errno in SCARCE:
+            self._cgroups.shrink()
+        return told(error, "a run")
 
     def _never_started(
         self, job: Job, asked: float, run: Hands | None = None, seat: Seat | None = None

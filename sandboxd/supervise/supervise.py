@@ -308,7 +308,10 @@ async def attend(
                 await trio.lowlevel.wait_readable(box.socket if ears is None else ears)
             if not stops.waiting.cancelled_caught:
                 if ears is None or hear(ears, pumps, box):
-                    part = box.socket.recv(MESSAGE)
+                    try:
+                        part = box.socket.recv(MESSAGE)
+                    except BlockingIOError:  # woken for what had this number before
+                        continue
                     report += part
                     if not part or is_complete(report):
                         return report

@@ -96,7 +96,8 @@ async def test_it_stops_answering() -> None:
                         await run.stdin.send_all(b"x")
                 await run.wait()
         except LaunchError as error:
-            assert "does not answer" in str(error)  # noqa: PT017
+            found = str(error)  # what ends the program at its limit may be first to end the server
+            assert "does not answer" in found or "ended while it was needed" in found  # noqa: PT017
         else:
             pytest.fail("it went on")
 
