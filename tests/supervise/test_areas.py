@@ -97,7 +97,7 @@ async def test_it_stops_answering() -> None:
                 await run.wait()
         except LaunchError as error:
             found = str(error)  # what ends the program at its limit may be first to end the server
-            assert "does not answer" in found or "ended while it was needed" in found  # noqa: PT017
+            assert "does not answer" in found or "ended while it was needed" in found
         else:
             pytest.fail("it went on")
 
