@@ -308,12 +308,9 @@ async def attend(
                 await trio.lowlevel.wait_readable(box.socket if ears is None else ears)
             if not stops.waiting.cancelled_caught:
                 if ears is None or hear(ears, pumps, box):
-                    try:
-                        part = box.socket.recv(MESSAGE)
-                    except BlockingIOError:  # woken for what had this number before
-                        continue
-                    report += part
-                    if not part or is_complete(report):
+                    part = received(box.socket)
+                    report += part or b""
+                    if part == b"" or is_complete(report):
                         return report
                 continue
             now = trio.current_time()
@@ -330,6 +327,14 @@ async def attend(
         stops.waiting = None
         if ears is not None:
             ears.close()
+
+
+def received(sock: socket.socket) -> bytes | None:
+    """What is there, b"" at the end; None where the wakeup was for what had its number before."""
+    try:
+        return sock.recv(MESSAGE)
+    except BlockingIOError:
+        return None
 
 
 def listen(box: Sandbox, pumps: list[stream.Pump]) -> select.epoll:

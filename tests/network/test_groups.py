@@ -15,7 +15,10 @@ from tests.network.places import OTHER, PUBLIC, PUBLIC6
 SERVE = """
 server = socket.create_server(("0.0.0.0", 80)); server.settimeout(30)
 def served():
-    one, peer = server.accept(); one.sendall(b"from " + peer[0].encode()); one.close()
+    one, peer = server.accept(); one.sendall(b"from " + peer[0].encode())
+    one.shutdown(socket.SHUT_WR)  # what was not read would make the end a reset
+    while one.recv(100): pass
+    one.close()
 served()
 """
 RESOLVERS = ["203.0.113.53"]
