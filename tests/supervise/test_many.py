@@ -116,7 +116,7 @@ async def test_at_once(host: str) -> None:
 def few_descriptors() -> Iterator[int]:
     """Enough for a tenant and some sandboxes."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    few = 256
+    few = len(set(leftovers.descriptors())) + 230
     resource.setrlimit(resource.RLIMIT_NOFILE, (few, hard))
     yield few
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
@@ -126,7 +126,7 @@ def few_descriptors() -> Iterator[int]:
 @hosts("nothing", "cgroup")
 async def test_more_at_once_than_descriptors(host: str, few_descriptors: int) -> None:
     """Each has its result, or an error that says what to do; none hangs, and then all is well."""
-    slots = few_descriptors // 4
+    slots = 64
     async with open_runner(host=without(host), slots=slots) as runner:
         ended: list[str] = []
 
