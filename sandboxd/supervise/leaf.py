@@ -21,6 +21,8 @@ CPU_WORDS = ["usage_usec", "user_usec", "system_usec"]
 THROTTLED = "throttled_usec"
 INIT = 1
 """init is in the leaf as well and is not the job's."""
+OFTEN = frozenset({"cpu.stat", "cgroup.events", "memory.current", "memory.stat", "pids.current"})
+"""Files that are looked at again and again, and stay open: each takes a descriptor meanwhile."""
 LONGEST = 8192
 """Bytes of the longest file that is read here, memory.stat."""
 MOMENTARY = frozenset({"memory_peak", "swap_peak", "processes_peak"})
@@ -73,7 +75,20 @@ class Leaf:
     _open: dict[str, int | None] = field(default_factory=dict)
 
     def read(self, name: str) -> str | None:
-        """A file of the leaf, None if there is no such file here; it stays open for next time."""
+        """A file of the leaf, None if there is no such file here."""
+        fd = self._opened(name)
+        if fd is None:
+            return None
+        try:
+            return os.pread(fd, LONGEST, 0).decode()
+        except OSError:  # EOPNOTSUPP: cgroup.pressure is off here
+            return None
+        finally:
+            if name not in OFTEN:
+                del self._open[name]
+                os.close(fd)
+
+    def _opened(self, name: str) -> int | None:
         if name not in self._open:
             try:
                 self._open[name] = os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=self.fd)
@@ -81,13 +96,7 @@ class Leaf:
                 if error.errno in SCARCE:  # it may be there
                     raise
                 self._open[name] = None
-        fd = self._open[name]
-        if fd is None:
-            return None
-        try:
-            return os.pread(fd, LONGEST, 0).decode()
-        except OSError:  # EOPNOTSUPP: cgroup.pressure is off here
-            return None
+        return self._open[name]
 
     def close(self) -> None:
         for fd in self._open.values():

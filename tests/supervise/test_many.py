@@ -69,7 +69,7 @@ async def test_in_a_row(host: str) -> None:
 
 @pytest.fixture
 def many_descriptors() -> Iterator[None]:
-    """As many as one may have: a live run takes 6 to 12, and 1024 is what most begin with."""
+    """As many as one may have: a live run takes 6 to 16, and 1024 is what most begin with."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard < 16 * AT_ONCE:
         pytest.skip(f"needs {16 * AT_ONCE} open files: no more than {hard} here")
