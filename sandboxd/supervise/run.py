@@ -101,6 +101,18 @@ class Followed(Hands):
     def __init__(self, run_id: str, tell: Callable[[Event], Awaitable[None]]) -> None:
         super().__init__(run_id)
         self._tell_event = tell
+        self._turn = trio.Lock()
+
+    async def _forward(self, name: str, data: bytes) -> None:
+        """Of two streams at once one waits; alone, nobody does."""
+        try:
+            self._turn.acquire_nowait()
+        except trio.WouldBlock:
+            await self._turn.acquire()
+        try:
+            await super()._forward(name, data)
+        finally:
+            self._turn.release()
 
     async def _emit(self, event: Event) -> None:
         self._seq += 1

@@ -46,9 +46,9 @@ async def test_one_who_follows_hears_all_of_short_runs_and_of_long_ones() -> Non
 
             job = Job(argv=["sh", "-c", script], policy=policy(), id="x")
             result = await runner.follow(job, Followed("x", tell))
-            assert [event.type for event in seen] == ["start", "stdout", "stderr"]
             assert [event.seq for event in seen] == [0, 1, 2]
-            assert [event.data for event in seen] == [b"", b"one\n", b"two\n"]
+            told = {event.type: event.data for event in seen}
+            assert told == {"start": b"", "stdout": b"one\n", "stderr": b"two\n"}
             assert (result.stdout, result.streams["stderr"].data) == (b"one\n", b"two\n")
 
 
