@@ -31,8 +31,10 @@ PACKAGES = (
     "linux-image-cloud-amd64,systemd-sysv,dbus,dbus-user-session,libpam-systemd,udev,kmod",
     "util-linux,mount,passwd,login,procps,iproute2",
     "python3,libseccomp2,gcc,g++,libc6-dev,binutils",
-    "uidmap,fuse-overlayfs,fuse3,slirp4netns,passt,nftables,bubblewrap,crun,strace,memtester,apparmor",
+    "uidmap,fuse-overlayfs,fuse3,slirp4netns,passt,nftables,bubblewrap,crun,strace,memtester",
 )
+MORE = {"bookworm": (), "trixie": ("apparmor",)}
+"""AppArmor of Debian 12 keeps pasta from network namespaces that it did not make."""
 
 FILES = ("setup.sh", "loader.py")  # of this directory, used inside of the image
 DISK = "4G"  # sparse
@@ -93,7 +95,16 @@ def requirements() -> str:
 
 def key(suite: str) -> str:
     """What tells one image from another; where the packages come from does not."""
-    parts = [suite, PYTHONS[suite], *PACKAGES, *OPTIONS, MAKE_DISK, DISK, requirements()]
+    parts = [
+        suite,
+        PYTHONS[suite],
+        *PACKAGES,
+        *MORE[suite],
+        *OPTIONS,
+        MAKE_DISK,
+        DISK,
+        requirements(),
+    ]
     parts += [(HERE / name).read_text() for name in FILES]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
@@ -181,7 +192,7 @@ def bootstrap(suite: str, work: Path, out: Path) -> None:
     options = apt_options(run("apt", ["apt-config", "dump"]))
     argv += [f"--aptopt={option}" for option in options]
     argv += [
-        f"--include={','.join(PACKAGES)}",
+        f"--include={','.join((*PACKAGES, *MORE[suite]))}",
         "--customize-hook=mkdir $1/vm",
         f"--customize-hook=copy-in {files}/setup.sh {files}/loader.py {files}/site /vm",
         "--customize-hook=chroot $1 sh /vm/setup.sh",
