@@ -284,7 +284,8 @@ class Runner:
                 except GivenUp:
                     return self._never_started(job, asked, run, seat)
                 except OSError as error:
-                    raise self._without(error) from error
+                    self._tell_scarce(error)
+                    raise
                 finally:
                     kept.home.runs -= 1
                     self._known.used(kept.home)
@@ -299,11 +300,12 @@ class Runner:
             if lent is not None:
                 await lent.aclose()
 
-    def _without(self, error: OSError) -> Exception:
-        """What a run ends with that could not have something; kept descriptors are given up."""
-        if self._cgroups is not None and error.errno in SCARCE:
-            self._cgroups.shrink()
-        return told(error, "a run")
+    def _tell_scarce(self, error: OSError) -> None:
+        """HostError where there were no descriptors; those that are only kept are given up."""
+        if error.errno in SCARCE:
+            if self._cgroups is not None:
+                self._cgroups.shrink()
+            raise told(error, "a run") from error
 
     def _never_started(
         self, job: Job, asked: float, run: Hands | None = None, seat: Seat | None = None
