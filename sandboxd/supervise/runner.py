@@ -256,14 +256,13 @@ class Runner:
             attached = lent.enter_context(inputs.held(split.attached)) if lent else None
             with Descriptors() as fds:
                 kept = self._known.ready(job, attached, seat)
-                caps = tighten_artifacts(kept.policy, job.artifacts)
                 porter = kept.home.porter
                 conduct = Conduct(
                     job=job,
                     compiled=kept.prepared.compiled,
                     host=self.host,
                     dispatch=Dispatch(job, kept.prepared, pipes or Pipes(fds)),
-                    caps=caps,
+                    caps=tighten_artifacts(kept.policy, job.artifacts),
                     porter=porter,
                     giving_up=run._files if run else trio.CancelScope(),
                     leave=leaving(run, job, porter),
