@@ -257,7 +257,7 @@ in_place() { # COMMAND...: in the checkout, as an ordinary user; nothing of it s
     # In the background, so that a trap may run meanwhile; yet with our stdin, and with Ctrl-C, which
     # the command answers itself.
     exec 3<&0
-    env --default-signal=INT,QUIT "$@" <&3 3<&- &
+    env --default-signal=INT,QUIT,HUP "$@" <&3 3<&- &
     child=$!
     trap : INT
     trap 'kill "$child" 2>/dev/null || :; wait "$child" || :; exit 143' TERM HUP
