@@ -227,7 +227,7 @@ GROUPS: Mapping[str, Group] = MappingProxyType(
             "chdir clock_gettime clone close close_range dup3 execve execveat exit exit_group fcntl"
             " getcwd getrusage ioctl kill landlock_restrict_self madvise openat ppoll prctl"
             " pread64 prlimit64 read recvfrom recvmsg rt_sigprocmask rt_sigtimedwait sendmsg"
-            " sendto setsid statfs wait4 write",
+            " sendto setsid statfs wait4 waitid write",
         ),
     }
 )
@@ -241,7 +241,7 @@ LAUNCH = frozenset(
         " move_mount open_tree openat openat2 pivot_root ppoll prctl pread64 prlimit64 read"
         " recvfrom recvmsg rt_sigaction rt_sigprocmask rt_sigtimedwait seccomp sendmsg sendto"
         " setgroups sethostname setns setresgid setresuid setsid socket statfs symlinkat umask"
-        " umount2 unlinkat unshare wait4 write",
+        " umount2 unlinkat unshare wait4 waitid write",
     ).members
 )
 

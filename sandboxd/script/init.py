@@ -11,7 +11,7 @@ The exec script starts the program and becomes the reaper:
       child:            own session, descriptors 0-2, Landlock domain, signals unblocked, execve
     rt_sigtimedwait     all signals are blocked in init, so that even PID 1 gets SIGNAL_STOP
     wait4(WNOHANG)      until there is nothing to reap; the program itself: go to the end
-    kill(-1, SIGKILL)   the program ended, or we are told to stop: the rest goes too
+    kill(-1, SIGKILL)   the program ended, or we are told to stop: the rest, if any, goes too
     wait4               until there are no children: getrusage(RUSAGE_CHILDREN) has them all
     sendto              messages.Ended, the only thing a supervisor believes
 
@@ -71,7 +71,8 @@ CLONE_VM, CLONE_VFORK = 0x100, 0x4000
 CLOSE_RANGE_CLOEXEC = 4
 CLOCK_MONOTONIC = 1
 CLOCK_PROCESS_CPUTIME_ID = 2
-WNOHANG, WALL = 1, 0x40000000
+WNOHANG, WEXITED, WNOWAIT, WALL = 1, 4, 0x1000000, 0x40000000
+P_ALL = 0
 RUSAGE_CHILDREN = -1
 TIOCSCTTY = 0x540E
 ENOENT = -2
@@ -298,6 +299,12 @@ def _reap(w: Writer, main: Label, report: Label) -> None:
     asm.emit(NO_CALL, 0, store=report + 8)
     asm.place(finish)
     w.call("clock_gettime", CLOCK_MONOTONIC, report + 32)
+    # Orphans become init's children, so who has none is alone. Only who is not looks at every
+    # process of the machine for those to kill (kernel/signal.c).
+    w.call(
+        "waitid", P_ALL, 0, 0, WEXITED | WNOHANG | WNOWAIT | WALL, 0, ignore=True,
+        when=Condition.NEGATIVE, target=done,
+    )  # fmt: skip
     w.call("kill", -1, SIGKILL, ignore=True)
     copy, over = asm.label(), asm.label()
     asm.place(last)

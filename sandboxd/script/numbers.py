@@ -67,6 +67,7 @@ _NUMBERS = {
     "unlinkat": (263, 35),
     "unshare": (272, 97),
     "wait4": (61, 260),
+    "waitid": (247, 95),
     "write": (1, 64),
 }
 
