@@ -172,6 +172,12 @@ class Kept:
         """Whether something was made ahead, or is being made."""
         return bool(self.spares or self.ahead or self.refilling)
 
+    def wake(self) -> None:
+        """A sandbox will be asked for in a moment, if there is no spare."""
+        tenant = self.home.living
+        if tenant is not None and not self.spares and not tenant.dead:
+            tenant.ring()
+
     async def uppers(self) -> Uppers | None:
         """Where the directories are that its sandboxes write to, if they write to some."""
         return await self.home.uppers() if self.policy.root.upper == "directory" else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 
 import msgspec
@@ -44,9 +44,20 @@ from sandboxd.supervise.supervise import (
     Reports,
     supervise,
 )
+from sandboxd.supervise.undertaker import Undertaker
 
-UNDERTAKER = 0.02
-"""Seconds in which init, having reported, is dead and what it held is given back."""
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Asking:
+    """A job, without its references, and what its caller has for it."""
+
+    job: Job
+    run: Hands | None
+    pipes: Pipes
+    attached: Collection[str]
+    """Where references are attached."""
+    lent: AsyncExitStack | None
+    """What it holds of others for its time, if anything."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,8 +88,7 @@ class Runner:
         self._closing = trio.CapacityLimiter(2 * slots + 8)
         self._finished = 0
         self._closed = False
-        self._dying: list[Sandbox] = []
-        self._burying = False
+        self._undertaker = Undertaker(cgroups.tidy if cgroups else lambda: None)
         self._known = Known(host, cgroups, nursery)
         self._building = builds.Building()
 
@@ -254,40 +264,20 @@ class Runner:
         try:
             queued = trio.current_time() - asked
             attached = lent.enter_context(inputs.held(split.attached)) if lent else None
-            with Descriptors() as fds:
-                kept = self._known.ready(job, attached, seat)
-                porter = kept.home.porter
-                conduct = Conduct(
-                    job=job,
-                    compiled=kept.prepared.compiled,
-                    host=self.host,
-                    dispatch=Dispatch(job, kept.prepared, pipes or Pipes(fds)),
-                    caps=tighten_artifacts(kept.policy, job.artifacts),
-                    porter=porter,
-                    giving_up=run._files if run else trio.CancelScope(),
-                    leave=leaving(run, job, porter),
-                    emit=forwarding(run),
-                    patient=run is not None and run.patient,
-                    on_start=run._started if run else lambda _: None,
-                    reports=run._reports if run else None,
-                    vigil=kept.vigil if self._is_alone() else NO_VIGIL,
-                    attached=frozenset(map(os.fsencode, split.attached)),
-                )
-                if lent is not None:
-                    host, started = kept.prepared.host, conduct.on_start
-                    watched = volumes.watched(kept.policy, host, started)
-                    conduct.on_start = await lent.enter_async_context(watched)
-                kept.home.runs += 1
-                try:
-                    result = await self._in_sandbox(kept, conduct, (asked, queued), seat)
-                except GivenUp:
-                    return self._never_started(job, asked, run, seat)
-                except OSError as error:
-                    self._tell_scarce(error)
-                    raise
-                finally:
-                    kept.home.runs -= 1
-                    self._known.used(kept.home)
+            kept = self._known.ready(job, attached, seat)
+            kept.home.runs += 1
+            try:
+                with Descriptors() as fds:
+                    asking = Asking(job, run, pipes or Pipes(fds), split.attached, lent)
+                    result = await self._in_sandbox(kept, asking, (asked, queued), seat)
+            except GivenUp:
+                return self._never_started(job, asked, run, seat)
+            except OSError as error:
+                self._tell_scarce(error)
+                raise
+            finally:
+                kept.home.runs -= 1
+                self._known.used(kept.home)
             self._finished += 1
             kept.runs += 1
             if seat is None and not kept.refilling and self._maker.lacks(kept):
@@ -345,10 +335,13 @@ class Runner:
         return False
 
     async def _in_sandbox(
-        self, kept: Kept, conduct: Conduct, waited: tuple[float, float], seat: Seat | None
+        self, kept: Kept, asking: Asking, waited: tuple[float, float], seat: Seat | None
     ) -> Result:
-        box = await self._take(kept, conduct.dispatch, seat)
-        try:
+        box = await self._take(kept, seat)
+        try:  # the kernel makes it meanwhile
+            conduct = await self._prepare(kept, asking)
+            conduct.dispatch.begin(box.socket)
+            self._undertaker.bury()
             if box.way_out is None:
                 seen = await supervise(conduct, box)
             else:
@@ -365,14 +358,11 @@ class Runner:
         if keeps:
             result = await self._keep_root(kept, conduct.job, result, box)
         elif leaves_by_itself:
-            box.socket.close()  # which init waits for: its end is the kernel's work, and not ours
-            self._dying.append(box)
+            self._undertaker.add(box, at_once=not self._is_alone())
             if box.way_out is not None and seat is None:
                 way_out, box.way_out = box.way_out, None
                 await self._close_later(way_out)
-        if not self._burying:
-            self._burying = True
-            self._nursery.start_soon(self._undertaker)
+        self._undertaker.call()
         return result
 
     async def _keep_root(self, kept: Kept, job: Job, result: Result, box: Sandbox) -> Result:
@@ -396,39 +386,43 @@ class Runner:
             await self._closing.acquire_on_behalf_of(way_out)
         self._nursery.start_soon(close)
 
-    async def _take(self, kept: Kept, dispatch: Dispatch, seat: Seat | None) -> Sandbox:
-        """A spare or a new sandbox, with the job on its way into it."""
+    async def _take(self, kept: Kept, seat: Seat | None) -> Sandbox:
+        """A spare or a new sandbox."""
+        if self._is_alone():
+            kept.wake()
+        await self._undertaker.make_room(self.slots)
+        return await self._maker.spare(kept) or await self._maker.new(kept, seat)
+
+    async def _prepare(self, kept: Kept, asking: Asking) -> Conduct:
+        """All that a run needs besides its sandbox."""
+        job, run, porter = asking.job, asking.run, kept.home.porter
+        dispatch = Dispatch(job, kept.prepared, asking.pipes)
         dispatch.prepare()
-        self._bury()  # what they had is used again
-        while len(self._dying) > self.slots:
-            await self._dying.pop(0).end()
-        box = await self._maker.spare(kept) or await self._maker.new(kept, seat)
-        try:
-            dispatch.begin(box.socket)
-        except BaseException:
-            await box.end()
-            raise
-        return box
-
-    def _bury(self) -> None:
-        if self._dying:
-            self._dying = [box for box in self._dying if not box.is_gone()]
-
-    async def _undertaker(self) -> None:
-        """Once in a while for all of them: a task for each would cost more than its run."""
-        self._burying = True
-        while self._burying:
-            await trio.sleep(UNDERTAKER)
-            self._bury()
-            if self._cgroups is not None:
-                self._cgroups.tidy()
-            self._burying = bool(self._dying)
+        conduct = Conduct(
+            job=job,
+            compiled=kept.prepared.compiled,
+            host=self.host,
+            dispatch=dispatch,
+            caps=tighten_artifacts(kept.policy, job.artifacts),
+            porter=porter,
+            giving_up=run._files if run else trio.CancelScope(),
+            leave=leaving(run, job, porter),
+            emit=forwarding(run),
+            patient=run is not None and run.patient,
+            on_start=run._started if run else lambda _: None,
+            reports=run._reports if run else None,
+            vigil=kept.vigil if self._is_alone() else NO_VIGIL,
+            attached=frozenset(map(os.fsencode, asking.attached)),
+        )
+        if asking.lent is not None:
+            watched = volumes.watched(kept.policy, kept.prepared.host, conduct.on_start)
+            conduct.on_start = await asking.lent.enter_async_context(watched)
+        return conduct
 
     async def _close(self) -> None:
         self._building.close()
         with trio.CancelScope(shield=True):
-            while self._dying:
-                await self._dying.pop().end()
+            await self._undertaker.close()
             await self._known.close()
 
 
@@ -455,6 +449,7 @@ async def open_runner(
             slots = slots_within(room, slots, spares, here.cpus)
             async with AsyncExitStack() as stack, trio.open_nursery() as nursery:
                 runner = Runner(here, slots, spares, cgroups, nursery)
+                nursery.start_soon(runner._undertaker.work)
                 # When no task is left that could still make something: a spare, a network.
                 stack.push_async_callback(runner._close)
                 try:

@@ -40,6 +40,12 @@ class Stops:
         if self.waiting is not None:
             self.waiting.deadline = min(self.waiting.deadline, when)
 
+    def insist(self, now: float) -> None:
+        """Kill it if it was asked to stop and has not."""
+        if now >= self.insist_at:
+            self.insist_at = math.inf
+            self._box.kill()
+
     def over(self) -> None:
         """The run is dead: nothing more to stop, and nobody to insist."""
         self.dead = True

@@ -10,13 +10,13 @@ import hashlib
 import os
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from typing import Any
 
 import trio
 
 from sandboxd.result import Output
 
 CHUNK = 65536
+EMPTY = hashlib.sha256()
 Forward = Callable[[str, bytes], Awaitable[None]]
 
 
@@ -29,12 +29,10 @@ class Capture:
         self._tail_size = keep // 2
         self._head = bytearray()
         self._tail = bytearray()
-        self._hash: Any = None
+        self._hash = EMPTY.copy()
 
     def add(self, data: bytes) -> None:
         self.count += len(data)
-        if self._hash is None:
-            self._hash = hashlib.sha256()
         self._hash.update(data)
         room = self._half - len(self._head)
         if room > 0:
@@ -62,7 +60,7 @@ class Capture:
         )
 
 
-NOTHING = Output(bytes=0, kept=0, truncated=False, sha256=hashlib.sha256().hexdigest(), data=b"")
+NOTHING = Output(bytes=0, kept=0, truncated=False, sha256=EMPTY.hexdigest(), data=b"")
 
 
 class Budget:

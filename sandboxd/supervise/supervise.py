@@ -10,7 +10,6 @@ is dead the pipes are at their end, the counters final, and the files nobody's a
 
 from __future__ import annotations
 
-import math
 import os
 import select
 import socket
@@ -248,7 +247,8 @@ async def attend_run(
 async def is_brief(run: Conduct, box: Sandbox, control: Control) -> bool:
     """Whether init reports within GRACE: then all there is to pass on is in the pipes."""
     watcher = control.watcher
-    await run.vigil.keep(box.socket, watcher.due)
+    if await run.vigil.keep(box.socket, watcher.due):
+        return True
     with trio.CancelScope(deadline=min(watcher.due, watcher.started + GRACE)) as scope:
         await trio.lowlevel.wait_readable(box.socket)
     return not scope.cancelled_caught
@@ -298,9 +298,10 @@ async def attend(
     ears = None
     report = b""
     hears = bool(pumps) or box.is_served
-    await vigil.keep(box.socket, watcher.due)
     try:
-        while True:
+        if await vigil.keep(box.socket, watcher.due):
+            report = received(box.socket) or b""
+        while not is_complete(report):
             due = min(watcher.due, stops.insist_at)
             if ears is None and hears:
                 due = min(due, watcher.started + GRACE)
@@ -310,23 +311,22 @@ async def attend(
                 if ears is None or hear(ears, pumps, box):
                     part = received(box.socket)
                     report += part or b""
-                    if part == b"" or is_complete(report):
-                        return report
+                    if part == b"":
+                        break
                 continue
             now = trio.current_time()
             if ears is None:
                 await box.wait_known()
                 ears = listen(box, pumps)
             watcher.look(now)
-            if now >= stops.insist_at:
-                stops.insist_at = math.inf
-                box.kill()
+            stops.insist(now)
     except ConnectionResetError:
-        return report
+        pass
     finally:
         stops.waiting = None
         if ears is not None:
             ears.close()
+    return report
 
 
 def received(sock: socket.socket) -> bytes | None:

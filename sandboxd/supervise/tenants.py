@@ -5,7 +5,8 @@ socket closes, for whatever reason; everything below is in its PID namespace and
 
 Who sends over a socket wakes the receiver on its own CPU, as if it were about to sleep (WF_SYNC in
 kernel/sched/fair.c), and there the zygote would wait until we do. So it does not listen to the
-socket while it is idle, but to a doorbell: an eventfd(2) wakes it where it last was.
+socket while it is idle, but to a doorbell: an eventfd(2) wakes it where it last was. A CPU that
+sleeps takes its time to wake, so who knows that it will ask rings before it has written what.
 """
 
 from __future__ import annotations
@@ -173,9 +174,13 @@ class Tenant:
         except BaseException:
             asked.make_room()
             raise
-        os.eventfd_write(self._doorbell, 1)
+        self.ring()
         self._asked.append(asked)
         return asked
+
+    def ring(self) -> None:
+        """Wake the zygote, which looks out for a request for a moment."""
+        os.eventfd_write(self._doorbell, 1)
 
     async def _send_later(self, parts: list[bytes], fds: list[int]) -> None:
         """The zygote is behind; only one task may wait for a descriptor."""
@@ -349,7 +354,7 @@ async def open_tenant(
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours, Descriptors() as fds:
         ours.setblocking(False)
-        flags = os.EFD_SEMAPHORE | os.EFD_NONBLOCK | os.EFD_CLOEXEC
+        flags = os.EFD_NONBLOCK | os.EFD_CLOEXEC
         doorbell = fds.own(os.eventfd(0, flags))
         with theirs:
             process = start(image, theirs.fileno(), doorbell, host, beside)

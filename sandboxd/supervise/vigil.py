@@ -35,13 +35,15 @@ class Vigil:
         """Runs that are still to be waited for asleep."""
         self._in_vain = 0
 
-    async def keep(self, sock: socket.socket, due: float) -> None:
-        """Until there is something to read, LENGTH is over, or it is `due`."""
+    async def keep(self, sock: socket.socket, due: float) -> bool:
+        """Until there is something to read, LENGTH is over, or it is `due`; whether there is."""
         if self._asleep:
             self._asleep -= 1
-            return
+            return False
         now = trio.current_time()
         end = min(now + LENGTH, due)
+        if now < end:
+            await trio.lowlevel.checkpoint()  # others get their turn, however short the run
         poll = select.poll()
         poll.register(sock.fileno(), select.POLLIN)
         while now < end:
@@ -49,9 +51,10 @@ class Vigil:
             while now < turn:
                 if poll.poll(0):
                     self._in_vain = 0
-                    return
+                    return True
                 os.sched_yield()
                 now = trio.current_time()
             await trio.lowlevel.checkpoint()
         self._in_vain += 1
         self._asleep = min(MOST_ASLEEP, 1 << self._in_vain)
+        return False

@@ -65,7 +65,7 @@ async def first_bytes(rounds: int) -> dict[str, list[float]]:
 async def made_ahead(runner: Runner, wanted: Policy) -> None:
     """Until there are as many networks as there are going to be."""
     kept = runner._known.ready(Job(argv=["true"], policy=wanted))
-    while runner._maker.lacks(kept) or kept.refilling or runner._dying:  # noqa: ASYNC110  nobody tells
+    while runner._maker.lacks(kept) or kept.refilling or runner._undertaker.is_busy:  # noqa: ASYNC110  nobody tells
         await trio.sleep(0.005)
 
 

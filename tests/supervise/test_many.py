@@ -43,7 +43,7 @@ def left_in(top: str | None) -> int:
 
 
 async def settled(runner: Runner) -> None:
-    while runner._dying:  # noqa: ASYNC110  the undertaker looks now and then
+    while runner._undertaker.is_busy:  # noqa: ASYNC110  the undertaker looks now and then
         await trio.sleep(0.005)
 
 

@@ -137,7 +137,7 @@ async def test_leaves_of_killed_runs_go_too(cgroup_top: Path) -> None:
     async with open_runner(slots=2) as runner:
         for _ in range(8):
             assert (await runner.run(Job(argv=python("heap(1 << 26)"), policy=own))).signal
-        while runner._burying:  # noqa: ASYNC110
+        while runner._undertaker.is_busy:  # noqa: ASYNC110
             await trio.sleep(0.005)
         assert len(leaves(cgroup_top, "memory.max")) == 1
         assert len(leaf_directories(cgroup_top)) <= 8
