@@ -46,7 +46,7 @@ as_admin() {
     if [ "$uid" = 0 ]; then "$@"; else sudo -n "$@"; fi
 }
 
-apt_get() { as_admin env DEBIAN_FRONTEND=noninteractive apt-get -qq -y "$@" >>"$cache/apt.log" 2>&1; }
+apt_get() { as_admin env DEBIAN_FRONTEND=noninteractive apt-get -qq -y "$@" >>"$cache/apt.log" 2>&1 9>&-; }
 
 apt_install() { # PACKAGE...: true if all of them are there afterwards
     if ! have apt-get; then
@@ -70,14 +70,30 @@ apt_install() { # PACKAGE...: true if all of them are there afterwards
     return 1
 }
 
-packages() { # LIST: installs what lacks; what cannot be installed is said once a day
+lacks() { # LIST: sets missing
     missing=''
     for need in $1; do
         have "${need%%:*}" || missing="$missing ${need#*:}"
     done
-    [ -n "$missing" ] || return 0
+    [ -n "$missing" ]
+}
+
+alone() { # COMMAND...: while no other ./do does the same
+    exec 9>"$cache/lock"
+    ! have flock || flock 9
+    "$@"
+    exec 9>&-
+}
+
+packages() { # LIST: installs what lacks; what cannot be installed is said once a day
+    lacks "$1" || return 0
     [ ! -e "$cache/told" ] || find "$cache/told" -mtime +0 -delete
     ! grep -qxF -e "$missing" "$cache/told" 2>/dev/null || return 0
+    alone install_lacking "$1"
+}
+
+install_lacking() { # LIST
+    lacks "$1" || return 0 # another ./do has done it meanwhile
     # shellcheck disable=SC2086 # a list of words
     apt_install $missing || printf '%s\n' "$missing" >>"$cache/told"
 }
@@ -109,8 +125,12 @@ make_venv() { # sets venv; leaves a stamp so that the next command need not ask 
     # The file behind the links: an upgrade to another Python then breaks the link, not the imports.
     python=$("$python" -I -c 'import os, sys; print(os.path.realpath(sys._base_executable))')
     venv=$cache/venv-$(printf '%s %s' "$python" "$lock" | cksum | cut -d' ' -f1)
-    exec 9>"$cache/lock"
-    ! have flock || flock 9
+    alone fill_venv
+    printf '%s\n' "$venv" >"$stamp.$$"
+    mv "$stamp.$$" "$stamp"
+}
+
+fill_venv() {
     if [ ! -x "$venv/bin/python" ] || [ ! -e "$venv/complete" ]; then
         say "making the Python environment $venv"
         rm -rf "$venv"
@@ -119,9 +139,6 @@ make_venv() { # sets venv; leaves a stamp so that the next command need not ask 
             --require-hashes --only-binary :all: -r "$root/requirements.lock" >&2
         : >"$venv/complete"
     fi
-    printf '%s\n' "$venv" >"$stamp.$$"
-    mv "$stamp.$$" "$stamp"
-    exec 9>&-
 }
 
 ready() { # LIST: the packages and the environment are there
