@@ -28,7 +28,9 @@ if TYPE_CHECKING:
     from sandboxd.policy import Artifacts, Limits, Policy
     from sandboxd.reference import Reference
     from sandboxd.result import Artifact, Event, Kept, Output, Result, Usage, to_json
-    from sandboxd.serve.client import Client, ClientRun, connect
+    from sandboxd.serve.client import Client, connect
+    from sandboxd.serve.joined import ClientGroup, ClientPipeline
+    from sandboxd.serve.remote import ClientRun
     from sandboxd.serve.tls import Trust
     from sandboxd.supervise.builds import Build
     from sandboxd.supervise.bundles import load_bundle
@@ -52,7 +54,9 @@ _HOMES = {
     "policy": ("Artifacts", "Limits", "Policy"),
     "reference": ("Reference",),
     "result": ("Artifact", "Event", "Kept", "Output", "Result", "Usage", "to_json"),
-    "serve.client": ("Client", "ClientRun", "connect"),
+    "serve.client": ("Client", "connect"),
+    "serve.joined": ("ClientGroup", "ClientPipeline"),
+    "serve.remote": ("ClientRun",),
     "serve.tls": ("Trust",),
     "supervise.builds": ("Build",),
     "supervise.bundles": ("load_bundle",),
@@ -68,13 +72,14 @@ _HOMES = {
 _WHERE = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
-    "Artifact", "Artifacts", "Build", "Busy", "Change", "Client", "ClientRun", "Event", "File",
-    "Group", "GroupRun", "HostError", "ImageError", "InternalError", "Job", "JobError", "Kept",
-    "KeptRoot", "LaunchError", "Limits", "Member", "OpenArtifact", "Output", "Pattern", "Pipe",
-    "Pipeline", "Policy", "PolicyError", "PolicyErrors", "Reference", "Result", "Run", "Runner",
-    "RunnerStatistics", "SandboxError", "Tar", "Terminal", "Trust", "Usage", "WorkloadFailed",
-    "__version__", "commit", "connect", "find_kept", "find_policy", "kept_roots", "load_bundle",
-    "load_group", "open_runner", "run", "run_sync", "to_json",
+    "Artifact", "Artifacts", "Build", "Busy", "Change", "Client", "ClientGroup",
+    "ClientPipeline", "ClientRun", "Event", "File", "Group", "GroupRun", "HostError",
+    "ImageError", "InternalError", "Job", "JobError", "Kept", "KeptRoot", "LaunchError",
+    "Limits", "Member", "OpenArtifact", "Output", "Pattern", "Pipe", "Pipeline", "Policy",
+    "PolicyError", "PolicyErrors", "Reference", "Result", "Run", "Runner", "RunnerStatistics",
+    "SandboxError", "Tar", "Terminal", "Trust", "Usage", "WorkloadFailed", "__version__",
+    "commit", "connect", "find_kept", "find_policy", "kept_roots", "load_bundle", "load_group",
+    "open_runner", "run", "run_sync", "to_json",
 ]  # fmt: skip
 
 

@@ -279,7 +279,7 @@ def members(kind: type) -> set[str]:
         *(Job, File, Tar, Pattern, Pipe, Artifacts, Terminal, sandboxd.OpenArtifact),
         *(sandboxd.Run, sandboxd.Pipeline, sandboxd.Runner, sandboxd.RunnerStatistics),
         *(sandboxd.Group, sandboxd.Member, sandboxd.GroupRun),
-        *(sandboxd.Client, sandboxd.ClientRun),
+        *(sandboxd.Client, sandboxd.ClientRun, sandboxd.ClientGroup, sandboxd.ClientPipeline),
     ],
     ids=lambda kind: kind.__name__,
 )

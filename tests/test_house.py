@@ -92,7 +92,10 @@ IMPURE_CALLS = frozenset({"open", "print", "input", "breakpoint", "exec", "eval"
 PURE_ROOMS = VALUES | {"compile", "script"}
 PURE_FILES = {
     f"serve/{one}.py"
-    for one in ("api", "manifold", "metrics", "share", "swift", "views", "wire", "gojudge/wire")
+    for one in (
+        *("api", "ensemble", "manifold", "metrics", "share", "swift", "views", "wire"),
+        "gojudge/wire",
+    )
 }
 ALLOWED = {
     "errors.py": {"os"},  # os.strerror

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import signal
@@ -11,7 +12,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sandboxd.cli import attach, exitcodes, subcommand
+from sandboxd.cli import attach, away, exitcodes, remote, subcommand
 from sandboxd.cli.main import complain, say
 from sandboxd.errors import JobError, PolicyError, SandboxError
 from sandboxd.result import event_json, to_json
@@ -21,7 +22,10 @@ if TYPE_CHECKING:
 
     from sandboxd.group import Group
     from sandboxd.result import Event, Result
+    from sandboxd.serve.client import Client
+    from sandboxd.serve.joined import ClientGroup
     from sandboxd.supervise.groups import GroupRun
+    from sandboxd.supervise.runner import Runner
 
 SCHEMA = "sandboxd.group/1"
 _LONGEST = 1 << 16
@@ -77,6 +81,10 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     one.add_argument(
         "--cgroup", metavar="DIR", help="a delegated cgroup to use and no other; `none`: no cgroup"
     )
+    remote.add_host(
+        one, "have it run by a daemon: unix:///path or http://HOST:PORT (default:"
+        " $SANDBOXD_HOST, else here; `local`: here)"
+    )  # fmt: skip
     one.set_defaults(func=run)
     one = subcommand.add(commands, "group", "check", "check a file", _CHECK, "shop.toml")
     one.add_argument("file", metavar="FILE")
@@ -104,9 +112,11 @@ def run(args: argparse.Namespace) -> int:
 
     from sandboxd.supervise.group_files import load_group
 
+    if args.cgroup and away.wanted(args):
+        raise JobError("--cgroup: not by a daemon, which has its own", hint=away.HERE)
     group = load_group(args.file)
     shown = Shown(group, args.json)
-    ending = trio.run(_run, group, shown, args.cgroup)
+    ending = trio.run(_run, group, shown, args)
     if ending.error is not None:
         if not isinstance(ending.error, BrokenPipeError):
             raise SandboxError(f"output cannot be written: {ending.error.strerror}")
@@ -133,17 +143,30 @@ class Ending:
     """Why output could not be written."""
 
 
-async def _run(group: Group, shown: Shown, cgroup: str | None) -> Ending:
-    import trio
+@contextlib.asynccontextmanager
+async def _opened(group: Group, args: argparse.Namespace) -> AsyncIterator[Runner | Client]:
+    """Who runs it."""
+    if away.wanted(args):
+        from sandboxd.serve.client import connect
 
+        async with connect(args.host) as client:
+            yield client
+        return
     from sandboxd.supervise.runner import open_runner
+
+    async with open_runner(slots=len(group.members), cgroup=args.cgroup) as runner:
+        yield runner
+
+
+async def _run(group: Group, shown: Shown, args: argparse.Namespace) -> Ending:
+    import trio
 
     ending = Ending()
     wanted = [one for one in attach.wanted_signals() if one != signal.SIGWINCH]
     with trio.open_signal_receiver(*wanted) as signals:
         async with (
-            open_runner(slots=len(group.members), cgroup=cgroup) as runner,
-            runner.start_group(group) as live,
+            _opened(group, args) as either,
+            either.start_group(group) as live,
         ):
             here = _Foreground(live, shown, ending, trio.CancelScope(), trio.Lock())
             with here.everything:
@@ -161,7 +184,7 @@ async def _run(group: Group, shown: Shown, cgroup: str | None) -> Ending:
 
 @dataclass(frozen=True, slots=True)
 class _Foreground:
-    live: GroupRun
+    live: GroupRun | ClientGroup
     shown: Shown
     ending: Ending
     everything: trio.CancelScope

@@ -12,6 +12,12 @@ import msgspec
 
 import sandboxd
 from sandboxd.result import SCHEMA, Event, Result
+from sandboxd.serve.ensemble import (
+    GroupSubmission,
+    GroupView,
+    PipelineSubmission,
+    PipelineView,
+)
 from sandboxd.serve.manifold import BatchSubmission, BatchView
 from sandboxd.serve.views import Overview
 from sandboxd.serve.wire import (
@@ -33,6 +39,11 @@ BINARY = "application/octet-stream"
 NDJSON = "application/x-ndjson"
 SSE = "text/event-stream"
 TEXT = "text/plain"
+STREAMS = (
+    *("events", "submit", "submit_batch", "batch_events", "overview"),
+    *("submit_group", "submit_pipeline"),
+)
+"""Routes that may reply with lines, or server-sent events."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +77,43 @@ class Route:
             elif wanted != word:
                 return None
         return found
+
+
+def _together(what: str, takes: Any, gives: Any, text: str) -> tuple[Route, ...]:
+    """The routes of jobs that run together."""
+    one = f"/v1/{what}s/{{id}}"
+    wait = "must be 1: the reply comes when it is over, and closing the connection cancels it"
+    headers = {
+        "Accept": f"{NDJSON} or {SSE}: the events of all of them, as they come",
+        "traceparent": "W3C Trace Context; it is in the views of its jobs and in the log",
+    }
+    return (
+        Route(
+            method="POST",
+            path=f"/v1/{what}s",
+            name=f"submit_{what}",
+            text=f"run {text}, and wait for them",
+            takes=takes,
+            gives=gives,
+            query={"wait": wait},
+            headers=headers,
+        ),
+        Route(
+            method="GET",
+            path=one,
+            name=what,
+            text=f"a {what} that is not over, and how its jobs are",
+            gives=gives,
+        ),
+        Route(
+            method="DELETE",
+            path=one,
+            name=f"cancel_{what}",
+            text=f"cancel all jobs of a {what}",
+            gives=gives,
+            status=(202,),
+        ),
+    )
 
 
 _WAIT = "1: the reply comes when the job is over, and closing the connection cancels it"
@@ -190,6 +238,8 @@ ROUTES = (
             "Last-Event-ID": "of server-sent events: the last one that arrived",
         },
     ),
+    *_together("group", GroupSubmission, GroupView, "jobs that reach each other"),
+    *_together("pipeline", PipelineSubmission, PipelineView, "jobs that are joined by pipes"),
     Route(
         method="PUT",
         path="/v1/files/{sha256}",
@@ -294,6 +344,8 @@ class EventView(msgspec.Struct, frozen=True, kw_only=True):
     v: int
     seq: int
     type: str
+    member: str | msgspec.UnsetType = msgspec.UNSET
+    """Whose it is, of jobs that run together."""
     data: str | msgspec.UnsetType = msgspec.UNSET
     data_b64: str | msgspec.UnsetType = msgspec.UNSET
     usage: dict[str, Any] | msgspec.UnsetType = msgspec.UNSET
@@ -368,7 +420,7 @@ def _operation(route: Route) -> dict[str, Any]:
     good: dict[str, Any] = {"description": route.text}
     if route.gives is not None:
         good["content"] = _content(route.gives)
-        if route.name in ("events", "submit", "submit_batch", "batch_events", "overview"):
+        if route.name in STREAMS:
             good["content"] |= _content(NDJSON) | _content(SSE)
     problem = {"schema": {"$ref": "#/components/schemas/ProblemView"}}
     bad = {"description": "why not", "content": {"application/problem+json": problem}}

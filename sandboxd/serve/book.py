@@ -16,7 +16,7 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,7 +127,7 @@ class Book:
     async def submit(self, caller: Caller, asked: Asked) -> tuple[Live | Row, bool]:
         """The job, and whether it is new; Refusal if it is not taken on."""
         try:
-            self._check(caller, asked.wanted)
+            self.check(caller, asked.wanted)
             return await self._submit(caller, asked)
         except Refusal as refusal:
             self.metrics.refused.add(why=refusal.kind)
@@ -155,7 +155,8 @@ class Book:
         finally:
             self.coming -= names
 
-    def _check(self, caller: Caller, wanted: Submission) -> None:
+    def check(self, caller: Caller, wanted: Submission) -> None:
+        """Refusal if this caller may not have such a job."""
         policy = wanted.policy
         if self.draining:
             raise carry.going_down()
@@ -206,7 +207,7 @@ class Book:
         """The cases of a batch: all of them, or none."""
         try:
             for number, one in enumerate(asked):
-                self._check(caller, one.wanted)
+                self.check(caller, one.wanted)
                 if not number % TURN:
                     await trio.lowlevel.checkpoint()
             return await self._take_on_all(caller, asked, batch, hears)
@@ -226,7 +227,7 @@ class Book:
                 if not len(cases) % TURN:
                     await trio.lowlevel.checkpoint()
                 stack = held.enter_context(ExitStack())
-                live = self._make(caller, one, name, stack)
+                live = self.make(caller, one, name, stack)
                 live.batch = hears
                 live.held = stack
                 cases.append(live)
@@ -243,7 +244,7 @@ class Book:
         self.spending.check(caller.name, self.share)
         self.spending.check_bodies(self._bodies[caller.name] + len(asked.body))
         with ExitStack() as held:
-            live = self._make(caller, asked, job_id, held)
+            live = self.make(caller, asked, job_id, held)
             if not asked.attached:
                 await self.journal.accept(live.row(asked.body))
                 if live.size > SMALL:
@@ -253,8 +254,8 @@ class Book:
         self.metrics.accepted.add()
         return live
 
-    def _make(self, caller: Caller, asked: Asked, job_id: str, held: ExitStack) -> Live:
-        """Refusal if it cannot be right."""
+    def make(self, caller: Caller, asked: Asked, job_id: str, held: ExitStack) -> Live:
+        """A job that nobody knows of yet; Refusal if it cannot be right."""
         wanted = asked.wanted
         held.enter_context(self.files.pinned(caller.name, digests(wanted)))
         try:
@@ -288,13 +289,16 @@ class Book:
         return self.settings.state / "logs" / name
 
     def _enqueue(self, live: Live) -> None:
+        self._enter(live)
+        self._queue[live.waiting] = live
+        self.share.add(live.waiting)
+        self.changed()
+
+    def _enter(self, live: Live) -> None:
         self.live[live.caller.name, live.id] = live
         if live.asked.key is not None:
             self._keys[live.caller.name, live.asked.key] = live
-        self._queue[live.waiting] = live
         self._bodies[live.caller.name] += live.size
-        self.share.add(live.waiting)
-        self.changed()
 
     def changed(self) -> None:
         """Something was queued, or is over: start what may be started."""
@@ -312,11 +316,15 @@ class Book:
         """Into the queue with the jobs; Refusal if it is not taken on."""
         if self.draining:
             raise carry.going_down()
-        self.spending.check(guest.caller.name, self.share)
+        name, lives = guest.caller.name, guest.lives
+        self.spending.check(name, self.share, guest.waiting.need.slots)
+        self.spending.check_bodies(self._bodies[name] + sum(live.size for live in lives))
+        for live in lives:
+            self._enter(live)
         self.guests[guest.id] = guest
         self._queue[guest.waiting] = guest
         self.share.add(guest.waiting)
-        self.metrics.accepted.add()
+        self.metrics.accepted.add(max(1, len(lives)))
         self.changed()
 
     def leave(self, guest: Guest, seconds: float) -> None:
@@ -369,8 +377,12 @@ class Book:
 
     def soon(self, live: Live) -> None:
         """Cancel it without waiting for that."""
+        self.begin(self.cancel, live)
+
+    def begin(self, work: Callable[..., Awaitable[object]], *what: object) -> None:
+        """Something that takes as long as it takes, but no longer than the book is open."""
         if self._jobs is not None:
-            self._jobs.start_soon(self.cancel, live)
+            self._jobs.start_soon(work, *what)
 
     # -- before and after
 
@@ -400,7 +412,7 @@ class Book:
                     asked = Asked(
                         wanted, row.request or b"", key=row.key, digest=row.body, traceparent=trace
                     )
-                    live = self._make(caller, asked, row.id, held)
+                    live = self.make(caller, asked, row.id, held)
                     live.held = held.pop_all()
             except Refusal as refusal:  # its policy has gone, or its files
                 await self._close(row, _told(refusal))

@@ -49,7 +49,7 @@ async def carry_out(book: Book, live: Live) -> None:
             if book.ending <= MOST_ENDING:
                 book.leave_slot(live)
                 await trio.lowlevel.checkpoint()  # who has it now begins; the rest can wait
-            await _end(book, live, found)
+            await end(book, live, found)
         finally:
             book.ending -= 1
     except trio.Cancelled:
@@ -65,9 +65,9 @@ async def never_started(book: Book, live: Live) -> None:
     try:
         job = await _job(book, live)
         result = book.runner.never_started(job, time.time() - live.created)
-        await _end(book, live, result)
+        await end(book, live, result)
     except SandboxError as error:
-        await _end(book, live, error)
+        await end(book, live, error)
     finally:
         book.over(live)
 
@@ -79,7 +79,7 @@ async def _run(book: Book, live: Live) -> Result | SandboxError:
             await book.journal.start(live.caller.name, live.id, live.attempts)
         live.state = "running"  # not before that is known after a crash, too
         job = await _job(book, live)
-        return await _kept(book, live, await _result(book, live, job))
+        return await kept(book, live, await _result(book, live, job))
     except SandboxError as error:
         return error
     except Refusal as refusal:  # a file it names has gone
@@ -93,15 +93,16 @@ async def _result(book: Book, live: Live, job: Job) -> Result:
     every = live.asked.wanted.usage_every
     if live.asked.followed or job.stdin is None or job.terminal is not None or every is not None:
         async with book.runner.start(job, usage_every=every) as run:
-            _begin(live, run)
+            begin(live, run)
             return await _follow(live, run)
 
-    followed = Followed(live.id, functools.partial(_tell, live))
-    _begin(live, followed)
+    followed = Followed(live.id, functools.partial(tell_of, live))
+    begin(live, followed)
     return await book.runner.follow(job, followed)
 
 
-def _begin(live: Live, run: Hands) -> None:
+def begin(live: Live, run: Hands) -> None:
+    """There are hands on it; who cancelled it before uses them now."""
     live.run = run
     live.begun.set()
     if live.cancelled:
@@ -119,14 +120,19 @@ async def _job(book: Book, live: Live) -> Job:
 
 
 async def _follow(live: Live, run: Run) -> Result:
-    """Pass its events on, at the pace of who reads them."""
-    async for event in run.events:
-        if event.result is None:
-            await _tell(live, event)
+    await pass_on(live, run)
     return await run.wait()
 
 
-async def _tell(live: Live, event: Event) -> None:
+async def pass_on(live: Live, run: Run) -> None:
+    """Its events, at the pace of who reads them."""
+    async for event in run.events:
+        if event.result is None:
+            await tell_of(live, event)
+
+
+async def tell_of(live: Live, event: Event) -> None:
+    """Into its log; who reads nothing for too long loses the job."""
     seq, line = event_line(event, live.attempts)
     if live.log.put(seq, line):
         return
@@ -137,7 +143,7 @@ async def _tell(live: Live, event: Event) -> None:
         live.run.kill()
 
 
-async def _kept(book: Book, live: Live, result: Result) -> Result:
+async def kept(book: Book, live: Live, result: Result) -> Result:
     """What was collected is a file of the caller's now, or the result says why not."""
     problems = []
     for artifact in result.artifacts:
@@ -153,7 +159,8 @@ def _save(book: Book, live: Live, artifact: Artifact) -> bool:
     return book.files.save(live.caller.name, artifact.sha256, artifact.data)
 
 
-async def _end(book: Book, live: Live, found: Result | SandboxError) -> None:
+async def end(book: Book, live: Live, found: Result | SandboxError) -> None:
+    """Its record is written, and then told."""
     await live.log.settle()
     live.ended = live.ended or time.time()
     if isinstance(found, Result):

@@ -1,7 +1,8 @@
 """What takes part in the queue without being a job of the journal's: another protocol's runs.
 
 A guest waits for its place as every job does, by the same shares, quotas and room, and is counted
-and shown with them. It belongs to its connection and is in no journal.
+and shown with them. It belongs to its connection and is in no journal. Jobs that run together
+(ensembles.py) wait as one guest, too; what is told of them is told of each.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import trio
 
 from sandboxd.result import Result
 from sandboxd.serve.callers import Caller
-from sandboxd.serve.live import About
+from sandboxd.serve.live import About, Live
 from sandboxd.serve.share import Waiting
 from sandboxd.serve.wire import Refusal
 from sandboxd.supervise.run import Run
@@ -31,7 +32,7 @@ logger = logging.getLogger("sandboxd.serve")
 
 @dataclass(eq=False, slots=True)
 class Guest:
-    """A request of another protocol's that waits, or runs: one program, or several together."""
+    """A request that waits, or runs: one program of another protocol's, or several together."""
 
     caller: Caller
     about: About
@@ -40,6 +41,8 @@ class Guest:
     created: float = field(default_factory=time.time)
     started: float | None = None
     runs: tuple[Run, ...] = ()
+    lives: tuple[Live, ...] = ()
+    """The jobs that it is, where it is some."""
     cancelled: bool = False
     refused: Refusal | None = None
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
@@ -72,11 +75,23 @@ class Cancelled(Exception):
 @asynccontextmanager
 async def admitted(book: Book, guest: Guest) -> AsyncIterator[None]:
     """A place among what runs. Refusal if there will be none, Cancelled if it was given up."""
+    admit(book, guest)
+    async with placed(book, guest):
+        yield
+
+
+def admit(book: Book, guest: Guest) -> None:
+    """Into the queue; Refusal if it is not taken on. Its place is given back by `placed`."""
     try:
         book.admit(guest)
     except Refusal as refusal:
-        book.metrics.refused.add(why=refusal.kind)
+        book.metrics.refused.add(max(1, len(guest.lives)), why=refusal.kind)
         raise
+
+
+@asynccontextmanager
+async def placed(book: Book, guest: Guest) -> AsyncIterator[None]:
+    """The place of a guest that was admitted, as soon as it has one."""
     try:
         with guest.scope:
             await guest.given.wait()
@@ -85,7 +100,8 @@ async def admitted(book: Book, guest: Guest) -> AsyncIterator[None]:
         if not guest.given.is_set():
             raise Cancelled
         guest.started = time.time()
-        book.metrics.queue_time.observe(max(0.0, guest.started - guest.created))
+        for _ in guest.lives or (None,):
+            book.metrics.queue_time.observe(max(0.0, guest.started - guest.created))
         began = time.monotonic()
         yield
     finally:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import select
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
-from contextlib import aclosing, asynccontextmanager, suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
+from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ import h11
 import msgspec
 import trio
 
+from sandboxd.errors import SandboxError
 from sandboxd.serve.address import Tcp, Unix
 from sandboxd.serve.problems import check_peer, lost, no_daemon, not_believed, refused
 from sandboxd.serve.tls import Trust, of_client
@@ -113,22 +114,35 @@ class Links:
         link = await self._take()
         whole = False
         try:
-            answer = await self._ask(link, (method, target, headers or {}), body)
-            if answer.status >= 400:
-                raise refused(answer.status, await answer.body())
-            yield answer
-            async with aclosing(answer.pieces):
-                pass
-            states = (link.machine.our_state, link.machine.their_state)
-            whole = states == (h11.DONE, h11.DONE)
-        except (OSError, trio.BrokenResourceError, h11.ProtocolError) as error:
-            raise lost(self.address, error) from error
+            with self.unbroken():
+                answer = await self._ask(link, (method, target, headers or {}), body)
+                if answer.status >= 400:
+                    raise refused(answer.status, await answer.body())
+                yield answer
+                async with aclosing(answer.pieces):
+                    pass
+                states = (link.machine.our_state, link.machine.their_state)
+                whole = states == (h11.DONE, h11.DONE)
         finally:
             if whole and len(self._idle) < KEPT:
                 link.machine.start_next_cycle()
                 self._idle.append(link)
             else:
                 await trio.aclose_forcefully(link.stream)
+
+    async def quietly(self, method: str, target: str, body: bytes | None = None) -> None:
+        """Ask for what is as good as done if it is over, or the daemon is: who waits hears that."""
+        with suppress(SandboxError):
+            async with self.asking(method, target, body) as answer:
+                await answer.body()
+
+    @contextmanager
+    def unbroken(self) -> Iterator[None]:
+        """HostError in place of what a connection breaks off with; for who reads in a task too."""
+        try:
+            yield
+        except (OSError, trio.BrokenResourceError, h11.ProtocolError) as error:
+            raise lost(self.address, error) from error
 
     async def _ask(
         self,

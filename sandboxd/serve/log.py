@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,7 +53,9 @@ class _Chunk:
     offset: int = 0
 
 
-class _Reader:
+class Reader:
+    """A place in a log."""
+
     def __init__(self, following: int) -> None:
         self.following = following
 
@@ -73,11 +75,13 @@ class Log:
         self._lost = False
         self._read_up_to = -1
         self._hurried = False
-        self._readers: set[_Reader] = set()
+        self._readers: set[Reader] = set()
         self._changed = trio.Event()
         self._room = trio.Event()
         self.last = -1
         self.over = False
+        self.heard: Callable[[], None] | None = None
+        """Called when there is something to read, for who reads several logs."""
 
     # -- the job's side
 
@@ -127,6 +131,8 @@ class Log:
         if self._readers:
             self._changed.set()
             self._changed = trio.Event()
+            if self.heard is not None:
+                self.heard()
 
     async def _seal(self) -> None:
         lines, size = self._open, self._open_size
@@ -187,13 +193,13 @@ class Log:
         return sealed + self._open
 
     @contextmanager
-    def reading(self, following: int | None) -> Iterator[_Reader]:
+    def reading(self, following: int | None) -> Iterator[Reader]:
         """A reader from this event on, or of all that are kept; TooOld if it is kept no more."""
         if following is None:
             following = self.first if self._lost else 0
         if self._lost and following < self.first:
             raise TooOld(self.first)
-        reader = _Reader(following)
+        reader = Reader(following)
         self._readers.add(reader)
         try:
             yield reader
@@ -202,19 +208,14 @@ class Log:
             self._make_room()
 
     async def read(
-        self, reader: _Reader, *, follow: bool = True
+        self, reader: Reader, *, follow: bool = True
     ) -> AsyncGenerator[list[bytes], None]:
         """Pieces of the log, up to its end, or to what is there now."""
         while True:
             changed = self._changed
-            if self._lost and reader.following < self.first:
-                raise TooOld(self.first)
-            lines = await self._piece(reader.following)
-            if lines:
+            if lines := await self.some(reader):
                 yield lines
-                reader.following = place(lines[-1])[0] + 1
-                self._read_up_to = max(self._read_up_to, reader.following - 1)
-                self._make_room()
+                self.passed(reader, lines)
             elif not follow or (self.over and reader.following > self.last):
                 return
             else:
@@ -222,6 +223,18 @@ class Log:
                     await changed.wait()
                 if quiet.cancelled_caught:
                     yield []
+
+    async def some(self, reader: Reader) -> list[bytes]:
+        """What comes next for a reader; nothing if there is nothing yet."""
+        if self._lost and reader.following < self.first:
+            raise TooOld(self.first)
+        return await self._piece(reader.following)
+
+    def passed(self, reader: Reader, lines: list[bytes]) -> None:
+        """The reader has taken these, and their room may be used."""
+        reader.following = place(lines[-1])[0] + 1
+        self._read_up_to = max(self._read_up_to, reader.following - 1)
+        self._make_room()
 
     def _make_room(self) -> None:
         self._room.set()

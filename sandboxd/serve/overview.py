@@ -83,7 +83,8 @@ class Looks:
     def look(self, caller: Caller) -> Overview:
         now = trio.current_time()
         if now >= self._at + FRESH:
-            every: list[Live | Guest] = [*self._book.live.values(), *self._book.guests.values()]
+            guests = (one for one in self._book.guests.values() if not one.lives)
+            every: list[Live | Guest] = [*self._book.live.values(), *guests]
             every.sort(key=lambda one: one.created)
             self._running = [view for one in every if one.started for view in _views(one)]
             self._waiting = [view for one in every if not one.started for view in _views(one)]

@@ -22,6 +22,7 @@ from sandboxd.serve.api import Route
 from sandboxd.serve.batches import AskedBatch, Batches
 from sandboxd.serve.book import Book
 from sandboxd.serve.callers import Caller, Callers
+from sandboxd.serve.ensembles import Ensembles
 from sandboxd.serve.files import pieces_of
 from sandboxd.serve.http import Gone, Reply, Request
 from sandboxd.serve.journal import Row
@@ -29,6 +30,7 @@ from sandboxd.serve.live import Asked, Live, view
 from sandboxd.serve.metrics import TEXT
 from sandboxd.serve.overview import Looks
 from sandboxd.serve.page import HTML, page
+from sandboxd.serve.together import Together
 from sandboxd.serve.wire import (
     DIGEST,
     FileView,
@@ -125,12 +127,13 @@ class Call:
         return self.query.get(name, "0") not in ("0", "")
 
 
-class Routes:
+class Routes(Together):
     """The handler of every connection."""
 
     def __init__(self, book: Book, callers: Callers, bounds: Bounds) -> None:
         self.book = book
         self.batches = Batches(book)
+        self.ensembles = Ensembles(book)
         self.callers = callers
         self.bounds = bounds
         self.budget = Budget(bounds.bodies)

@@ -4,25 +4,35 @@ A slot goes to the caller who has the fewest; among equals to the one who has us
 so far. Of that caller's jobs the one with the highest priority goes first, then the oldest: so a
 priority decides among one's own jobs, and nobody gets past another by it. A job for which there is
 no room yet keeps its place at the head until there is, else small ones would keep it out for good.
+Jobs that run together wait as one, and take their slots at once.
 """
 
 from __future__ import annotations
 
 import heapq
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """What a job takes up while it runs."""
+    """What a job takes up while it runs; or jobs that run together, all of them."""
 
     cpus: float = 1.0
     memory: int = 0
+    slots: int = 1
+
+
+def together(needs: Iterable[Need], most: int) -> Need:
+    """Of jobs that run at the same time, in so many slots at most."""
+    every = list(needs)
+    slots = min(sum(one.slots for one in every), most)
+    return Need(sum(one.cpus for one in every), sum(one.memory for one in every), slots)
 
 
 @dataclass(slots=True, eq=False)
 class Waiting:
-    """A job in the queue; `gone` when it has left it."""
+    """A job in the queue, or several that run together; `gone` when it has left it."""
 
     caller: str
     priority: int
@@ -37,6 +47,12 @@ class _Account:
     running: int = 0
     spent: float = 0.0
 
+    def head(self) -> Waiting:
+        """Who is next of what is `queued`."""
+        while self.queue[0][2].gone:
+            heapq.heappop(self.queue)
+        return self.queue[0][2]
+
 
 class Share:
     """The queue, and what is taken. `slots` bounds how many run, `room` what they take up."""
@@ -44,7 +60,8 @@ class Share:
     def __init__(self, slots: int, room: Need, most_running: int | None = None) -> None:
         self._slots = slots
         self._room = room
-        self._most_running = most_running if most_running is not None else slots
+        self.most_running = min(slots, slots if most_running is None else most_running)
+        """Slots of one caller."""
         self._accounts: dict[str, _Account] = {}
         self._number = 0
         self._cpus = 0.0
@@ -60,8 +77,8 @@ class Share:
             account = self._accounts[one.caller] = _Account(spent=min(others, default=0.0))
         self._number += 1
         heapq.heappush(account.queue, (-one.priority, self._number, one))
-        account.queued += 1
-        self.queued += 1
+        account.queued += one.need.slots
+        self.queued += one.need.slots
 
     def remove(self, one: Waiting) -> bool:
         """Take a job out of the queue; False if it is not in it any more."""
@@ -69,8 +86,8 @@ class Share:
             return False
         one.gone = True
         account = self._accounts[one.caller]
-        account.queued -= 1
-        self.queued -= 1
+        account.queued -= one.need.slots
+        self.queued -= one.need.slots
         if len(account.queue) > 2 * account.queued + 64:
             account.queue = [item for item in account.queue if not item[2].gone]
             heapq.heapify(account.queue)
@@ -82,22 +99,21 @@ class Share:
         able = [
             (account.running, account.spent, name)
             for name, account in self._accounts.items()
-            if account.queued and account.running < self._most_running
+            if account.queued and account.running + account.head().need.slots <= self.most_running
         ]
         if not able or self.running >= self._slots:
             return None
         account = self._accounts[min(able)[2]]
-        while account.queue[0][2].gone:
-            heapq.heappop(account.queue)
-        one = account.queue[0][2]
+        one = account.head()
         if not self._fits(one.need):
             return None
         heapq.heappop(account.queue)
         one.gone = True
-        account.queued -= 1
-        self.queued -= 1
-        account.running += 1
-        self.running += 1
+        slots = one.need.slots
+        account.queued -= slots
+        self.queued -= slots
+        account.running += slots
+        self.running += slots
         self._cpus += one.need.cpus
         self._memory += one.need.memory
         return one
@@ -107,14 +123,15 @@ class Share:
         if not self.running:
             return True
         cpus, memory = self._cpus + need.cpus, self._memory + need.memory
-        return cpus <= self._room.cpus and memory <= self._room.memory
+        fits = cpus <= self._room.cpus and memory <= self._room.memory
+        return fits and self.running + need.slots <= self._slots
 
     def give_back(self, one: Waiting, seconds: float) -> None:
         """A job that had a slot is over."""
         account = self._accounts[one.caller]
-        account.running -= 1
-        account.spent += seconds
-        self.running -= 1
+        account.running -= one.need.slots
+        account.spent += seconds * one.need.slots
+        self.running -= one.need.slots
         self._cpus -= one.need.cpus
         self._memory -= one.need.memory
         if not self.running:

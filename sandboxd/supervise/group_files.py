@@ -59,12 +59,12 @@ def _files(file: Path, name: str, one: Entry) -> dict[str | bytes, Input]:
     return found
 
 
-def _policy(file: Path, name: str, one: Entry) -> Policy:
-    """The policy that is named, with whom the entry opens on top of it."""
+def _policy(file: Path, name: str, one: Entry) -> str | Policy:
+    """The policy that is named, with whom the entry opens on top of it; its name will do alone."""
     wanted = str(file.parent / one.policy) if policies.is_path(one.policy) else one.policy
     base = policies.find(wanted)
     if not (one.allow or one.publish):
-        return base
+        return base if policies.is_path(one.policy) else one.policy
     more = {
         key: (*getattr(base.network, key), *entries)
         for key, entries in (("allow", one.allow), ("publish", one.publish))

@@ -15,7 +15,7 @@ other for ever. A member that comes after others waits where a job waits that ha
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import TYPE_CHECKING
 
@@ -57,6 +57,7 @@ class GroupRun:
         self.ended_by: str | None = None
         """The member whose end stopped the others."""
         self._ready = {name: trio.Event() for name in group.members}
+        self._over = trio.Event()
 
     def kill(self, why: str = "cancelled by the caller") -> None:
         """End all members that are left; their status will be `cancelled`."""
@@ -65,15 +66,17 @@ class GroupRun:
 
     async def wait(self) -> dict[str, Result]:
         """The results by name, in the order of the members."""
-        return {name: await run.wait() for name, run in self.runs.items()}
+        found = {name: await run.wait() for name, run in self.runs.items()}
+        await self.wait_over()
+        return found
+
+    async def wait_over(self) -> None:
+        """Until `ended` and `ended_by` are what they will be."""
+        await self._over.wait()
 
     def decisive(self, results: Mapping[str, Result]) -> str | None:
         """Whose status is the group's: `main`; or the first that did not end well by itself."""
-        if self.group.main is not None:
-            return self.group.main
-        bad = [name for name in self.ended if results[name].status != "ok"]
-        own = [name for name in bad if results[name].status != "cancelled"]
-        return next(iter((*own, *bad)), None)
+        return decisive(self.group, self.ended, results)
 
     # -- who waits for whom
 
@@ -103,6 +106,8 @@ class GroupRun:
             if self.ended_by is None and len(self.ended) < len(self.runs):
                 self.ended_by = name
             self.kill(f"its group was stopped when {name} ended")
+        if len(self.ended) == len(self.runs):
+            self._over.set()
 
     def _give_up_after(self, name: str) -> None:
         """What waits for it would wait for ever."""
@@ -123,6 +128,15 @@ class GroupRun:
             while int(port) not in listeners(seat.network, PROTOCOLS[kind]):  # noqa: ASYNC110
                 await trio.sleep(LOOK)
         self._ready[name].set()
+
+
+def decisive(group: Group, ended: Sequence[str], results: Mapping[str, Result]) -> str | None:
+    """See GroupRun.decisive; `ended`: the members in the order in which they ended."""
+    if group.main is not None:
+        return group.main
+    bad = [name for name in ended if results[name].status != "ok"]
+    own = [name for name in bad if results[name].status != "cancelled"]
+    return next(iter((*own, *bad)), None)
 
 
 def listeners(network: UserNetwork, protocol: int) -> set[int]:
@@ -255,6 +269,12 @@ async def open_group(runner: Runner, group: Group) -> AsyncIterator[GroupRun]:
                 finally:
                     live.kill()
                     nursery.cancel_scope.cancel()
+                    live._over.set()
+
+
+def check(group: Group) -> None:
+    """JobError for what cannot be laid out, before anything is begun."""
+    lay_out(group)
 
 
 def _ways_out(runner: Runner, group: Group, seats: Mapping[str, Seat]) -> dict[str, Egress]:
@@ -300,10 +320,10 @@ async def run_group(runner: Runner, group: Group, emit: Emit | None) -> dict[str
 def check_job(name: str, job: Job) -> None:
     if job.stdin is None:
         raise JobError(f"{name}: stdin=None: there is nobody to feed it",
-                       hint="use Runner.start_group")  # fmt: skip
+                       hint="use start_group")  # fmt: skip
     if job.collect_to == "stream":
         raise JobError(f'{name}: collect_to="stream": there is nobody to read it',
-                       hint="use Runner.start_group")  # fmt: skip
+                       hint="use start_group")  # fmt: skip
 
 
 async def _read(name: str, run: Run, emit: Emit | None) -> None:

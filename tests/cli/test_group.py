@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
+
+from tests.serve.serving import Process, folder, process
 
 COMMAND = (sys.executable, "-P", "-m", "sandboxd", "group")
 SHOP = """
@@ -258,3 +261,44 @@ def test_the_files_of_the_guide() -> None:
     assert len(blocks) == 3
     for block in blocks:
         assert read("groups.md", block).members
+
+
+def test_a_daemon_runs_it(shop: Path) -> None:
+    """The same output, object and exit status; a member's policy by its name."""
+    file = client(shop)
+    with folder() as place, process(place) as one:
+        trio.run(_wait_for, one)
+        where = f"unix://{place}/s"
+        for words in ((), ("--json",)):
+            there, here = group("run", *words, "-H", where, file), group("run", *words, file)
+            assert (there.returncode, here.returncode) == (0, 0), there.stderr
+            if not words:
+                assert there.stdout == here.stdout
+                continue
+            found, own = json.loads(there.stdout), json.loads(here.stdout)
+            assert {**found, "members": 0} == {**own, "members": 0}
+            assert [one["status"] for one in found["members"].values()] == ["cancelled", "ok"]
+            assert found["members"]["db"]["message"] == own["members"]["db"]["message"]
+        refused = group("run", "--cgroup", "none", "-H", where, file)
+        assert refused.returncode == 125
+        assert "--cgroup: not by a daemon" in refused.stderr
+
+
+def test_ctrl_c_ends_it_at_a_daemon(shop: Path) -> None:
+    with folder() as place, process(place) as one:
+        trio.run(_wait_for, one)
+        environ = {**os.environ, "SANDBOXD_HOST": f"unix://{place}/s"}
+        command = [*COMMAND, "run", written(shop, "echo up; sleep 1000")]
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environ
+        ) as running:
+            assert running.stdout is not None
+            assert running.stdout.readline() == b"test | up\n"
+            running.send_signal(signal.SIGINT)
+            _, said = running.communicate(timeout=30)
+            assert running.returncode == 130
+        assert b"test  cancelled" in said
+
+
+async def _wait_for(one: Process) -> None:
+    await (await one.links()).close()

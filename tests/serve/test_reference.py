@@ -6,6 +6,14 @@ import re
 from pathlib import Path
 
 from sandboxd.serve.api import ROUTES
+from sandboxd.serve.ensemble import (
+    GroupSubmission,
+    GroupView,
+    MemberSubmission,
+    PipelineSubmission,
+    PipelineView,
+    PipeSubmission,
+)
 from sandboxd.serve.manifold import BatchSubmission
 from sandboxd.serve.metrics import Metrics
 from sandboxd.serve.views import CallerView, FailureView, Overview, RunningView
@@ -31,6 +39,16 @@ def test_every_field_of_a_submission_is_there() -> None:
 
 def test_every_field_of_a_batch_is_there() -> None:
     assert first_cells("A batch") == set(BatchSubmission.__struct_fields__)
+
+
+def test_every_field_of_a_group_and_of_a_pipeline_is_there() -> None:
+    fields = {*GroupSubmission.__struct_fields__, *PipelineSubmission.__struct_fields__}
+    assert first_cells("A group, or a pipeline") == fields
+    words = set(re.findall(r"`(\w+)`", SECTIONS["A group, or a pipeline"]))
+    for kind in (MemberSubmission, GroupView, PipelineView):
+        assert set(kind.__struct_fields__) <= words
+    for name in PipeSubmission.__struct_fields__:
+        assert f'"{name}": ' in SECTIONS["A group, or a pipeline"]
 
 
 def test_every_field_of_a_view_is_there() -> None:

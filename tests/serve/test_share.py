@@ -7,7 +7,7 @@ import pytest
 from sandboxd.policy import Limits, Policy
 from sandboxd.serve.book import need_of
 from sandboxd.serve.quotas import Quotas, Spending
-from sandboxd.serve.share import Need, Share, Waiting
+from sandboxd.serve.share import Need, Share, Waiting, together
 from sandboxd.serve.wire import Refusal
 
 ROOM = Need(cpus=4.0, memory=100)
@@ -127,3 +127,44 @@ def test_quotas_say_when_to_ask_again() -> None:
     spending = Spending(Quotas(cpu=10.0, queued=2))
     spending.spent("b", 10.0)
     spending.check("a", share)
+
+
+def test_jobs_that_run_together_get_all_their_slots_and_are_not_overtaken() -> None:
+    share = Share(3, Need(cpus=9.0, memory=100))
+    first, three, last = waiting("a"), waiting("b", need=Need(slots=3)), waiting("b")
+    for one in (first, three, last):
+        share.add(one)
+    assert share.next() is first
+    assert share.next() is None
+    assert (share.running, share.queued) == (1, 4)
+    share.give_back(first, 1.0)
+    assert share.next() is three
+    assert share.next() is None
+    assert (share.running, share.queued) == (3, 1)
+    assert share.remove(last)
+    share.give_back(three, 1.0)
+    assert (share.running, share.queued) == (0, 0)
+
+
+def test_the_room_of_jobs_that_run_together_is_that_of_all() -> None:
+    need = together([Need(1.0, 10), Need(2.0, 20)], 2)
+    assert need == Need(3.0, 30, 2)
+    assert together([Need()] * 3, 2) == Need(3.0, 0, 2)
+    share = Share(4, Need(cpus=9.0, memory=100))
+    pair, single = waiting("a", need=need), waiting("a")
+    for one in (pair, single):
+        share.add(one)
+    assert [share.next(), share.next()] == [pair, single]
+    assert share.running_of("a") == 3
+    share.give_back(pair, 1.0)
+    assert share.running_of("a") == share.running == 1
+
+
+def test_a_quota_of_slots_holds_up_nobody_else() -> None:
+    share = Share(4, ROOM, most_running=2)
+    one, pair, other = waiting("a"), waiting("a", need=Need(slots=2)), waiting("b")
+    for each in (one, pair, other):
+        share.add(each)
+    assert [share.next(), share.next(), share.next()] == [one, other, None]
+    share.give_back(one, 1.0)
+    assert share.next() is pair

@@ -6,9 +6,10 @@ import dataclasses
 import hashlib
 import os
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
+import msgspec
 import pytest
 
 import sandboxd
@@ -23,7 +24,17 @@ from tests.serve.serving import Daemon, daemon, folder
 from tests.serve.test_callers import LONG, free_port, tokens
 from tests.supervise.variants import policy
 
+ENDING = {
+    *("events", "batch_events", "signal", "cancel", "cancel_batch"),
+    *("cancel_group", "cancel_pipeline"),
+}
+"""Routes that end what they are about, or wait for its end."""
 OWN = [route for route in ROUTES if "{" in route.path]
+WAITS = {"argv": ["sleep", "100"]}
+TOGETHER = {
+    "group": ("/v1/groups", {"id": "x", "members": {"a": {"job": WAITS}}}),
+    "pipeline": ("/v1/pipelines", {"id": "x", "jobs": [{**WAITS, "id": "own"}]}),
+}
 BODIES = {"signal": b'{"signal": "KILL"}', "stdin": b"x"}
 
 
@@ -62,7 +73,7 @@ async def status(links: Links, route: Route, name: str) -> int:
 
 @pytest.mark.parametrize("route", [one for one in OWN if one.name != "put_file"], ids=str)
 async def test_what_is_anothers_is_as_what_is_not_there(route: Route) -> None:
-    async with two() as (served, ann, bob):
+    async with two() as (served, ann, bob), AsyncExitStack() as left:
         served.links = ann
         job = await served.submit(argv=["sleep", "100"], id="x", interactive=True)
         batch = {"id": "x", "job": {"argv": ["sleep", "100"]}, "cases": [{}]}
@@ -70,10 +81,14 @@ async def test_what_is_anothers_is_as_what_is_not_there(route: Route) -> None:
         digest = hashlib.sha256(b"secret").hexdigest()
         async with ann.asking("PUT", f"/v1/files/{digest}", b"secret"):
             pass
+        if (what := route.name.removeprefix("cancel_")) in TOGETHER:
+            path, body = TOGETHER[what]
+            data, accept = msgspec.json.encode(body), {"Accept": "application/x-ndjson"}
+            await left.enter_async_context(ann.asking("POST", f"{path}?wait=1", data, accept))
         name = digest if "sha256" in route.path else job
         assert await status(bob, route, name) == 404
         assert await status(bob, route, "0" * 64) == 404
-        if route.name not in ("events", "batch_events", "signal", "cancel", "cancel_batch"):
+        if route.name not in ENDING:
             assert await status(ann, route, name) in (200, 204)
 
 

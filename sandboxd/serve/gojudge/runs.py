@@ -23,7 +23,7 @@ from sandboxd.serve.gojudge.store import Store
 from sandboxd.serve.gojudge.wire import CmdResult, Request
 from sandboxd.serve.guests import Guest, admitted, count
 from sandboxd.serve.live import About
-from sandboxd.serve.share import Need, Waiting
+from sandboxd.serve.share import Waiting, together
 from sandboxd.serve.wire import Refusal
 from sandboxd.supervise import policies
 from sandboxd.supervise.run import Run
@@ -65,7 +65,7 @@ class Runs:
     def guest(self, caller: Caller, made: Orders, traceparent: str | None) -> Guest:
         """What waits in the queue for all programs of a request together."""
         needs = [need_of(self.book.runner.policy(order.job)) for order in made.orders]
-        need = Need(sum(one.cpus for one in needs), sum(one.memory for one in needs))
+        need = together(needs, self.book.share.most_running)
         words = made.orders[0].cmd.args or [] if made.orders else []
         shown = tuple(word if len(word) <= LONGEST else f"{word[:LONGEST]}…" for word in words)
         about = About(argv=shown[:WORDS], policy=POLICY, priority=PRIORITY, traceparent=traceparent)
