@@ -36,10 +36,11 @@ from sandboxd.serve.guests import Guest
 from sandboxd.serve.journal import BatchRow, Journal, Row
 from sandboxd.serve.live import About, Asked, Batch, Live
 from sandboxd.serve.log import Log
+from sandboxd.serve.lookout import Lookout
 from sandboxd.serve.metrics import Metrics
 from sandboxd.serve.overview import Endings
 from sandboxd.serve.quotas import Quotas, Spending
-from sandboxd.serve.share import Need, Share, Waiting
+from sandboxd.serve.share import Need, Share, Waiting, need_of
 from sandboxd.serve.wire import (
     Refusal,
     Submission,
@@ -102,6 +103,7 @@ class Book:
         """What is stored, in bytes, wherever."""
         self.share = Share(runner.slots, settings.room, settings.quotas.running)
         self.spending = Spending(settings.quotas)
+        self.lookout = Lookout()
         self.draining = False
         self.replying = 0
         """Requests whose replies are not sent."""
@@ -277,6 +279,7 @@ class Book:
             waiting=Waiting(caller.name, wanted.priority, need_of(policy)),
             created=time.time(),
             job=job,
+            turn=trio.Event() if asked.here else None,
         )
 
     def job(self, caller: str, wanted: Submission, job_id: str) -> Job:
@@ -306,6 +309,8 @@ class Book:
             next_one = self._queue.pop(waiting)
             if isinstance(next_one, Guest):
                 next_one.given.set()
+            elif next_one.turn is not None:
+                next_one.turn.set()
             else:
                 self._jobs.start_soon(carry.carry_out, self, next_one)
         if self.draining:
@@ -346,12 +351,18 @@ class Book:
     async def cancel(self, live: Live) -> None:
         """It ends, or never begins. Its record comes in a moment."""
         live.cancelled = True
-        if self.share.remove(live.waiting):
-            self._queue.pop(live.waiting, None)
+        if self.withdraw(live):
             await carry.never_started(self, live)
         elif live.run is not None:
             live.log.hurry()
             live.run.kill()
+
+    def withdraw(self, live: Live) -> bool:
+        """It waits no more; whether it did."""
+        if not self.share.remove(live.waiting):
+            return False
+        self._queue.pop(live.waiting, None)
+        return True
 
     def leave_slot(self, live: Live) -> None:
         """Its slot, if it still has one, goes to who is next."""
@@ -371,6 +382,8 @@ class Book:
         live.held.close()
         live.begun.set()
         live.done.set()
+        if live.turn is not None:
+            live.turn.set()
         if live.batch is not None:
             live.batch.over(live)
         self.changed()
@@ -459,11 +472,6 @@ class Book:
         return not (self.share.running or self.ending)
 
 
-def need_of(policy: Policy) -> Need:
-    """What a job is counted for: its limits; a CPU, and no memory, where it has none."""
-    return Need(max(1.0, policy.limits.cpus or 1.0), policy.limits.memory or 0)
-
-
 def _told(refusal: Refusal) -> dict[str, str]:
     """A refusal that comes too late to be an answer."""
     return {"kind": refusal.kind, "message": str(refusal), "hint": refusal.hint}
@@ -482,6 +490,7 @@ async def open_book(runner: Runner, journal: Journal, settings: Settings) -> Asy
     await book.recover()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(book._expire)
+        nursery.start_soon(book.lookout.work)
         book._jobs = nursery
         book.changed()
         try:

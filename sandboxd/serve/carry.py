@@ -34,6 +34,31 @@ def going_down() -> Refusal:
     return refusal.with_header("Retry-After", "5")
 
 
+async def carry_here(book: Book, live: Live, handle: int | None) -> None:
+    """A job with a `turn`, in the task of its caller, who hangs up at the end of `handle`."""
+    assert live.turn is not None
+    if handle is not None:
+        book.lookout.watch(handle, functools.partial(book.soon, live))
+    try:
+        await live.turn.wait()
+        if not live.done.is_set():
+            await carry_out(book, live)
+    finally:
+        if handle is not None:
+            book.lookout.forget(handle)
+        if not live.done.is_set():
+            _never_begun(book, live)
+
+
+def _never_begun(book: Book, live: Live) -> None:
+    """Whose task was cancelled while it waited, or when it had its slot and did not know yet."""
+    live.refused = going_down()
+    if not book.withdraw(live):
+        live.slotted = time.monotonic()
+        book.leave_slot(live)
+    book.over(live)
+
+
 async def carry_out(book: Book, live: Live) -> None:
     """A job that has its slot."""
     live.slotted = time.monotonic()

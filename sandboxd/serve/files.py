@@ -13,7 +13,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Collection, Iterator
 from pathlib import Path
 
 import trio
@@ -62,9 +62,14 @@ class Files:
             raise Refusal(404, "file", f"no file {digest}", hint=f"PUT /v1/files/{digest}")
         return found
 
-    @contextlib.contextmanager
-    def pinned(self, caller: str, digests: Iterable[str]) -> Iterator[None]:
+    def pinned(
+        self, caller: str, digests: Collection[str]
+    ) -> contextlib.AbstractContextManager[None]:
         """They stay meanwhile, however old they are; Refusal 404 if one is not there."""
+        return self._pinning(caller, digests) if digests else contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def _pinning(self, caller: str, digests: Collection[str]) -> Iterator[None]:
         keys = [(caller, digest) for digest in digests]
         for key in keys:
             os.utime(self.path(*key))

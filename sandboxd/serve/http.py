@@ -2,9 +2,10 @@
 
 Theory of operation. h11 knows the protocol; here are the bytes, the clocks and the bounds. A head
 must come within HEAD_TIME and is at most HEAD_SIZE; a body comes at no less than SLOWEST bytes a
-second and is at most what its route takes. One request is answered at a time. While it is, what
-the peer sends ahead (a pipelined request) is held up to AHEAD bytes, and more ends the connection:
-the socket must be read all along, because its end is how we learn that nobody waits any more.
+second and is at most what its route takes. One request is answered at a time. While a
+job is waited for, what the peer sends ahead (a pipelined request) stays in the socket, and lookout.py
+tells of its end. While a reply is streamed the socket is read for that: up to AHEAD bytes are held,
+and more ends the connection.
 
 Whoever breaks the protocol gets an answer if one can still be sent, and is disconnected.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import math
 import socket
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable
@@ -42,6 +44,9 @@ AHEAD = 64 << 10
 LINGER = 1.0
 """Seconds in which what is still on its way to us is thrown away, so that our answer arrives."""
 
+USUAL = 64
+"""Characters of a target that others may well send, too: the last ones are read once."""
+
 JSON = "application/json"
 PROBLEM = "application/problem+json"
 
@@ -65,6 +70,8 @@ class Reply:
     kind: str = JSON
     headers: list[tuple[str, str]] = field(default_factory=list)
     stream: AsyncGenerator[bytes, None] | None = None
+    replied: Callable[[], None] | None = None
+    """Called when it is sent, or cannot be."""
     ended: Callable[[], Awaitable[None]] | None = None
     """Called in every ending of a stream, also where it never began."""
 
@@ -93,6 +100,8 @@ class Conversation:
         self.machine = h11.Connection(h11.SERVER, max_incomplete_event_size=HEAD_SIZE)
         self._ahead = bytearray()
         self._ended = False
+        self.idle = trio.CancelScope()
+        """Round all of it: ends it when no request comes."""
 
     async def _receive(self) -> None:
         """Give h11 what comes next."""
@@ -142,10 +151,9 @@ class Conversation:
     async def next_request(self) -> Request | None:
         """The next one; None at the connection's end. Refusal for what is none."""
         if not self.machine.trailing_data[0] and not self._ahead and not self._ended:
-            with trio.move_on_after(IDLE_TIME) as idle:
-                self._ahead += await self._read()
-            if idle.cancelled_caught:
-                return None
+            self.idle.deadline = trio.current_time() + IDLE_TIME
+            self._ahead += await self._read()
+            self.idle.deadline = math.inf
         if not self.machine.trailing_data[0]:
             if (plain := swift.read(bytes(self._ahead))) is not None:
                 self._ahead.clear()
@@ -196,6 +204,11 @@ class Request:
     @property
     def peer(self) -> Peer:
         return self.conversation.peer
+
+    @property
+    def handle(self) -> int | None:
+        """The socket it came by."""
+        return self.conversation.wire.handle
 
     @property
     def length(self) -> int | None:
@@ -273,12 +286,20 @@ def _plain(head: h11.Request) -> swift.Plain:
 
 def _places(target: str) -> tuple[tuple[str, ...], dict[str, str]]:
     """The parts of the path, and the query; Refusal 400 if it cannot be read."""
+    path, pairs = _usual(target) if len(target) <= USUAL else _parted(target)
+    return path, dict(pairs)
+
+
+def _parted(target: str) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:
     try:
         parts = urlsplit(target)
         pairs = parse_qsl(parts.query, keep_blank_values=True, max_num_fields=32)
     except ValueError as error:
         raise Refusal(400, "request", f"the target cannot be read: {error}") from None
-    return tuple(unquote(part) for part in parts.path.split("/")[1:]), dict(pairs)
+    return tuple(unquote(part) for part in parts.path.split("/")[1:]), tuple(pairs)
+
+
+_usual = functools.lru_cache(maxsize=256)(_parted)
 
 
 # -- replies ---------------------------------------------------------------------------------
@@ -287,8 +308,9 @@ def _places(target: str) -> tuple[tuple[str, ...], dict[str, str]]:
 async def converse(conversation: Conversation, handle: Handler, date: Callable[[], str]) -> None:
     """Answer requests until the connection ends."""
     try:
-        while await _exchange(conversation, handle, date):
-            pass
+        with conversation.idle:
+            while await _exchange(conversation, handle, date):
+                pass
     except (Gone, trio.BrokenResourceError, trio.ClosedResourceError):
         return
     except h11.LocalProtocolError:  # what we say does not fit what was said before: hang up
@@ -309,9 +331,13 @@ async def _exchange(conversation: Conversation, handle: Handler, date: Callable[
         status = error.error_status_hint
         reply = Reply.no(Refusal(status, "request", f"no HTTP/1.1: {error}"))
         request = None
-    if request is not None and request.plain is not None and reply.stream is None:
-        return await _reply_plainly(conversation, reply, date())
-    return await _reply(conversation, reply, request, date())
+    try:
+        if request is not None and request.plain is not None and reply.stream is None:
+            return await _reply_plainly(conversation, reply, date())
+        return await _reply(conversation, reply, request, date())
+    finally:
+        if reply.replied is not None:
+            reply.replied()
 
 
 async def _reply(
@@ -341,12 +367,7 @@ async def _reply(
 
 async def _reply_plainly(conversation: Conversation, reply: Reply, date: str) -> bool:
     """To a request that h11 knows nothing of."""
-    try:
-        await conversation.say(swift.written(reply.status, _headers(reply, date), reply.body))
-    finally:
-        if reply.ended is not None:
-            with trio.CancelScope(shield=True):
-                await reply.ended()
+    await conversation.say(swift.written(reply.status, _headers(reply, date), reply.body))
     return True
 
 

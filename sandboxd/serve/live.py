@@ -42,6 +42,8 @@ class Asked:
     """Its caller waits on the connection: it ends with that, and is in the journal afterwards."""
     followed: bool = False
     """Its caller reads the events on the connection, and wants each at once."""
+    here: bool = False
+    """And carries it out in a task of its own, which has nothing else to do."""
     key: str | None = None
     """Idempotency-Key."""
     digest: bytes | None = None
@@ -96,6 +98,8 @@ class Live:
     begun: trio.Event = field(default_factory=trio.Event)
     """It runs, or will not any more."""
     done: Done = field(default_factory=Done)
+    turn: trio.Event | None = None
+    """Where a task waits to carry it out: it has its slot, or is over."""
 
     def row(
         self,

@@ -22,6 +22,7 @@ from sandboxd.serve.api import Route
 from sandboxd.serve.batches import AskedBatch, Batches
 from sandboxd.serve.book import Book
 from sandboxd.serve.callers import Caller, Callers
+from sandboxd.serve.carry import carry_here
 from sandboxd.serve.ensembles import Ensembles
 from sandboxd.serve.files import pieces_of
 from sandboxd.serve.http import Gone, Reply, Request
@@ -149,16 +150,7 @@ class Routes(Together):
         finally:
             if reply is None:
                 self._replied()
-        following = reply.ended
-
-        async def ended() -> None:
-            try:
-                if following is not None:
-                    await following()
-            finally:
-                self._replied()
-
-        reply.ended = ended
+        reply.replied = self._replied
         return reply
 
     def _replied(self) -> None:
@@ -224,6 +216,7 @@ class Routes(Together):
                 body,
                 attached=wait and key is None,
                 followed=kind is not None,
+                here=wait and key is None and kind is None,
                 key=key,
                 digest=hashlib.sha256(body).digest() if key is not None else None,
                 traceparent=traceparent(request.headers.get("traceparent")),
@@ -236,7 +229,7 @@ class Routes(Together):
                 self._until_its_end(reply, found if asked.attached else None, size)
                 size = 0
             else:
-                reply = Reply.of(view(await self._wait(request, found, attached=asked.attached)))
+                reply = Reply.of(view(await self._wait(request, found)))
         finally:
             self.budget.give_back(size)
         reply.headers.append(("Location", f"/v1/jobs/{found.id}"))
@@ -257,16 +250,13 @@ class Routes(Together):
 
         reply.ended = ended
 
-    async def _wait(self, request: Request, found: Live | Row, *, attached: bool) -> Live | Row:
+    async def _wait(self, request: Request, found: Live | Row) -> Live | Row:
         if isinstance(found, Row):
             return found
-        try:
-            if not await request.waits(found.done, math.inf):
-                raise Gone
-        finally:
-            if attached and not found.done.is_set():
-                with trio.CancelScope(shield=True):
-                    await self.book.cancel(found)
+        if found.turn is not None:
+            await carry_here(self.book, found, request.handle)
+        elif not await request.waits(found.done, math.inf):
+            raise Gone
         if found.refused is not None:
             raise found.refused
         return found

@@ -122,7 +122,8 @@ class Connections:
         if shown.verify_mode == ssl.CERT_REQUIRED:
             name = name_of(inner.getpeercert(), inner.getpeercert(binary_form=True))
             peer = dataclasses.replace(peer, certificate=name)
-        await converse(Conversation(Wire(inner), peer), self._routes.handle, self._now)
+        wire = Wire(inner, stream.socket.fileno())
+        await converse(Conversation(wire, peer), self._routes.handle, self._now)
 
     def _now(self) -> str:
         """The Date of replies; made once a second."""

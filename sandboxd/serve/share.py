@@ -13,6 +13,8 @@ import heapq
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from sandboxd.policy import Policy
+
 
 @dataclass(frozen=True, slots=True)
 class Need:
@@ -21,6 +23,11 @@ class Need:
     cpus: float = 1.0
     memory: int = 0
     slots: int = 1
+
+
+def need_of(policy: Policy) -> Need:
+    """What a job is counted for: its limits; a CPU, and no memory, where it has none."""
+    return Need(max(1.0, policy.limits.cpus or 1.0), policy.limits.memory or 0)
 
 
 def together(needs: Iterable[Need], most: int) -> Need:

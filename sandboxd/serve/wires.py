@@ -17,8 +17,10 @@ BROKEN = (OSError, trio.BrokenResourceError, trio.ClosedResourceError, trio.TooS
 class Wire:
     """A stream of trio's."""
 
-    def __init__(self, stream: trio.abc.Stream) -> None:
+    def __init__(self, stream: trio.abc.Stream, handle: int | None = None) -> None:
         self._stream = stream
+        self.handle = handle
+        """The socket's, where its end can be looked out for."""
 
     async def receive(self) -> bytes:
         """What came; nothing at the end, or where it broke off."""
@@ -48,7 +50,7 @@ class SocketWire(Wire):
     """A socket, by read(2) and write(2): most requests come, and most replies go, in one piece."""
 
     def __init__(self, stream: trio.SocketStream) -> None:
-        super().__init__(stream)
+        super().__init__(stream, stream.socket.fileno())
         self._socket = stream.socket
         self._handle = stream.socket.fileno()
 

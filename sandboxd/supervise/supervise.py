@@ -240,7 +240,10 @@ async def attend_run(
     if run.emit is None and run.dispatch.pipes.source is None:
         return await attend(box, control.stops, control.watcher, pumps, run.vigil)
     if run.patient and await is_brief(run, box, control):
-        return await attend(box, control.stops, control.watcher, [])
+        report = received(box.socket) or b""
+        if is_complete(report):
+            return report
+        return await attend(box, control.stops, control.watcher, [], begun=report)
     return await attend_streams(run, box, control, pumps)
 
 
@@ -289,6 +292,7 @@ async def attend(
     watcher: Watcher,
     pumps: list[stream.Pump],
     vigil: Vigil = NO_VIGIL,
+    begun: bytes = b"",
 ) -> bytes:
     """Wait for init's report, reading the pipes and looking at the limits meanwhile.
 
@@ -296,7 +300,7 @@ async def attend(
     GRACE, because what fits into them can as well be read at the end.
     """
     ears = None
-    report = b""
+    report = begun
     hears = bool(pumps) or box.is_served
     try:
         if await vigil.keep(box.socket, watcher.due):
@@ -320,8 +324,6 @@ async def attend(
                 ears = listen(box, pumps)
             watcher.look(now)
             stops.insist(now)
-    except ConnectionResetError:
-        pass
     finally:
         stops.waiting = None
         if ears is not None:
@@ -335,6 +337,8 @@ def received(sock: socket.socket) -> bytes | None:
         return sock.recv(MESSAGE)
     except BlockingIOError:
         return None
+    except ConnectionResetError:
+        return b""
 
 
 def listen(box: Sandbox, pumps: list[stream.Pump]) -> select.epoll:

@@ -74,14 +74,18 @@ async def test_pipelined_requests_are_answered_in_order(monkeypatch: pytest.Monk
         assert data.endswith(b"ok\n")
 
 
-async def test_sending_ahead_without_end_ends_the_connection() -> None:
+async def test_what_is_sent_ahead_stays_in_the_socket() -> None:
     body = b'{"argv": ["sleep", "100"]}'
     waiting = b"POST /v1/jobs?wait=1 HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body)
     async with daemon() as served:
         async with await trio.open_unix_socket(str(served.place / "s")) as stream:
             await stream.send_all(waiting + body)
-            with pytest.raises(trio.BrokenResourceError):
+            while not (await served.ask("GET", "/v1/info"))["running"]:
+                pass
+            with trio.move_on_after(0.5) as patience:
                 await stream.send_all(GET * 1_000_000)
+            assert patience.cancelled_caught  # it is full, and the job goes on
+            assert (await served.ask("GET", "/v1/info"))["running"] == 1
         while (await served.ask("GET", "/v1/info"))["running"]:
             pass
 

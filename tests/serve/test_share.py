@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 
 from sandboxd.policy import Limits, Policy
-from sandboxd.serve.book import need_of
 from sandboxd.serve.quotas import Quotas, Spending
-from sandboxd.serve.share import Need, Share, Waiting, together
+from sandboxd.serve.share import Need, Share, Waiting, need_of, together
 from sandboxd.serve.wire import Refusal
 
 ROOM = Need(cpus=4.0, memory=100)

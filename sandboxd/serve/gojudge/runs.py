@@ -15,7 +15,7 @@ import trio
 from sandboxd.errors import SandboxError
 from sandboxd.job import Job
 from sandboxd.result import Result
-from sandboxd.serve.book import Book, need_of
+from sandboxd.serve.book import Book
 from sandboxd.serve.callers import Caller
 from sandboxd.serve.gojudge.answers import answer, failed, not_run
 from sandboxd.serve.gojudge.orders import Order, Orders, Sources, orders
@@ -23,7 +23,7 @@ from sandboxd.serve.gojudge.store import Store
 from sandboxd.serve.gojudge.wire import CmdResult, Request
 from sandboxd.serve.guests import Guest, admitted, count
 from sandboxd.serve.live import About
-from sandboxd.serve.share import Waiting, together
+from sandboxd.serve.share import Waiting, need_of, together
 from sandboxd.serve.wire import Refusal
 from sandboxd.supervise import policies
 from sandboxd.supervise.run import Run
