@@ -3,9 +3,9 @@
 Theory of operation. h11 knows the protocol; here are the bytes, the clocks and the bounds. A head
 must come within HEAD_TIME and is at most HEAD_SIZE; a body comes at no less than SLOWEST bytes a
 second and is at most what its route takes. One request is answered at a time. While a
-job is waited for, what the peer sends ahead (a pipelined request) stays in the socket, and lookout.py
-tells of its end. While a reply is streamed the socket is read for that: up to AHEAD bytes are held,
-and more ends the connection.
+job is waited for, what the peer sends ahead (a pipelined request) stays in the socket, and
+lookout.py tells of its end. While a reply is streamed the socket is read for that: up to AHEAD
+bytes are held, and more ends the connection.
 
 Whoever breaks the protocol gets an answer if one can still be sent, and is disconnected.
 """
