@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from types import MappingProxyType
 from typing import Literal
 
@@ -154,7 +154,7 @@ def decisions(syscalls: Syscalls, arch: str) -> tuple[Decision, ...]:
     return _decide(syscalls, arch)
 
 
-@cache
+@lru_cache(maxsize=256)
 def _decide(syscalls: Syscalls, arch: str) -> tuple[Decision, ...]:
     reading = _read(syscalls)
     found = []

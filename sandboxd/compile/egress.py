@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 
 from sandboxd.errors import PolicyError
@@ -256,7 +256,7 @@ def problems(network: Network) -> tuple[PolicyError, ...]:
     return tuple(found)
 
 
-@cache
+@lru_cache(maxsize=256)
 def understood(network: Network) -> Egress:
     """A whole [network], but for what carries it; PolicyError if it is not clear."""
     found = parse(network.allow)

@@ -8,7 +8,7 @@ no sockets but unix ones there is nothing it could do in it, and it may serve ag
 from __future__ import annotations
 
 import dataclasses
-from functools import cache
+from functools import lru_cache
 
 from sandboxd import plan
 from sandboxd.compile import assemble, bpf, carrying, seccomp
@@ -37,7 +37,7 @@ def serves_again(policy: Policy, host: Host) -> bool:
     return not _has_sockets(policy.syscalls, host.arch)
 
 
-@cache
+@lru_cache(maxsize=256)
 def _has_sockets(syscalls: Syscalls, arch: str) -> bool:
     """Whether its filter allows a socket other than a unix one: all are asked, so once."""
     programs = seccomp.programs(syscalls, arch)

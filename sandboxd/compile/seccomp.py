@@ -15,7 +15,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from math import prod
 from typing import Any
 
@@ -77,7 +77,7 @@ class Difference:
     theirs: str
 
 
-@cache
+@lru_cache(maxsize=256)
 def programs(syscalls: Syscalls, arch: str, kernel: str = "") -> tuple[bytes, ...]:
     """The programs to load, all of them: one for the lists, unless its rules are longer than the
     kernel takes, and what profiles add.
@@ -87,7 +87,7 @@ def programs(syscalls: Syscalls, arch: str, kernel: str = "") -> tuple[bytes, ..
     return _make(syscalls, arch, kernel, WHOLE)
 
 
-@cache
+@lru_cache(maxsize=256)
 def layers(
     syscalls: Syscalls, arch: str, kernel: str = ""
 ) -> tuple[tuple[bytes, ...], tuple[bytes, ...]]:

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import lru_cache
 from itertools import accumulate
 
 from sandboxd import plan
@@ -88,7 +88,7 @@ def first_job_descriptor(landlock: bool) -> int:
     return RULESET + 1 if landlock else FIRST_DESCRIPTOR
 
 
-@lru_cache(maxsize=128)  # each set of references that jobs are given has one of its own
+@lru_cache(maxsize=256)  # each set of references that jobs are given has one of its own
 def setup_image(arch: str, setup: plan.SetupPlan) -> Image:
     """The script of one kind of sandbox; marks `uid.*` and `digits.*` take the job's uid."""
     w, start = _begin(arch)
@@ -102,7 +102,7 @@ def setup_image(arch: str, setup: plan.SetupPlan) -> Image:
     return w.asm.finish((start,))
 
 
-@cache
+@lru_cache(maxsize=256)
 def network_image(arch: str, setup: plan.SetupPlan) -> Image:
     """The script that makes a network namespace and hands it over instead of running a job."""
     w, start = _begin(arch)
@@ -206,7 +206,7 @@ def exec_script(arch: str, exec_plan: plan.ExecPlan) -> tuple[Image, bytes]:
     return image, content
 
 
-@cache
+@lru_cache(maxsize=256)
 def exec_image(arch: str, shape: Shape) -> Image:
     """The records every job of this shape has; marks `cwd argv env program0 ...` take its text."""
     asm = Assembler(EXEC)

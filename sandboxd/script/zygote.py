@@ -25,7 +25,7 @@ that fails is only answered: one job's failure must not end the tenant.
 
 from __future__ import annotations
 
-from functools import cache
+from functools import lru_cache
 
 from sandboxd import plan
 from sandboxd.messages import READY
@@ -86,7 +86,7 @@ def failure_handler(w: Writer, exit_code: int) -> tuple[Label, Label]:
     return handler, cell
 
 
-@cache
+@lru_cache(maxsize=256)
 def tenant_image(arch: str, tenant: plan.TenantPlan) -> Image:
     """The whole program of a tenant; `socket.*` is where its socket's descriptor is put in."""
     asm = Assembler(BASE)

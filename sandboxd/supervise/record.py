@@ -55,7 +55,7 @@ def moment(seconds: float) -> str:
 BY_CALLER = "cancelled by the caller"
 
 
-@functools.cache
+@functools.lru_cache(maxsize=256)
 def degraded(pairs: tuple[tuple[str, str], ...]) -> tuple[Degraded, ...]:
     return tuple(Degraded(what=what, why=why) for what, why in pairs)
 

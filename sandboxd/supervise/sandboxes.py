@@ -11,7 +11,7 @@ import os
 import select
 import signal
 import socket
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
 
 import trio
@@ -159,13 +159,15 @@ class Sandbox:
     async def release(self) -> bool:
         """What it had goes, or goes back, if it is dead."""
         self._close()
-        for sidecar in (self.area, self.way_out):
-            if sidecar is not None:
-                await sidecar.close()
-        if not self.dead:  # in D state: nothing it had may be used again
-            return False
-        self._give_back()
-        return True
+        try:
+            async with AsyncExitStack() as sidecars:  # each, whatever becomes of the other
+                for sidecar in (self.way_out, self.area):
+                    if sidecar is not None:
+                        sidecars.push_async_callback(sidecar.close)
+        finally:
+            if self.dead:  # else in D state: nothing it had may be used again
+                self._give_back()
+        return self.dead
 
     def is_gone(self) -> bool:
         """For one that reported: whether it is dead by now, and what it had given back."""
