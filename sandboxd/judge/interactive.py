@@ -12,8 +12,9 @@ what each did without knowing how the other ended:
 - The submission ends badly: the validator may already have read what decides. It gets a moment to
   say so; then it is told, and how the submission ended is what counts.
 
-The submission's wall clock stands still while the validator computes: what that uses of CPU time is
-not counted. A stream that a program closes while it goes on is at its end for the other, too.
+The submission's wall clock stands still while the validator computes, or waits for a CPU (which the
+pressure of its cgroup says). A stream that a program closes while it goes on is at its end for the
+other, too.
 """
 
 from __future__ import annotations
@@ -184,7 +185,7 @@ class _Conversation:
     # -- the clock
 
     async def watch_clock(self) -> None:
-        """End the submission when it has lasted its wall time, without what the validator used."""
+        """End the submission when it has lasted its wall time, the validator's computing apart."""
         pause = self._time
         while True:
             await trio.sleep(pause)
@@ -195,24 +196,25 @@ class _Conversation:
             except SandboxError:  # it has not started, or is just over
                 pause = SHORTEST
                 continue
-            validator = self._validator_cpu()
+            computed, waited = self._validator_time()
             wall, cpu = used.wall_time or 0.0, used.cpu_time or 0.0
-            left = self._time + validator - wall
+            left = self._time + computed + waited - wall
             if left <= 0:
                 break
             pause = max(left, SHORTEST)
         self.late = f"wall time {self._time:g} s used up"
-        if max(cpu, validator) < IDLE * wall:
+        if max(cpu, computed) < IDLE * wall:
             self.late += ": it and the validator waited"
         self._runs[SUBMISSION].kill(self.late)
 
-    def _validator_cpu(self) -> float:
+    def _validator_time(self) -> tuple[float, float]:
+        """Seconds that it computed, and that it could have if there had been a CPU."""
         result = self._results[VALIDATOR]
         try:
             used = result.usage if result is not None else self._runs[VALIDATOR].usage()
         except SandboxError:
-            return 0.0
-        return used.cpu_time or 0.0
+            return 0.0, 0.0
+        return used.cpu_time or 0.0, (used.pressure or {}).get("cpu", 0.0)
 
 
 async def _cancel_after(event: trio.Event, scope: trio.CancelScope) -> None:

@@ -34,6 +34,7 @@ from sandboxd.judge.compiling import (
 )
 from sandboxd.judge.judgement import SHOWN, Validation, shortened
 from sandboxd.judge.languages import Language, Program, check_available, detect, make_program
+from sandboxd.judge.metadata import ProblemError
 from sandboxd.judge.problem import Case, Problem
 from sandboxd.judge.programs import Sources
 from sandboxd.judge.submission import SourceError
@@ -160,7 +161,10 @@ def _policy(policy: Policy, problem: Problem, language: Language) -> Policy:
 
 def _size(case: Case) -> int:
     """Bytes that input and answer take in a directory that lies in memory."""
-    return sum(path.stat().st_size + 2 * PAGE for path in (case.input, case.answer))
+    try:
+        return sum(path.stat().st_size + 2 * PAGE for path in (case.input, case.answer))
+    except OSError as error:
+        raise ProblemError(case.name, f"a file cannot be read: {error.strerror}") from None
 
 
 # --- running --------------------------------------------------------------------------------------

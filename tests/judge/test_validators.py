@@ -192,6 +192,18 @@ async def test_it_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert made == [False, True]
 
 
+async def test_files_of_a_case_that_are_gone_are_our_failure(tmp_path: Path) -> None:
+    problem = package(tmp_path, check_py=validator("sys.exit(42)"))
+    async with open_runner(slots=2) as runner:
+        prepared = await prepare(runner, problem)
+        problem.cases[0].answer.unlink()
+        early = await judge(runner, problem, ECHO)
+        late = await judge(runner, prepared, ECHO)
+    assert (early.verdict, early.cases) == ("JE", ())
+    assert "secret/1: a file cannot be read: No such file" in early.message
+    assert (late.verdict, late.cases[0].reason) == ("JE", "JobError")
+
+
 # --- unhappy ways ---------------------------------------------------------------------------------
 
 
@@ -306,6 +318,12 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert lines[0] == "Small: 1 cases, 1 s, 256.0 MiB, validated by output_validator"
     assert lines[2].endswith("  no\\x1b[31m")
     assert lines[3:5] == ["    | teammessage: try", "    | teammessage: again"]
+    assert main(["judge", "--json", str(tmp_path / "small"), str(tmp_path / "wrong.py")]) == 1
+    record = json.loads(capsys.readouterr().out)
+    assert record["problem"]["validators"] == ["output_validator"]
+    assert record["problem"]["interactive"] is False
+    (case,) = record["submissions"][0]["cases"]
+    assert case["validation"]["team_message"] == "try\nagain"
     write(tmp_path, {"small/output_validator/check.py": "def"})
     assert main(["judge", str(tmp_path / "small"), str(tmp_path / "wrong.py")]) == 125
     out = capsys.readouterr().out
