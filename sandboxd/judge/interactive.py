@@ -39,9 +39,9 @@ SAID, ANSWERED = 0, 1
 
 DECIDES = 0.25
 """Seconds for a validator that has read everything to decide, if the submission ended badly."""
-READS = 2.0
+READS = 10.0
 """Seconds in which it must have read that everything."""
-LAST_WORDS = 2.0
+LAST_WORDS = 5.0
 """Seconds for it to end when it was told that the submission ended badly."""
 CLOSING = 0.5
 """Seconds after the end of a stream in which a program that is ending has ended."""

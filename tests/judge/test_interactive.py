@@ -13,7 +13,7 @@ from sandboxd.judge.problem import load
 from sandboxd.judge.verdict import Verdict
 from sandboxd.result import Result
 from sandboxd.supervise.runner import Runner, open_runner
-from tests.judge.packages import SLOW, judged, one, package, python, run_of, said, write
+from tests.judge.packages import LIMITS, SLOW, judged, one, package, python, run_of, said, write
 
 pytestmark = pytest.mark.needs("userns")
 
@@ -216,6 +216,19 @@ async def test_a_validator_that_writes_to_who_has_gone_does_not_die_of_it(tmp_pa
 async def test_one_that_does_not_compile(tmp_path: Path) -> None:
     judgement = await judged(package(tmp_path, kind="interactive", check_cpp="?"), python(ANSWERS))
     assert (judgement.verdict, judgement.cases) == ("JE", ())
+
+
+async def test_a_legacy_package(tmp_path: Path) -> None:
+    flags = "assert flags == ['-x', '1'], flags\n"
+    write(tmp_path, {
+        "problem.yaml": "validation: custom interactive\nvalidator_flags: -x 1\n" + LIMITS % (2, 5),
+        "data/secret/1.in": "7",
+        "data/secret/1.ans": "",
+        "output_validators/check/main.py": START + flags + ASKS,
+    })  # fmt: skip
+    assert (await one(load(tmp_path), python(ANSWERS))).verdict == "AC"
+    case = await one(load(tmp_path), python("print(9); raise SystemExit(1)"))
+    assert (case.verdict, said(case).validator) == ("WA", "output_validators/check")
 
 
 # --- the submission's side ------------------------------------------------------------------------
