@@ -81,12 +81,17 @@ class Pipe:
     through it is neither seen nor counted. With `relay` it goes through sandboxd, which is slower:
     it is counted and kept in the writer's result, and a writer whose reader has gone is not ended
     by SIGPIPE.
+
+    Of a relayed one, `limit` is the bytes after which the writer is ended (`output_limit`), and
+    with `hold` the reader sees no end before Pipeline.pass_end, not even that of a dead writer.
     """
 
     writer: int
     reader: int
     stream: Literal["stdout", "stderr"] = "stdout"
     relay: bool = False
+    limit: int | None = None
+    hold: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

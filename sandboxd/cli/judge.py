@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 SCHEMA = "sandboxd.judge/1"
 COMPILER_LINES = 40
+FEEDBACK_LINES = 20
 
 EPILOG = """\
 PROBLEM is a package in the ICPC/Kattis problem format, SUBMISSION a source file or a directory of
@@ -30,7 +31,7 @@ example:
   sandboxd judge examples/different examples/different/submissions/accepted/different.cpp
 
 exit status: 0 every submission got the verdict it must get, 1 one did not, 2 wrong usage or a
-package that cannot be read, 125 sandboxd itself failed (verdict JE)
+package that cannot be read, 125 sandboxd itself or the package's validator failed (verdict JE)
 """
 
 
@@ -109,22 +110,25 @@ def _judge_all(
 ) -> int:
     import trio
 
-    from sandboxd.judge.judge import Afresh, judge, refused
+    from sandboxd.judge.compiling import Afresh, Runs
+    from sandboxd.judge.judge import judge, prepare, refused
     from sandboxd.supervise.runner import open_runner
 
     report = _Report(problem, quiet=args.json)
     jobs = args.jobs or max(1, len(os.sched_getaffinity(0)) - 1)
 
     async def every() -> None:
-        async with open_runner(slots=jobs, cgroup=args.cgroup) as runner:
+        async with open_runner(slots=jobs, cgroup=args.cgroup) as opened:
+            runner: Runs = Afresh(opened) if args.no_cache else opened
+            prepared = await prepare(runner, problem)
             for path, submission in zip(args.submissions, submissions, strict=True):
                 report.begin(path)
                 if isinstance(submission, str):
                     judgement = refused(problem, path.name, submission)
                 else:
                     judgement = await judge(
-                        Afresh(runner) if args.no_cache else runner, problem, submission,
-                        everything=args.all, parallel=jobs, on_case=report.case,
+                        runner, prepared, submission, everything=args.all, parallel=jobs,
+                        on_case=report.case,
                     )  # fmt: skip
                 report.end(path, judgement)
 
@@ -145,8 +149,11 @@ class _Report:
         self.judged: list[tuple[Path, Judgement]] = []
         self.width = min(40, max(len(case.name) for case in problem.cases))
         limits = problem.limits
+        kind = ", interactive" if problem.interactive else ""
+        own = ", validated by " + ", ".join(one.name for one in problem.validators)
         self._say(
             f"{problem.name}: {len(problem.cases)} cases, {limits.time:g} s, {_mib(limits.memory)}"
+            f"{kind}{own if problem.validators else ''}"
         )
         if problem.time_limit_from == "default":
             self._say(f"the package names no time limit: {limits.time:g} s it is (--time-limit T)")
@@ -156,6 +163,8 @@ class _Report:
 
     def case(self, case: CaseJudgement) -> None:
         self._say(f"  {case.name:{self.width}} {_case_line(case)}".rstrip())
+        for line in _feedback_lines(case):
+            self._say(f"    | {line}")
 
     def end(self, path: Path, judgement: Judgement) -> None:
         from sandboxd.judge.verdict import MEANING
@@ -206,6 +215,8 @@ class _Report:
                 "time_limit_from": self.problem.time_limit_from,
                 "memory": limits.memory,
                 "output": limits.output,
+                "interactive": self.problem.interactive,
+                "validators": [one.name for one in self.problem.validators],
             },
             "submissions": [
                 {
@@ -235,6 +246,25 @@ def _case_line(case: CaseJudgement) -> str:
     if case.verdict == "TLE" and case.result and case.result.quality.grade == "noisy":
         line += f" (the machine was busy: {', '.join(case.result.quality.reasons)})"
     return line
+
+
+def _feedback_lines(case: CaseJudgement) -> Sequence[str]:
+    """What the validator wrote for judges and for who submitted, of a case that is not accepted."""
+    from sandboxd.judge.text import printable
+
+    said = case.validation
+    if said is None or case.verdict == "AC":
+        return []
+    judge = said.judge_message.strip()
+    if case.verdict == "WA" and b"\n" not in judge:
+        judge = b""  # it is in the line above
+    files = {"judgemessage": judge, "teammessage": said.team_message.strip()}
+    files["judgeerror"] = said.judge_error.strip()
+    lines = [
+        f"{name}: {line}" for name, data in files.items() for line in printable(data).splitlines()
+    ]
+    lines += [f"not taken: {one.path}: {one.reason}" for one in said.lost]
+    return lines if len(lines) <= FEEDBACK_LINES else [*lines[:FEEDBACK_LINES], "..."]
 
 
 def _unexpected(verdict: Verdict, wanted: frozenset[Verdict]) -> str:

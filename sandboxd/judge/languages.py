@@ -14,6 +14,7 @@ from typing import NamedTuple
 import msgspec
 
 from sandboxd.errors import HostError
+from sandboxd.job import File
 from sandboxd.judge.submission import SourceError
 from sandboxd.policy import Policy
 
@@ -54,9 +55,9 @@ class Language(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 class Program(NamedTuple):
-    """A submission made ready: `compile` these files, `collect` what comes of it, `run` that."""
+    """A program made ready: `compile` these files, `collect` what comes of it, `run` that."""
 
-    files: dict[str, bytes]
+    files: Mapping[str, bytes | File]
     compile: list[str]
     collect: list[str]
     run: list[str]

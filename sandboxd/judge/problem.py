@@ -1,9 +1,9 @@
 """A problem package of the ICPC/Kattis format: limits, test cases in order, how outputs are held.
 
 Read are the versions "legacy" (with legacy-icpc) and 2023-07 to 2025-09, as far as a pass-fail
-problem with the default output comparison needs them; what would judge differently and is not
-supported (own validators, interaction, scores) is refused by name, not ignored. A package belongs
-to the operator: its limits replace the policy's.
+problem needs them, with the default output comparison, validators of its own or interactive; what
+would judge differently and is not supported (several passes, scores) is refused by name, not
+ignored. A package belongs to the operator: its limits replace the policy's.
 """
 
 from __future__ import annotations
@@ -17,16 +17,17 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
-from sandboxd.judge import metadata
+from sandboxd.judge import files, metadata, programs
 from sandboxd.judge.compare import Options, parse_flags
+from sandboxd.judge.files import NAME
 from sandboxd.judge.metadata import ProblemError
+from sandboxd.judge.programs import Sources
 from sandboxd.judge.verdict import EXPECTED, Verdict
 
 LEGACY = ("legacy", "legacy-icpc")
 VERSIONS = (*LEGACY, "2023-07-draft", "2023-07", "2025-09-draft", "2025-09", "draft")
 MIB = 1 << 20
 MOST_DEPTH = 20
-_NAME = re.compile(r"[a-zA-Z0-9_][a-zA-Z0-9_.-]{0,254}")
 
 Mebibytes = Annotated[int, Meta(ge=1, le=1 << 30)]
 Seconds = Annotated[float, Meta(gt=0, le=86400)]
@@ -47,9 +48,9 @@ class _LimitsMap(_File, frozen=True):
     code: Mebibytes = 128  # KiB
     compilation_time: Seconds = 60
     compilation_memory: Mebibytes = 2048
-    validation_time: Any = None
-    validation_memory: Any = None
-    validation_output: Any = None
+    validation_time: Seconds = 60
+    validation_memory: Mebibytes = 2048
+    validation_output: Mebibytes = 8
     validation_passes: Any = None
 
 
@@ -112,6 +113,10 @@ class Limits:
     code: int
     compile_time: float
     compile_memory: int
+    validation_time: float = 60
+    """CPU time of a validator of the package's own, for one case."""
+    validation_memory: int = 2048 * MIB
+    validation_output: int = 8 * MIB
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,6 +127,9 @@ class Case:
     input: Path
     answer: Path
     options: Options = field(default_factory=Options)
+    """Of the default comparison."""
+    validator_args: tuple[str, ...] = ()
+    """Of the package's own validators."""
     args: tuple[str, ...] = ()
     files: Mapping[str, Path] = field(default_factory=dict)
 
@@ -141,6 +149,10 @@ class Problem:
     """Codes of the languages that are allowed; None: all."""
     include: Mapping[str, Mapping[str, bytes]] = field(default_factory=dict)
     """Language code, or "default" -> files put over every submission's."""
+    validators: tuple[Sources, ...] = ()
+    """Output validators of its own; none: the default comparison."""
+    interactive: bool = False
+    """The validator, of which there is one, runs beside the submission and talks to it."""
 
     def expected(self, submission: Path) -> frozenset[Verdict]:
         """The verdicts that this file must get: as its directory in submissions/ says, else AC."""
@@ -165,8 +177,9 @@ def load(path: Path) -> Problem:
     if not path.is_dir():
         hint = "unpack it first" if path.suffix in (".zip", ".kpp") else "name a package directory"
         raise ProblemError(str(path), "not a directory", hint=hint)
-    meta = metadata.read("problem.yaml", _bytes(path / "problem.yaml", path), _ProblemYaml)
-    _check_supported(meta, path)
+    meta = metadata.read("problem.yaml", files.read(path / "problem.yaml", path), _ProblemYaml)
+    _check_supported(meta)
+    validators, interactive = _validation(meta, path)
     time, source = _time_limit(meta, path)
     limits = Limits(
         time=time,
@@ -175,9 +188,14 @@ def load(path: Path) -> Problem:
         code=meta.limits.code << 10,
         compile_time=meta.limits.compilation_time,
         compile_memory=meta.limits.compilation_memory * MIB,
+        validation_time=meta.limits.validation_time,
+        validation_memory=meta.limits.validation_memory * MIB,
+        validation_output=meta.limits.validation_output * MIB,
     )
-    legacy = meta.problem_format_version in LEGACY
-    settings = _Settings(flags=tuple(meta.validator_flags.split()) if legacy else ())
+    settings = _Settings(
+        flags=tuple(meta.validator_flags.split()) if _is_legacy(meta) else (),
+        validators=tuple(one.name.rpartition("/")[2] for one in validators),
+    )
     return Problem(
         path=path,
         name=_title(meta, path),
@@ -187,6 +205,8 @@ def load(path: Path) -> Problem:
         cases=_cases(path, settings),
         languages=_languages(meta),
         include=_include(path / "include", path),
+        validators=validators,
+        interactive=interactive,
     )
 
 
@@ -196,26 +216,60 @@ def _title(meta: _ProblemYaml, path: Path) -> str:
     return meta.name.get("en") or next(iter(meta.name.values()), path.resolve().name)
 
 
-def _check_supported(meta: _ProblemYaml, path: Path) -> None:
+def _is_legacy(meta: _ProblemYaml) -> bool:
+    return meta.problem_format_version in LEGACY
+
+
+def _types(meta: _ProblemYaml) -> set[str]:
+    return {meta.type} if isinstance(meta.type, str) else set(meta.type)
+
+
+def _check_supported(meta: _ProblemYaml) -> None:
     version = meta.problem_format_version
     if version not in VERSIONS:
         known = ", ".join(VERSIONS)
         raise ProblemError(
             "problem.yaml: problem_format_version", f"{version[:40]!r} is not one of {known}"
         )
-    types = {meta.type} if isinstance(meta.type, str) else set(meta.type)
-    if types - {"pass-fail"}:
-        other = ", ".join(sorted(types - {"pass-fail"}))
-        raise ProblemError("problem.yaml: type", f"{other[:80]!r} is not supported yet")
-    if meta.validation.split() != ["default"]:
-        raise ProblemError(
-            "problem.yaml: validation",
-            f"{meta.validation[:80]!r} is not supported yet: only the default comparison is",
-        )
-    if version not in LEGACY:
-        for name in ("output_validator", "output_validators", "static_validator"):
-            if (path / name).is_dir():
-                raise ProblemError(f"{name}/", "a validator of its own is not supported yet")
+    supported = {"pass-fail"} if _is_legacy(meta) else {"pass-fail", "interactive"}
+    if others := _types(meta) - supported:
+        shown = ", ".join(sorted(others))[:80]
+        hint = "the words of legacy are in validation" if "interactive" in others else ""
+        raise ProblemError("problem.yaml: type", f"{shown!r} is not supported", hint=hint)
+
+
+def _validation(meta: _ProblemYaml, path: Path) -> tuple[tuple[Sources, ...], bool]:
+    """The validators of its own, and whether the problem is interactive."""
+    if _is_legacy(meta):
+        return _legacy_validation(meta.validation.split(), path)
+    if meta.validation != "default":
+        raise ProblemError("problem.yaml: validation", "a key of the version legacy",
+                           hint="here output_validator/ and type say it")  # fmt: skip
+    for name in ("output_validators", "static_validator"):
+        if (path / name).is_dir():
+            hint = "this version has output_validator/" if name == "output_validators" else ""
+            raise ProblemError(f"{name}/", "is not supported", hint=hint)
+    validators, interactive = programs.of_folder(path), "interactive" in _types(meta)
+    if interactive and not validators:
+        raise ProblemError("problem.yaml: type", "an interactive problem without a validator",
+                           hint="put the program into output_validator/")  # fmt: skip
+    return validators, interactive
+
+
+def _legacy_validation(words: list[str], path: Path) -> tuple[tuple[Sources, ...], bool]:
+    key = "problem.yaml: validation"
+    if words == ["default"]:
+        return (), False
+    kind, *more = words or [""]
+    if kind != "custom":
+        raise ProblemError(key, f"{kind[:40]!r} is neither default nor custom")
+    if others := set(more) - {"interactive"}:
+        raise ProblemError(key, f"{', '.join(sorted(others))[:80]!r} is not supported")
+    validators = programs.of_legacy(path)
+    if more and len(validators) > 1:
+        names = ", ".join(one.name for one in validators)
+        raise ProblemError(key, f"only one validator can be interactive, not {names[:200]}")
+    return validators, bool(more)
 
 
 def _languages(meta: _ProblemYaml) -> frozenset[str] | None:
@@ -234,10 +288,10 @@ def _time_limit(meta: _ProblemYaml, path: Path) -> tuple[float, str]:
     if meta.limits.time_limit is not None:
         return meta.limits.time_limit, "problem.yaml: limits.time_limit"
     if (path / ".timelimit").exists():
-        text = _bytes(path / ".timelimit", path).decode("utf-8", "replace").strip()
+        text = files.read(path / ".timelimit", path).decode("utf-8", "replace").strip()
         return _seconds(".timelimit", text), ".timelimit"
     if (path / "domjudge-problem.ini").exists():
-        text = _bytes(path / "domjudge-problem.ini", path).decode("utf-8", "replace")
+        text = files.read(path / "domjudge-problem.ini", path).decode("utf-8", "replace")
         found = re.search(r"^[ \t]*timelimit[ \t]*=[ \t]*([^\n]*)", text, re.MULTILINE)
         if found:
             name = "domjudge-problem.ini: timelimit"
@@ -263,13 +317,14 @@ class _Settings:
     group_flags: tuple[str, ...] = ()
     args: tuple[str, ...] = ()
     where: str = "problem.yaml: validator_flags"
+    validators: tuple[str, ...] = ()
+    """Names of the package's own; none: the flags are those of the default comparison."""
 
     def under(self, file: _GroupYaml, name: str) -> _Settings:
         changed = self
         flags = file.output_validator_args
         if file.output_validator_flags is not None:
-            given = file.output_validator_flags
-            flags = (given if isinstance(given, str) else given.get("flags", "")).split()
+            flags = self._flags(file.output_validator_flags, name)
         if flags is not None:
             key = "args" if file.output_validator_flags is None else "flags"
             where = f"{name}: output_validator_{key}"
@@ -278,7 +333,21 @@ class _Settings:
             changed = replace(changed, args=tuple(file.args))
         return changed
 
+    def _flags(self, given: str | dict[str, str], file: str) -> list[str]:
+        """The words; a map has them beside the name of the validator that is meant."""
+        if isinstance(given, str):
+            return given.split()
+        name = given.get("name")
+        only = self.validators[0] if len(self.validators) == 1 else ""
+        if self.validators and name is not None and name not in (only, only.rpartition(".")[0]):
+            known = ", ".join(self.validators)
+            raise ProblemError(f"{file}: output_validator_flags", f"{name[:80]!r} alone is not"
+                               f" supported: all validators are run ({known[:200]})")  # fmt: skip
+        return given.get("flags", "").split()
+
     def options(self) -> Options:
+        if self.validators:
+            return Options()
         try:
             return parse_flags((*self.flags, *self.group_flags))
         except ValueError as error:
@@ -304,9 +373,9 @@ def _cases(path: Path, settings: _Settings) -> tuple[Case, ...]:
 def _group(folder: Path, root: Path, settings: _Settings, depth: int) -> Iterator[Case]:
     """The cases of a directory and, where their names sort in between, of those below it."""
     if depth > MOST_DEPTH:
-        raise ProblemError(_relative(folder, root), "directories are nested too deeply")
+        raise ProblemError(files.relative(folder, root), "directories are nested too deeply")
     settings = _group_settings(folder, root, settings)
-    entries = [entry for entry in folder.iterdir() if _NAME.fullmatch(entry.name)]
+    entries = [entry for entry in folder.iterdir() if NAME.fullmatch(entry.name)]
     inputs = {entry.name[:-3] for entry in entries if entry.suffix == ".in"}
     groups = {
         entry.name
@@ -315,7 +384,7 @@ def _group(folder: Path, root: Path, settings: _Settings, depth: int) -> Iterato
     }
     for entry in entries:
         if entry.suffix == ".ans" and entry.stem not in inputs:
-            raise ProblemError(_relative(entry, root), f"there is no {entry.stem}.in")
+            raise ProblemError(files.relative(entry, root), f"there is no {entry.stem}.in")
     for name in sorted(inputs | groups):
         if name in inputs:
             yield _case(folder, name, root, settings)
@@ -326,27 +395,30 @@ def _group(folder: Path, root: Path, settings: _Settings, depth: int) -> Iterato
 def _group_settings(folder: Path, root: Path, settings: _Settings) -> _Settings:
     found = [name for name in ("testdata.yaml", "test_group.yaml") if (folder / name).exists()]
     if len(found) > 1:
-        raise ProblemError(_relative(folder, root), f"both {found[0]} and {found[1]}")
+        raise ProblemError(files.relative(folder, root), f"both {found[0]} and {found[1]}")
     if not found:
         return settings
-    name = _relative(folder / found[0], root)
-    return settings.under(metadata.read(name, _bytes(folder / found[0], root), _GroupYaml), name)
+    name = files.relative(folder / found[0], root)
+    return settings.under(
+        metadata.read(name, files.read(folder / found[0], root), _GroupYaml), name
+    )
 
 
 def _case(folder: Path, name: str, root: Path, settings: _Settings) -> Case:
     if (folder / f"{name}.yaml").exists() and name not in ("testdata", "test_group"):
-        own = _relative(folder / f"{name}.yaml", root)
+        own = files.relative(folder / f"{name}.yaml", root)
         settings = settings.under(
-            metadata.read(own, _bytes(folder / f"{name}.yaml", root), _GroupYaml), own
+            metadata.read(own, files.read(folder / f"{name}.yaml", root), _GroupYaml), own
         )
-    files = folder / f"{name}.files"
+    extra = folder / f"{name}.files"
     return Case(
-        name=_relative(folder / name, root / "data"),
-        input=_inside(folder / f"{name}.in", root),
-        answer=_inside(folder / f"{name}.ans", root),
+        name=files.relative(folder / name, root / "data"),
+        input=files.inside(folder / f"{name}.in", root),
+        answer=files.inside(folder / f"{name}.ans", root),
         options=settings.options(),
+        validator_args=(*settings.flags, *settings.group_flags) if settings.validators else (),
         args=settings.args,
-        files=dict(_tree(files, root)) if files.is_dir() else {},
+        files=dict(files.tree(extra, root)) if extra.is_dir() else {},
     )
 
 
@@ -354,36 +426,7 @@ def _include(folder: Path, root: Path) -> dict[str, dict[str, bytes]]:
     if not folder.is_dir():
         return {}
     return {
-        language.name: {name: file.read_bytes() for name, file in _tree(language, root)}
+        language.name: {name: file.read_bytes() for name, file in files.tree(language, root)}
         for language in sorted(folder.iterdir())
         if language.is_dir()
     }
-
-
-def _tree(folder: Path, root: Path) -> Iterator[tuple[str, Path]]:
-    """The files below a directory by their relative names."""
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and all(map(_NAME.fullmatch, path.relative_to(folder).parts)):
-            yield path.relative_to(folder).as_posix(), _inside(path, root)
-
-
-# --- files ----------------------------------------------------------------------------------------
-
-
-def _relative(path: Path, root: Path) -> str:
-    return path.relative_to(root).as_posix()
-
-
-def _inside(path: Path, root: Path) -> Path:
-    """The path, if it is an ordinary file of the package (links inside the package are)."""
-    name = _relative(path, root)
-    if not path.is_file():
-        raise ProblemError(name, "there is no such file")
-    if not path.resolve().is_relative_to(root.resolve()):
-        raise ProblemError(name, "a link that leads out of the package")
-    return path
-
-
-def _bytes(path: Path, root: Path) -> bytes:
-    with _inside(path, root).open("rb") as file:
-        return file.read(metadata.LARGEST + 1)

@@ -1,4 +1,4 @@
-"""The judge's words, and the two tables that choose them: the first row that holds wins.
+"""The judge's words, and the tables that choose them: the first row that holds wins.
 
 A status (why a run ended) is the sandbox's word, a verdict is the judge's; only here does one
 become the other. docs/howto/judge-a-problem.md explains the words to people.
@@ -67,6 +67,12 @@ class Facts:
     output: Literal["same", "space", "different"] | None = None
     produced: bool = True
     """For a compilation: whether it left what it had to."""
+    validator: Literal["accepted", "wrong", "failed"] | None = None
+    """What a validator of the package's own said; None: there is none, or it was not asked."""
+    unprompted: bool = False
+    """Interactive: it ended before it could know that the submission had."""
+    late: bool = False
+    """Interactive: the submission was ended because the conversation took too long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +80,8 @@ class Row:
     name: str
     verdict: Verdict
     holds: Callable[[Facts], bool]
+    by_validator: bool = False
+    """Whether a validator of the package's own decided, and says why."""
 
 
 def _status(*statuses: Status) -> Callable[[Facts], bool]:
@@ -85,7 +93,7 @@ def _own_start(facts: Facts) -> bool:
     return facts.status == "start_failed" and facts.own_program
 
 
-RUN: tuple[Row, ...] = (
+_OWN: tuple[Row, ...] = (
     Row("ended by the caller", "JE", _status("cancelled")),
     Row("the machine had no memory", "JE", lambda f: f.host_fault),
     Row("collecting failed", "JE", _status("artifact_error")),
@@ -110,11 +118,38 @@ RUN: tuple[Row, ...] = (
     ),
     Row("failing exit code", "RTE", _status("nonzero_exit")),
     Row("output not kept whole", "OLE", lambda f: f.truncated),
+)
+"""What a submission does by itself, whatever its output is."""
+
+RUN: tuple[Row, ...] = (
+    *_OWN,
     Row("right", "AC", lambda f: f.output == "same"),
     Row("right but for white space", "PE", lambda f: f.output == "space"),
     Row("wrong", "WA", lambda f: f.output == "different"),
     Row("not compared", "JE", lambda _: True),
 )
+
+VALIDATED: tuple[Row, ...] = (
+    *_OWN,
+    Row("the validator failed", "JE", lambda f: f.validator == "failed", by_validator=True),
+    Row("accepted by the validator", "AC", lambda f: f.validator == "accepted", by_validator=True),
+    Row("rejected by the validator", "WA", lambda f: f.validator == "wrong", by_validator=True),
+    Row("not validated", "JE", lambda _: True),
+)
+
+
+def _in_the_middle(word: str) -> Callable[[Facts], bool]:
+    return lambda facts: facts.unprompted and facts.validator == word
+
+
+INTERACTIVE: tuple[Row, ...] = (
+    Row("the validator failed in the middle", "JE", _in_the_middle("failed"), by_validator=True),
+    Row("rejected in the middle", "WA", _in_the_middle("wrong"), by_validator=True),
+    Row("the conversation took too long", "TLE", lambda f: f.late),
+    *VALIDATED,
+)
+"""As VALIDATED, but for what the validator decided while it could not know how the submission ends:
+then that end does not count, for it may be what the validator's end made of it."""
 
 COMPILE: tuple[Row, ...] = (
     Row("ended by the caller", "JE", _status("cancelled")),
@@ -128,5 +163,5 @@ COMPILE: tuple[Row, ...] = (
 
 
 def decide(table: tuple[Row, ...], facts: Facts) -> Row:
-    """The first row that holds; both tables end with one that always does."""
+    """The first row that holds; every table ends with one that always does."""
     return next(row for row in table if row.holds(facts))

@@ -4,7 +4,9 @@ Theory of operation. A pipe is one of the kernel's between two sandboxes, and no
 between: what is written there costs what a pipe costs, and its end is seen when the last writer has
 closed it. A relayed one is two pipes with a task here that carries from one to the other. It goes
 on reading when the reader has gone, so that the writer is not ended by SIGPIPE, and closes the
-second pipe when the first is at its end.
+second pipe when the first is at its end. A held one it does not close then: so whoever has the
+pipeline knows how the writer ended before the reader can know that it did, and what the reader did
+without knowing.
 
 A pipeline takes as many slots as it has jobs, or all there are: pipelines take theirs one after the
 other, so no two of them wait for what the other has. Its jobs then wait for nobody.
@@ -12,9 +14,12 @@ other, so no two of them wait for what the other has. Its jobs then wait for nob
 
 from __future__ import annotations
 
+import fcntl
 import os
+import struct
+import termios
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -53,9 +58,10 @@ class Joint:
 class Pipeline:
     """Jobs in progress. Made by `start_pipeline`; `runs` are in the order of the jobs."""
 
-    def __init__(self, runs: Sequence[Run], relays: Sequence[_Relay]) -> None:
+    def __init__(self, runs: Sequence[Run], relays: Mapping[int, _Relay]) -> None:
         self.runs = tuple(runs)
         self._relays = relays
+        """By the number of the pipe."""
 
     def kill(self) -> None:
         """End all of them now; their status will be `cancelled`."""
@@ -69,12 +75,24 @@ class Pipeline:
     async def result(self, number: int) -> Result:
         """The result of one of them. Someone must read its events meanwhile."""
         result = await self.runs[number].wait()
-        for relay in self._relays:
+        for relay in self._relays.values():
             if relay.pipe.writer == number:
                 await relay.done.wait()
                 streams = {**result.streams, relay.pipe.stream: relay.capture.output()}
                 result = msgspec.structs.replace(result, streams=streams)
         return result
+
+    async def wait_end(self, number: int) -> None:
+        """Until relayed pipe `number` is at its end, and all of it is carried."""
+        await self._relays[number].done.wait()
+
+    def pass_end(self, number: int) -> None:
+        """Let the reader of held pipe `number` see its end, when it comes or now if it came."""
+        self._relays[number].let_go()
+
+    def unread(self, number: int) -> int:
+        """Bytes carried through relayed pipe `number` that its reader has not yet read."""
+        return self._relays[number].unread()
 
 
 async def run_pipeline(runner: Runner, jobs: Sequence[Job], pipes: Sequence[Pipe]) -> list[Result]:
@@ -106,15 +124,15 @@ async def start_pipeline(
             joints = [Joint(limiter) for _ in jobs]
             async with AsyncExitStack() as stack:
                 with Descriptors() as theirs:
-                    relays = list(_join(jobs, pipes, joints, (ours, theirs)))
+                    relays = dict(_join(jobs, pipes, joints, (ours, theirs)))
                     runs = [
                         await stack.enter_async_context(
                             runner._begin(job, usage_every, joint=joint)
                         )
                         for job, joint in zip(jobs, joints, strict=True)
                     ]
-                for relay in relays:
-                    nursery.start_soon(relay.carry)
+                for relay in relays.values():
+                    nursery.start_soon(relay.carry, runs[relay.pipe.writer])
                 yield Pipeline(runs, relays)
             nursery.cancel_scope.cancel()
 
@@ -162,6 +180,8 @@ def _check_pipe(where: str, jobs: Sequence[Job], pipe: Pipe) -> None:
             raise JobError(f"{where}: job {index} has a terminal", hint="leave it out")
     if jobs[pipe.reader].stdin != b"":
         raise JobError(f"{where}: job {pipe.reader} has a stdin", hint="leave it out")
+    if not pipe.relay and (pipe.hold or pipe.limit is not None):
+        raise JobError(f"{where}: it is the kernel's own", hint="limit and hold need relay=True")
 
 
 def _join(
@@ -169,10 +189,10 @@ def _join(
     pipes: Sequence[Pipe],
     joints: Sequence[Joint],
     owners: tuple[Descriptors, Descriptors],
-) -> Iterator[_Relay]:
+) -> Iterator[tuple[int, _Relay]]:
     """Make the pipes; what is to be relayed. `owners`: of our ends, and of the jobs'."""
     ours, theirs = owners
-    for pipe in pipes:
+    for number, pipe in enumerate(pipes):
         source, target = os.pipe2(os.O_CLOEXEC)
         joints[pipe.writer].ends[pipe.stream] = theirs.own(target)
         if not pipe.relay:
@@ -184,7 +204,7 @@ def _join(
         ours.own(next_target)
         for fd in (source, next_target):
             os.set_blocking(fd, False)
-        yield _Relay(pipe, source, next_target, ours, Capture(jobs[pipe.writer].keep))
+        yield number, _Relay(pipe, source, next_target, ours, Capture(jobs[pipe.writer].keep))
 
 
 @dataclass(slots=True)
@@ -198,9 +218,12 @@ class _Relay:
     capture: Capture
     done: trio.Event = field(default_factory=trio.Event)
     _deaf: bool = False
-    """The reader has gone."""
+    """The reader has gone, or is to get no more."""
+    _free: bool = False
+    """The reader of a held pipe may see its end."""
 
-    async def carry(self) -> None:
+    async def carry(self, writer: Run) -> None:
+        limit = self.pipe.limit
         while True:
             try:
                 data = os.read(self.source, CHUNK)
@@ -210,9 +233,25 @@ class _Relay:
             if not data:
                 break
             self.capture.add(data)
+            if limit is not None and self.capture.count > limit:
+                writer._stop("output_limit", f"output {limit} bytes")
+                self._deaf = True
             await self._pass_on(memoryview(data))
-        self.owner.close(self.target)
         self.done.set()
+        if self._free or not self.pipe.hold:
+            self.owner.close(self.target)
+
+    def let_go(self) -> None:
+        self._free = True
+        if self.done.is_set():
+            self.owner.close(self.target)
+
+    def unread(self) -> int:
+        """FIONREAD of a pipe (pipe(7)): what is in it. 0 when it is closed."""
+        if self.done.is_set() and (self._free or not self.pipe.hold):
+            return 0
+        (count,) = struct.unpack("i", fcntl.ioctl(self.target, termios.FIONREAD, bytes(4)))
+        return int(count)
 
     async def _pass_on(self, data: memoryview) -> None:
         """All of it, or nothing any more."""

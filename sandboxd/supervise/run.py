@@ -8,7 +8,7 @@ import trio
 
 from sandboxd.errors import SandboxError
 from sandboxd.job import Job
-from sandboxd.result import Artifact, Event, Result, Usage
+from sandboxd.result import Artifact, Event, Result, Status, Usage
 from sandboxd.supervise.areas import Area
 from sandboxd.supervise.leavings import Leavings, OpenArtifacts
 from sandboxd.supervise.pipes import resize_terminal
@@ -51,6 +51,11 @@ class Hands:
         else:
             self._queue.cancel()
             self._files.cancel()
+
+    def _stop(self, status: Status, why: str) -> None:
+        """End it at a limit that is watched elsewhere."""
+        if self._control is not None:
+            self._control.stops.stop(status, why)
 
     def usage(self) -> Usage:
         """What it has used up to now; SandboxError before the program starts and after its end."""

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from sandboxd.errors import HostError
-from sandboxd.judge.judge import Afresh, judge
+from sandboxd.judge.compiling import Afresh
+from sandboxd.judge.judge import judge
 from sandboxd.judge.judgement import Judgement
 from sandboxd.judge.languages import check_available, detect
 from sandboxd.judge.problem import Problem, load
@@ -63,6 +64,15 @@ def every_submission() -> Iterator[object]:
         yield pytest.param(path, marks=pytest.mark.needs(*needs), id=name)
 
 
+def every_other_submission() -> Iterator[object]:
+    for path in sorted(EXAMPLES.glob("*/submissions/*/*")):
+        package = path.parents[2].name
+        if package != "different":
+            code = detect(read(path, 1 << 20).files).code
+            needs = pytest.mark.needs("userns", "g++", *NEEDS.get(code, []))
+            yield pytest.param(package, path, marks=needs, id=path.relative_to(EXAMPLES).as_posix())
+
+
 def skip_without_compiler(path: Path) -> None:
     """Skips where sandboxes have no compiler: one in somebody's home directory does not help."""
     language = detect(read(path, 1 << 20).files)
@@ -86,6 +96,19 @@ async def test_the_example_submissions_get_what_they_must(problem: Problem, path
     assert judgement.verdict in problem.expected(path), judgement
     if judgement.verdict == "AC":
         assert len(judgement.cases) == len(problem.cases)
+
+
+@pytest.mark.parametrize(("package", "path"), [*every_other_submission()])
+async def test_submissions_to_packages_with_validators(package: str, path: Path) -> None:
+    problem = load(EXAMPLES / package)
+    own = problem.limits
+    limits = dataclasses.replace(
+        own, time=own.time * SLOW, validation_time=own.validation_time * SLOW
+    )
+    problem = dataclasses.replace(problem, limits=limits)
+    judgement = await judged(problem, path)
+    assert judgement.verdict in problem.expected(path), judgement
+    assert judgement.message or judgement.verdict == "AC"
 
 
 @pytest.mark.needs("userns", "gcc", "g++")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,7 @@ def package(tmp_path: Path) -> Path:
 
 
 ENDS = ("in", "ans")
+NEW = "problem_format_version: 2025-09\n"
 
 
 def put(root: Path, files: dict[str, str]) -> None:
@@ -187,10 +189,16 @@ def test_the_example_package() -> None:
     ("text", "where", "message"),
     [
         ("problem_format_version: '2019'", "problem_format_version", "'2019' is not one of legacy"),
-        ("validation: custom", "validation", "'custom' is not supported yet"),
-        ("validation: custom interactive", "validation", "'custom interactive' is not supported"),
-        ("type: scoring", "type", "'scoring' is not supported yet"),
-        ("type: [pass-fail, interactive]", "type", "'interactive' is not supported yet"),
+        ("validation: custom score", "validation", "'score' is not supported"),
+        ("validation: custom interactive multi-pass", "validation", "'multi-pass' is not support"),
+        ("validation: own", "validation", "'own' is neither default nor custom"),
+        ("type: scoring", "type", "'scoring' is not supported"),
+        ("type: [pass-fail, interactive]", "type", "(the words of legacy are in validation)"),
+        (f"{NEW}type: scoring", "type", "'scoring' is not supported"),
+        (f"{NEW}type: [interactive, multi-pass]", "type", "'multi-pass' is not supported"),
+        (f"{NEW}type: submit-answer", "type", "'submit-answer' is not supported"),
+        (f"{NEW}type: interactive", "type", "an interactive problem without a validator"),
+        (f"{NEW}validation: custom", "validation", "a key of the version legacy"),
         ("nmae: x", "nmae", "there is no such key (did you mean name?)"),
         ("limits: {memroy: 1}", "limits.memroy", "no such key (did you mean memory?)"),
         ("limits: {memory: lots}", "limits.memory", "expected `int`, got `str`"),
@@ -296,12 +304,104 @@ def test_wrong_files(package: Path, files: dict[str, str], where: str, message: 
     refuse(package, where, message)
 
 
-@pytest.mark.parametrize("name", ["output_validator", "output_validators", "static_validator"])
-def test_validators_of_newer_packages(package: Path, name: str) -> None:
+@pytest.mark.parametrize("name", ["output_validators", "static_validator"])
+def test_validators_that_newer_packages_do_not_have(package: Path, name: str) -> None:
     put(package, {f"{name}/check.py": ""})
-    load(package)  # legacy: validation decides
-    put(package, {"problem.yaml": "problem_format_version: 2025-09"})
-    refuse(package, f"{name}/", "a validator of its own is not supported yet")
+    assert load(package).validators == ()  # legacy: validation decides
+    put(package, {"problem.yaml": NEW})
+    refuse(package, f"{name}/", "is not supported")
+
+
+# --- validators of its own ------------------------------------------------------------------------
+
+
+def names(package: Path) -> list[tuple[str, list[str]]]:
+    return [(one.name, [*one.files]) for one in load(package).validators]
+
+
+def test_validators_of_a_legacy_package(package: Path) -> None:
+    limits = "{validation_time: 3, validation_memory: 64, validation_output: 1}"
+    text = f"validation: custom\nvalidator_flags: -a\nlimits: {limits}"
+    put(package, {"problem.yaml": text})
+    refuse(package, "output_validators/", "there is no program in it")
+    put(package, {f"output_validators/{name}": "" for name in ("b.py", "a/x.cpp", "a/lib/x.h")})
+    put(package, {"output_validators/.b.py.swp": "", "output_validators/a/.hidden": ""})
+    put(package, {"data/secret/testdata.yaml": "output_validator_flags: -b  2"})
+    problem = load(package)
+    assert names(package) == [
+        ("output_validators/a", ["lib/x.h", "x.cpp"]),
+        ("output_validators/b.py", ["b.py"]),
+    ]
+    assert not problem.interactive
+    assert [case.validator_args for case in problem.cases] == [("-a",), ("-a", "-b", "2")]
+    assert (problem.limits.validation_time, problem.limits.validation_memory) == (3, 64 * MIB)
+    assert problem.limits.validation_output == MIB
+
+
+def test_an_interactive_legacy_package(package: Path) -> None:
+    put(package, {"problem.yaml": "validation: custom interactive", "output_validators/a.py": ""})
+    assert load(package).interactive
+    put(package, {"output_validators/b.py": ""})
+    refuse(package, "problem.yaml: validation", "only one validator can be interactive, not")
+
+
+@pytest.mark.parametrize("inner", ["", "check/"])
+def test_the_validator_of_a_newer_package(package: Path, inner: str) -> None:
+    put(package, {"problem.yaml": NEW + "type: [pass-fail, interactive]"})
+    put(package, {f"output_validator/{inner}{name}": "" for name in ("__main__.py", "lib.py")})
+    put(package, {"data/secret/test_group.yaml": "output_validator_args: [float, '1e-3 x']"})
+    problem = load(package)
+    place = f"output_validator/{inner}".rstrip("/")
+    assert names(package) == [(place, ["__main__.py", "lib.py"])]
+    assert problem.interactive
+    assert [case.validator_args for case in problem.cases] == [(), ("float", "1e-3 x")]
+
+
+def test_scripts_of_a_validator(package: Path) -> None:
+    put(package, {"problem.yaml": NEW, "output_validator/build": "", "output_validator/x.ml": ""})
+    refuse(package, "output_validator/build", "a script that is not executable (chmod +x build)")
+    (package / "output_validator/build").chmod(0o755)
+    (sources,) = load(package).validators
+    assert sources.scripted
+    assert sources.files["build"].mode == 0o755
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (["notes.txt"], "notes.txt: no source file of a known language"),
+        (["check.cpp", "testlib.h"], "testlib.h: no source file"),
+        (["check/a.cpp", "check/b.py"], "check: source files of several languages: C++, Python 3"),
+        (["check/testlib.h"], "check: no source file of a known language"),
+    ],
+)
+def test_validators_that_are_no_programs(package: Path, files: list[str], message: str) -> None:
+    put(package, {"problem.yaml": "validation: custom"})
+    put(package, {f"output_validators/{name}": "" for name in files})
+    with pytest.raises(ProblemError, match=f"^output_validators/{re.escape(message)}") as raised:
+        load(package)
+    assert raised.value.hint
+
+
+def test_a_validator_that_a_group_names(package: Path) -> None:
+    put(package, {"problem.yaml": "validation: custom", "output_validators/check.py": ""})
+    for name in ("check", "check.py"):
+        flags = f"output_validator_flags: {{name: {name}, flags: -x 1}}"
+        put(package, {"data/secret/testdata.yaml": flags})
+        assert load(package).cases[1].validator_args == ("-x", "1")
+    put(package, {"output_validators/other.py": ""})
+    refuse(
+        package,
+        "data/secret/testdata.yaml: output_validator_flags",
+        "'check.py' alone is not supported: all validators are run (check.py, other.py)",
+    )
+
+
+def test_a_validator_that_is_a_link_out_of_the_package(package: Path, tmp_path: Path) -> None:
+    (tmp_path / "outside.py").write_text("secret")
+    put(package, {"problem.yaml": NEW, "output_validator/check.py": ""})
+    (package / "output_validator/lib.py").symlink_to(tmp_path / "outside.py")
+    refuse(package, "output_validator/lib.py", "a link that leads out of the package")
 
 
 def test_no_secret_data(package: Path) -> None:

@@ -1,4 +1,4 @@
-"""The two tables of verdicts: every row is chosen by something, and rows win in their order."""
+"""The tables of verdicts: every row is chosen by something, and rows win in their order."""
 
 from __future__ import annotations
 
@@ -6,7 +6,18 @@ from typing import get_args
 
 import pytest
 
-from sandboxd.judge.verdict import COMPILE, EXPECTED, MEANING, RUN, Facts, Verdict, decide
+from sandboxd.judge.verdict import (
+    COMPILE,
+    EXPECTED,
+    INTERACTIVE,
+    MEANING,
+    RUN,
+    VALIDATED,
+    Facts,
+    Row,
+    Verdict,
+    decide,
+)
 from sandboxd.result import Status
 
 RUNS: list[tuple[str, Verdict, Facts]] = [
@@ -41,6 +52,49 @@ RUNS: list[tuple[str, Verdict, Facts]] = [
     ("not compared", "JE", Facts(status="ok")),
 ]
 
+OWN = RUNS[: next(number for number, (name, _, _) in enumerate(RUNS) if name == "right")]
+
+VALIDATIONS: list[tuple[str, Verdict, Facts]] = [
+    *OWN,
+    ("killed by a signal", "RTE", Facts(status="signaled", validator="wrong")),
+    ("the validator failed", "JE", Facts(status="ok", validator="failed")),
+    ("accepted by the validator", "AC", Facts(status="ok", validator="accepted")),
+    ("rejected by the validator", "WA", Facts(status="ok", validator="wrong")),
+    ("not validated", "JE", Facts(status="ok")),
+]
+
+CONVERSATIONS: list[tuple[str, Verdict, Facts]] = [
+    (
+        "the validator failed in the middle",
+        "JE",
+        Facts(status="signaled", validator="failed", unprompted=True),
+    ),
+    (
+        "rejected in the middle",
+        "WA",
+        Facts(status="cancelled", validator="wrong", unprompted=True, late=True),
+    ),
+    ("rejected in the middle", "WA", Facts(status="ok", validator="wrong", unprompted=True)),
+    (
+        "the conversation took too long",
+        "TLE",
+        Facts(status="cancelled", validator="wrong", late=True),
+    ),
+    *OWN,
+    ("failing exit code", "RTE", Facts(status="nonzero_exit", validator="wrong")),
+    ("failing exit code", "RTE", Facts(status="nonzero_exit", validator="failed")),
+    (
+        "failing exit code",
+        "RTE",
+        Facts(status="nonzero_exit", validator="accepted", unprompted=True),
+    ),
+    ("the validator failed", "JE", Facts(status="ok", validator="failed")),
+    ("accepted by the validator", "AC", Facts(status="ok", validator="accepted", unprompted=True)),
+    ("accepted by the validator", "AC", Facts(status="ok", validator="accepted")),
+    ("rejected by the validator", "WA", Facts(status="ok", validator="wrong")),
+    ("not validated", "JE", Facts(status="ok")),
+]
+
 COMPILATIONS: list[tuple[str, Verdict, Facts]] = [
     ("ended by the caller", "JE", Facts(status="cancelled")),
     ("the machine had no memory", "JE", Facts(status="signaled", host_fault=True)),
@@ -55,21 +109,28 @@ COMPILATIONS: list[tuple[str, Verdict, Facts]] = [
 ]
 
 
-@pytest.mark.parametrize(("name", "verdict", "facts"), RUNS)
-def test_run(name: str, verdict: Verdict, facts: Facts) -> None:
-    row = decide(RUN, facts)
+TABLES = [
+    (RUN, RUNS),
+    (VALIDATED, VALIDATIONS),
+    (INTERACTIVE, CONVERSATIONS),
+    (COMPILE, COMPILATIONS),
+]
+
+
+@pytest.mark.parametrize(
+    ("table", "name", "verdict", "facts"),
+    [(table, *one) for table, chosen in TABLES for one in chosen],
+)
+def test_each_row(table: tuple[Row, ...], name: str, verdict: Verdict, facts: Facts) -> None:
+    row = decide(table, facts)
     assert (row.name, row.verdict) == (name, verdict)
 
 
-@pytest.mark.parametrize(("name", "verdict", "facts"), COMPILATIONS)
-def test_compilation(name: str, verdict: Verdict, facts: Facts) -> None:
-    row = decide(COMPILE, facts)
-    assert (row.name, row.verdict) == (name, verdict)
-
-
-def test_every_row_is_tested() -> None:
-    assert [row.name for row in RUN] == list(dict.fromkeys(name for name, _, _ in RUNS))
-    assert [row.name for row in COMPILE] == list(dict.fromkeys(name for name, _, _ in COMPILATIONS))
+@pytest.mark.parametrize(("table", "chosen"), TABLES)
+def test_every_row_is_tested(
+    table: tuple[Row, ...], chosen: list[tuple[str, Verdict, Facts]]
+) -> None:
+    assert [row.name for row in table] == list(dict.fromkeys(name for name, _, _ in chosen))
 
 
 @pytest.mark.parametrize("status", get_args(Status))
@@ -77,6 +138,9 @@ def test_every_status_has_a_verdict_and_only_ok_is_accepted(status: Status) -> N
     right = Facts(status=status, output="same")
     assert (decide(RUN, right).verdict == "AC") == (status == "ok")
     assert (decide(COMPILE, right).verdict == "AC") == (status == "ok")
+    for table in (VALIDATED, INTERACTIVE):
+        accepted = Facts(status=status, validator="accepted", unprompted=True)
+        assert (decide(table, accepted).verdict == "AC") == (status == "ok")
 
 
 def test_every_verdict_has_a_meaning() -> None:

@@ -178,7 +178,56 @@ async def _drain(events: trio.MemoryReceiveChannel[object]) -> None:
         pass
 
 
+async def test_a_held_end_is_seen_when_it_is_passed_and_not_before() -> None:
+    says = job("sh", "-c", "printf told; exit 3")
+    hears = python("import sys; print('>', end='', file=sys.stderr, flush=True);"
+                   " print(len(sys.stdin.read()))")  # fmt: skip
+    pipe = Pipe(writer=0, reader=1, relay=True, hold=True)
+    async with open_runner(slots=2) as runner:
+        async with runner.start_pipeline([says, hears], [pipe]) as joined:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(_drain, joined.runs[0].events)
+                await joined.wait_end(0)
+                assert (await joined.result(0)).exit_code == 3
+                async for event in joined.runs[1].events:
+                    if event.data:
+                        break  # it reads: what was said, and not the end of it
+                nursery.start_soon(_drain, joined.runs[1].events)
+                with trio.move_on_after(0.3):
+                    await joined.runs[1].wait()
+                    pytest.fail("it saw an end that was held")
+                assert joined.unread(0) == 0
+                joined.pass_end(0)
+                assert (await joined.result(1)).stdout == b"4\n"
+
+
+async def test_what_nobody_has_read_is_counted() -> None:
+    says, sleeps = job("printf", "told"), job("sleep", "60")
+    pipe = Pipe(writer=0, reader=1, relay=True, hold=True)
+    async with open_runner(slots=2) as runner:
+        async with runner.start_pipeline([says, sleeps], [pipe]) as joined:
+            async with trio.open_nursery() as nursery:
+                for run in joined.runs:
+                    nursery.start_soon(_drain, run.events)
+                await joined.wait_end(0)
+                assert joined.unread(0) == 4
+                joined.pass_end(0)
+                assert joined.unread(0) == 0
+                joined.kill()
+
+
+async def test_a_relayed_stream_may_have_a_limit() -> None:
+    pipe = Pipe(writer=0, reader=1, relay=True, limit=100_000)
+    flood, other = await run([job("yes"), job("sh", "-c", "cat >/dev/null")], pipe)
+    assert (flood.status, flood.message) == ("output_limit", "stopped: output 100000 bytes")
+    assert other.ok
+    enough, other = await run([job("head", "-c", "100000", "/dev/zero"), job("wc", "-c")], pipe)
+    assert (enough.status, other.stdout) == ("ok", b"100000\n")
+
+
 REFUSED = {
+    "the kernel's own": ([job("a"), job("b")], [Pipe(writer=0, reader=1, hold=True)]),
+    "limit and hold": ([job("a"), job("b")], [Pipe(writer=0, reader=1, limit=1)]),
     "no job 2": ([job("a"), job("b")], [Pipe(writer=0, reader=2)]),
     "no job -1": ([job("a"), job("b")], [Pipe(writer=-1, reader=0)]),
     "pipeline of 0": ([], []),

@@ -1,0 +1,4 @@
+// Never finds any.
+#include <iostream>
+
+int main() { std::cout << "none\n"; }
