@@ -1,6 +1,7 @@
 """Whatever bytes come over a connection, the daemon answers or hangs up; it never raises.
 
 And whatever JSON is a submission becomes a Job, or a Refusal, or a SandboxError; never another.
+So does what is one of jobs that run together.
 
     ./do fuzz serve          # until stopped by an error, or after a million examples
     ./do fuzz serve 5000     # that many examples
@@ -21,9 +22,18 @@ from hypothesis import strategies as st
 
 from sandboxd.errors import SandboxError
 from sandboxd.job import Job
+from sandboxd.serve.ensemble import (
+    GroupSubmission,
+    PipelineSubmission,
+    group_of,
+    member_line,
+    pipes_of,
+)
+from sandboxd.serve.ensemble import bodies as whole
 from sandboxd.serve.http import Conversation, Peer, Reply, Request, converse
-from sandboxd.serve.wire import Refusal, Submission, digests, job_of, submission, words
+from sandboxd.serve.wire import Refusal, Submission, decode, digests, job_of, submission, words
 from sandboxd.serve.wires import Wire
+from sandboxd.supervise import groups, pipeline
 
 METHODS = [b"GET", b"POST", b"PUT", b"DELETE", b"HEAD", b"OPTIONS", b"PRI", b"", b"get", b"\xff"]
 TARGETS = [b"/", b"*", b"/a?b=c&d", b"/%00%ff", b"http://[x", b"//", b"/a b", b"?" + b"&" * 50]
@@ -160,15 +170,67 @@ def check_submission(body: bytes) -> None:
     assert isinstance(job, Job)
 
 
+some = st.one_of(likely, st.dictionaries(names, values, max_size=3), st.just({"argv": ["a"]}))
+called = st.one_of(st.sampled_from(["a", "b", "A", "localhost", "x" * 64, ""]), st.text(max_size=3))
+places = st.sampled_from(["192.168.100.9", "192.168.100.1", "8.8.8.0/24", "10.0.0.0/29", "x", ""])
+member = st.fixed_dictionaries(
+    {"job": some},
+    optional={
+        "address": places,
+        "after": st.lists(called, max_size=2),
+        "ready": st.sampled_from(["started", "tcp:80", "udp:0", "tcp:99999", "ended", ""]),
+    },
+)
+together = st.one_of(
+    st.fixed_dictionaries(
+        {"members": st.dictionaries(called, member, max_size=3)},
+        optional={"name": called, "main": called, "subnet": places, "id": called,
+                  "share": st.sampled_from(["bridge", "network", ""]), "stop": st.just("exit")},
+    ),
+    st.fixed_dictionaries(
+        {"jobs": st.lists(some, max_size=3)},
+        optional={
+            "pipes": st.lists(st.fixed_dictionaries(
+                {"writer": st.integers(-1, 17), "reader": st.integers(-1, 3)},
+                optional={"stream": st.sampled_from(["stdout", "stderr", ""])},
+            ), max_size=3),
+            "usage_every": st.floats(),
+        },
+    ),
+    values,
+).map(msgspec.json.encode)  # fmt: skip
+
+
+def check_together(body: bytes) -> None:
+    for kind in (GroupSubmission, PipelineSubmission):
+        try:
+            wanted = decode(body, kind)
+            jobs = {
+                name: job_of(submission(one), (name, None), lambda digest: Path("/store", digest))
+                for name, one in whole(wanted).items()
+            }
+            if isinstance(wanted, GroupSubmission):
+                groups.check(group_of(wanted, jobs))
+            else:
+                pipeline.check(list(jobs.values()), pipes_of(wanted))
+        except (Refusal, SandboxError):
+            continue
+        assert member_line(b'{"v":1,"seq":0,"type":"start"}', next(iter(jobs)))
+
+
 def fuzz(examples: int) -> None:
     @settings(
         max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck),
         database=None,
     )  # fmt: skip
-    @given(connections, st.sampled_from([1, 3, 50, 9999]), st.integers(0, 2), st.booleans(), bodies)
-    def whatever(data: bytes, size: int, reads: int, streams: bool, body: bytes) -> None:
-        check_connection(data, size, handler(reads, streams))
+    @given(
+        connections, st.sampled_from([1, 3, 50, 9999]),
+        st.builds(handler, st.integers(0, 2), st.booleans()), bodies, together,
+    )  # fmt: skip
+    def whatever(data: bytes, size: int, handle: Any, body: bytes, several: bytes) -> None:
+        check_connection(data, size, handle)
         check_submission(body)
+        check_together(several)
 
     whatever()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
@@ -21,7 +20,7 @@ from sandboxd.serve.link import Links
 from sandboxd.serve.remote import ClientRun
 from sandboxd.serve.sending import submission_of
 from sandboxd.serve.tls import Trust
-from sandboxd.serve.wire import FASTEST, Info, error_of, event_of, result_of
+from sandboxd.serve.wire import Info, error_of, event_of, result_of
 from sandboxd.supervise.artifacts import check_place, save
 from sandboxd.supervise.one_error import one_error
 
@@ -51,8 +50,7 @@ class Client:
         self, job: Job, *, usage_every: float | None = None
     ) -> AsyncIterator[ClientRun]:
         """Carry a job out while its events are read; leaving the block kills what is left."""
-        if usage_every is not None and not FASTEST <= usage_every < math.inf:
-            raise JobError(f"usage_every={usage_every!r}", hint=f"{FASTEST:g} seconds or more")
+        joined.check_usage(usage_every)
         check_place(job)
         wanted = await submission_of(job, self._store)
         wanted |= {"overflow": "stall", "usage_every": usage_every}
@@ -183,10 +181,12 @@ class Client:
         connection, which ends them."""
         return await joined.run_group(self, group, emit)
 
-    def start_group(self, group: Group) -> AbstractAsyncContextManager[joined.ClientGroup]:
+    def start_group(
+        self, group: Group, *, usage_every: float | None = None
+    ) -> AbstractAsyncContextManager[joined.ClientGroup]:
         """The same while the events of all members are read, at the same time: they come on one
         connection. Leaving the block kills what is left."""
-        return joined.start_group(self, group)
+        return joined.start_group(self, group, usage_every)
 
     async def run_pipeline(self, jobs: Sequence[Job], pipes: Sequence[Pipe]) -> list[Result]:
         """Carry jobs out at the same time, joined by pipes; their results, in their order."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
@@ -50,6 +50,7 @@ class GroupSubmission(Message, frozen=True):
     stop: Literal["failure", "exit", "never"] = "failure"
     id: Annotated[str, Meta(pattern=ID)] | None = None
     priority: Annotated[int, Meta(ge=0, le=9)] = 5
+    usage_every: Annotated[float, Meta(ge=FASTEST, le=86400)] | None = None
 
 
 class PipeSubmission(Message, frozen=True):
@@ -117,10 +118,8 @@ def bodies(wanted: GroupSubmission | PipelineSubmission) -> dict[str, bytes]:
             if getattr(one, field) != common:
                 raise Refusal(422, "job", f"{where}: {field} is not for one of them alone",
                               hint="leave it out")  # fmt: skip
-        changes: dict[str, Any] = {"priority": wanted.priority}
-        if isinstance(wanted, PipelineSubmission):
-            changes["usage_every"] = wanted.usage_every
-        found[name] = encode(msgspec.structs.replace(one, **changes))
+        of_all = {"priority": wanted.priority, "usage_every": wanted.usage_every}
+        found[name] = encode(msgspec.structs.replace(one, **of_all))
         try:
             submission(found[name])
         except Refusal as refusal:

@@ -301,14 +301,14 @@ class Ensembles:
 
 def _beginning(runner: Runner, wanted: Wanted, lives: Mapping[str, Live]) -> Begin:
     """What starts it; SandboxError if it cannot be."""
+    usage_every = wanted.usage_every
     jobs: dict[str, Job] = {name: live.job for name, live in lives.items() if live.job is not None}
     if isinstance(wanted, GroupSubmission):
         group = group_of(wanted, jobs)
         groups.check(group)
-        return functools.partial(runner.start_group, group)
+        return functools.partial(runner.start_group, group, usage_every=usage_every)
     pipes, every = pipes_of(wanted), list(jobs.values())
     pipeline.check(every, pipes)
-    usage_every = wanted.usage_every
     return functools.partial(runner.start_pipeline, every, pipes, usage_every=usage_every)
 
 

@@ -141,9 +141,9 @@ async def run_group(client: Client, group: Group, emit: Emit | None) -> dict[str
     for name, job in jobs.items():
         check_job(name, job)
     if emit is None:
-        view = await _asked(client, "/v1/groups", await _group(client, group))
+        view = await _asked(client, "/v1/groups", await _group(client, group, None))
         return await _results(client, jobs, view["members"])
-    async with start_group(client, group) as live:
+    async with start_group(client, group, None) as live:
         with one_error():
             async with trio.open_nursery() as nursery:
                 for name, run in live.runs.items():
@@ -152,15 +152,18 @@ async def run_group(client: Client, group: Group, emit: Emit | None) -> dict[str
 
 
 @asynccontextmanager
-async def start_group(client: Client, group: Group) -> AsyncIterator[ClientGroup]:
+async def start_group(
+    client: Client, group: Group, usage_every: float | None
+) -> AsyncIterator[ClientGroup]:
     """See Client.start_group."""
+    check_usage(usage_every)
     jobs = {name: one.job for name, one in group.every().items()}
-    live = ClientGroup(client, group)
-    async with _following(live, "/v1/groups", await _group(client, group), jobs):
+    live, body = ClientGroup(client, group), await _group(client, group, usage_every)
+    async with _following(live, "/v1/groups", body, jobs):
         yield live
 
 
-async def _group(client: Client, group: Group) -> bytes:
+async def _group(client: Client, group: Group, usage_every: float | None) -> bytes:
     members = {
         name: {
             "job": await _job(client, one.job),
@@ -171,9 +174,8 @@ async def _group(client: Client, group: Group) -> bytes:
         for name, one in group.every().items()
     }
     names = ("name", "share", "subnet", "main", "stop")
-    return msgspec.json.encode(
-        {"members": members, **{name: getattr(group, name) for name in names}}
-    )
+    shared = {name: getattr(group, name) for name in names}
+    return msgspec.json.encode({"members": members, **shared, "usage_every": usage_every})
 
 
 async def _read(name: str, run: ClientRun, emit: Emit) -> None:
@@ -197,8 +199,7 @@ async def start_pipeline(
     client: Client, jobs: Sequence[Job], pipes: Sequence[Pipe], usage_every: float | None
 ) -> AsyncIterator[ClientPipeline]:
     """See Client.start_pipeline."""
-    if usage_every is not None and not FASTEST <= usage_every < math.inf:
-        raise JobError(f"usage_every={usage_every!r}", hint=f"{FASTEST:g} seconds or more")
+    check_usage(usage_every)
     body = await _pipeline(client, jobs, pipes, usage_every)
     live = ClientPipeline(client)
     async with _following(live, "/v1/pipelines", body, _numbered(jobs)):
@@ -218,6 +219,12 @@ def _numbered(values: Sequence[Any]) -> dict[str, Any]:
 
 
 # -- both ------------------------------------------------------------------------------------
+
+
+def check_usage(usage_every: float | None) -> None:
+    """JobError if it is no time between two events."""
+    if usage_every is not None and not FASTEST <= usage_every < math.inf:
+        raise JobError(f"usage_every={usage_every!r}", hint=f"{FASTEST:g} seconds or more")
 
 
 async def _job(client: Client, job: Job) -> dict[str, Any]:

@@ -232,7 +232,9 @@ def index_of(network: UserNetwork, name: str) -> int:
 
 
 @asynccontextmanager
-async def open_group(runner: Runner, group: Group) -> AsyncIterator[GroupRun]:
+async def open_group(
+    runner: Runner, group: Group, usage_every: float | None = None
+) -> AsyncIterator[GroupRun]:
     """All members, started; leaving ends what is left of them and their network."""
     layout = lay_out(group)
     every = group.every()
@@ -259,7 +261,7 @@ async def open_group(runner: Runner, group: Group) -> AsyncIterator[GroupRun]:
             keeper = await ground.netkeeper()
             await stack.enter_async_context(open_networks(keeper, layout, seats, ways))
             for name, one in every.items():
-                begun = runner._begin(one.job, None, seats[name])
+                begun = runner._begin(one.job, usage_every, seats[name])
                 live.runs[name] = await stack.enter_async_context(begun)
             async with trio.open_nursery() as nursery:
                 for name, seat in seats.items():

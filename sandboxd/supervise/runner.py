@@ -129,10 +129,12 @@ class Runner:
         """
         return await groups.run_group(self, group, emit)
 
-    def start_group(self, group: Group) -> AbstractAsyncContextManager[groups.GroupRun]:
+    def start_group(
+        self, group: Group, *, usage_every: float | None = None
+    ) -> AbstractAsyncContextManager[groups.GroupRun]:
         """The same while the events of all members are read; leaving the block kills what is
         left."""
-        return groups.open_group(self, group)
+        return groups.open_group(self, group, usage_every)
 
     def start(
         self, job: Job, *, usage_every: float | None = None

@@ -120,6 +120,22 @@ async def test_a_group_is_killed_or_left(where: str) -> None:
 
 
 @BOTH
+async def test_what_members_use_is_told(where: str) -> None:
+    async with opened(where) as either:
+        with pytest.raises(JobError, match="usage_every"):
+            async with either.start_group(waiting("a"), usage_every=0.001):
+                pass
+        async with either.start_group(waiting("a", "b"), usage_every=0.05) as live:
+            for run in live.runs.values():
+                async for event in run.events:
+                    if event.usage is not None:
+                        break
+                wall = run.usage().wall_time
+                assert wall is not None
+                assert wall > 0
+
+
+@BOTH
 async def test_one_member_is_killed(where: str) -> None:
     group = Group(stop="never", members=waiting("a", "b").members)
     async with opened(where) as either, either.start_group(group) as live:

@@ -13,14 +13,14 @@ import pytest
 import trio
 
 import sandboxd
-from sandboxd import HostError, Job, JobError, LaunchError, PolicyError, SandboxError
+from sandboxd import Job, JobError, LaunchError, PolicyError, SandboxError
 from sandboxd.errors import Busy
 from sandboxd.group import Group, Member
 from sandboxd.policy import Mount, Policy
 from sandboxd.serve.address import Tcp, Unix
 from sandboxd.serve.callers import Callers, read_tokens
 from sandboxd.serve.link import Links
-from tests.serve.serving import TRUE, Daemon, Process, daemon, folder, process
+from tests.serve.serving import TRUE, Daemon, daemon, folder
 from tests.serve.test_callers import LONG, free_port, tokens
 from tests.supervise.members import waiting
 from tests.supervise.variants import policy
@@ -178,77 +178,12 @@ async def status_of(served: Daemon, target: str, body: object) -> int:
         return int((await stream.receive_some(1 << 16)).split(b" ", 2)[1])
 
 
-async def test_who_goes_away_ends_it() -> None:
-    async with daemon() as served:
-        async with started(served, members(a=WAITS, b=WAITS) | {"id": "g"}):
-            view = await served.ask("GET", "/v1/groups/g")
-            assert [one["state"] for one in view["members"].values()] == ["running"] * 2
-            assert served.book.share.running == 2
-        for job in ("g.a", "g.b"):
-            assert (await served.ended(job))["status"] == "cancelled"
-        data = json.dumps({"jobs": [WAITS, WAITS], "id": "p"}).encode()
-        async with await trio.open_unix_socket(str(served.place / "s")) as stream:
-            head = f"POST /v1/pipelines?wait=1 HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}"
-            await stream.send_all(f"{head}\r\n\r\n".encode() + data)
-
-            async def runs() -> bool:
-                looks = await served.ask("GET", "/v1/overview")
-                return [one["id"] for one in looks["jobs"]] == ["p.0", "p.1"]
-
-            with trio.fail_after(30):
-                await until(runs)
-        assert (await served.ended("p.0"))["status"] == "cancelled"
-        assert (await served.ended("p.1"))["status"] == "cancelled"
-
-
-async def test_it_waits_for_all_its_slots_and_is_cancelled_while_it_does() -> None:
-    async with daemon() as served:
-        busy = await served.submit(**WAITS)
-        async with trio.open_nursery() as nursery:
-            views = []
-
-            async def ask() -> None:
-                body = members(a=TRUE, b=TRUE) | {"id": "g"}
-                views.append(await served.ask("POST", "/v1/groups?wait=1", body))
-
-            async def queued() -> bool:
-                return served.book.share.queued == 2
-
-            nursery.start_soon(ask)
-            await until(queued)
-            looks = await served.ask("GET", "/v1/overview")
-            assert [one["id"] for one in looks["waiting"]] == ["g.a", "g.b"]
-            assert (looks["running"], looks["queued"]) == (1, 2)
-            after = await served.submit(**TRUE)  # which could run, but does not get past it
-            assert (await served.ask("GET", f"/v1/jobs/{after}"))["state"] == "queued"
-            assert (await served.ask("DELETE", "/v1/groups/g"))["state"] == "queued"
-        (view,) = views
-        assert [one["status"] for one in view["members"].values()] == ["cancelled"] * 2
-        assert (await served.ended(after))["status"] == "ok"
-        await served.ask("DELETE", f"/v1/jobs/{busy}")
-        assert (await served.ended(busy))["status"] == "cancelled"
-        assert served.book.share.running == served.book.share.queued == 0
-
-
-async def test_a_member_that_is_cancelled_while_all_wait_never_runs() -> None:
-    async with daemon() as served:
-        busy = await served.submit(**WAITS)
-        async with trio.open_nursery() as nursery:
-            views = []
-
-            async def ask() -> None:
-                body = members(a=WAITS, b=TRUE) | {"id": "g", "stop": "never"}
-                views.append(await served.ask("POST", "/v1/groups?wait=1", body))
-
-            async def queued() -> bool:
-                return served.book.share.queued == 2
-
-            nursery.start_soon(ask)
-            await until(queued)
-            await served.ask("DELETE", "/v1/jobs/g.a")
-            await served.ask("DELETE", f"/v1/jobs/{busy}")
-        found = {name: one["status"] for name, one in views[0]["members"].items()}
-        assert found == {"a": "cancelled", "b": "ok"}
+async def test_more_jobs_than_slots_are_a_pipeline_nevertheless() -> None:
+    jobs = [{"argv": ["seq", "9"]}, *[{"argv": ["cat"]}] * 2, {"argv": ["wc", "-l"]}]
+    pipes = [{"writer": one, "reader": one + 1} for one in range(3)]
+    async with daemon(slots=1) as served:
+        view = await served.ask("POST", "/v1/pipelines?wait=1", {"jobs": jobs, "pipes": pipes})
+        assert view["jobs"][3]["result"]["streams"]["stdout"]["data"] == "9\n"
 
 
 async def test_a_member_that_cannot_start_ends_the_others() -> None:
@@ -343,70 +278,6 @@ async def test_a_slow_reader_loses_nothing() -> None:
                        if one["type"] == "stdout" and one["member"] == "a")  # fmt: skip
         assert said == "".join(f"{number}\n" for number in range(1, count + 1))
         assert found[-1]["type"] == "end"
-
-
-async def test_the_daemon_is_killed_meanwhile() -> None:
-    with folder() as place, process(place) as one:
-        async with _connected(one) as client:
-            with pytest.raises(HostError, match="the daemon at") as error:
-                await _killed(client, one)
-            assert error.value.missing == "daemon"
-        one.start()
-        await (await one.links()).close()  # the fixture looks for what is left
-
-
-async def _killed(client: sandboxd.Client, one: Process) -> None:
-    async with client.start_group(waiting("a", "b")) as live:
-        async with trio.open_nursery() as nursery:
-            for run in live.runs.values():
-                nursery.start_soon(_first_words, run)
-        one.kill()
-        async with trio.open_nursery() as nursery:
-            for run in live.runs.values():
-                nursery.start_soon(_rest, run)
-        await live.wait()
-
-
-@asynccontextmanager
-async def _connected(one: Process):  # type: ignore[no-untyped-def]
-    await (await one.links()).close()
-    async with sandboxd.connect(f"unix://{one.place}/s") as client:
-        yield client
-
-
-async def _first_words(run: sandboxd.ClientRun) -> None:
-    while (await run.events.receive()).type != "stdout":
-        pass
-
-
-async def _rest(run: sandboxd.ClientRun) -> None:
-    async for _ in run.events:
-        pass
-
-
-async def test_it_goes_down_with_those_who_wait_and_those_who_run() -> None:
-    with folder() as place, process(place) as one:
-        links = await one.links()
-        served = Daemon(place, None, links)  # type: ignore[arg-type]
-        async with trio.open_nursery() as nursery:
-            refused = []
-
-            async def ask() -> None:
-                with pytest.raises(Busy, match="going down") as error:
-                    await served.ask("POST", "/v1/groups?wait=1", members(a=TRUE, b=TRUE))
-                refused.append(error.value)
-
-            async with started(served, members(a=WAITS, b=WAITS)):
-                nursery.start_soon(ask)
-
-                async def queued() -> bool:
-                    return bool((await served.ask("GET", "/v1/info"))["queued"] == 2)
-
-                await until(queued)
-                assert await trio.to_thread.run_sync(one.kill, 15) == 0
-        assert len(refused) == 1
-        assert "Traceback" not in one.errors()
-        await links.close()
 
 
 async def test_errors_of_a_client_are_a_runners() -> None:
