@@ -13,11 +13,10 @@ import dataclasses
 import hashlib
 import logging
 import os
-import shutil
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import ExitStack, asynccontextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager, closing
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -35,7 +34,7 @@ from sandboxd.serve.files import Files
 from sandboxd.serve.guests import Guest
 from sandboxd.serve.journal import BatchRow, Journal, Row
 from sandboxd.serve.live import About, Asked, Batch, Live
-from sandboxd.serve.log import Log
+from sandboxd.serve.log import Log, remove
 from sandboxd.serve.lookout import Lookout
 from sandboxd.serve.metrics import Metrics
 from sandboxd.serve.overview import Endings
@@ -92,7 +91,9 @@ class Settings:
 class Book:
     """All jobs that are not over, and the way to those that are. Made by `open_book`."""
 
-    def __init__(self, runner: Runner, journal: Journal, settings: Settings) -> None:
+    def __init__(
+        self, runner: Runner, journal: Journal, settings: Settings, lookout: Lookout
+    ) -> None:
         self.runner = runner
         self.journal = journal
         self.settings = settings
@@ -103,7 +104,7 @@ class Book:
         """What is stored, in bytes, wherever."""
         self.share = Share(runner.slots, settings.room, settings.quotas.running)
         self.spending = Spending(settings.quotas)
-        self.lookout = Lookout()
+        self.lookout = lookout
         self.draining = False
         self.replying = 0
         """Requests whose replies are not sent."""
@@ -418,7 +419,7 @@ class Book:
             if row.state == "running":
                 self.metrics.retried.add()
                 folder = self.folder(row.caller, row.id)
-                await trio.to_thread.run_sync(_remove, folder)
+                await trio.to_thread.run_sync(remove, folder)
             try:
                 with ExitStack() as held:
                     trace = msgspec.json.decode(row.about, type=About).traceparent
@@ -445,7 +446,7 @@ class Book:
             settings = self.settings
             while gone := await self.journal.expire(settings.age, settings.size):
                 for caller, job_id in gone:
-                    await trio.to_thread.run_sync(_remove, self.folder(caller, job_id))
+                    await trio.to_thread.run_sync(remove, self.folder(caller, job_id))
             await trio.to_thread.run_sync(self.files.expire, settings.age)
             await trio.sleep(EXPIRE_EVERY)
 
@@ -477,24 +478,19 @@ def _told(refusal: Refusal) -> dict[str, str]:
     return {"kind": refusal.kind, "message": str(refusal), "hint": refusal.hint}
 
 
-def _remove(folder: Path) -> None:
-    """In a thread: a log, if there is one."""
-    with suppress(FileNotFoundError):
-        shutil.rmtree(folder)
-
-
 @asynccontextmanager
 async def open_book(runner: Runner, journal: Journal, settings: Settings) -> AsyncIterator[Book]:
     """The book, going on where the last daemon stopped; leaving it cancels what runs."""
-    book = Book(runner, journal, settings)
-    await book.recover()
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(book._expire)
-        nursery.start_soon(book.lookout.work)
-        book._jobs = nursery
-        book.changed()
-        try:
-            yield book
-        finally:
-            book.draining = True
-        nursery.cancel_scope.cancel()
+    with closing(Lookout()) as lookout:
+        book = Book(runner, journal, settings, lookout)
+        await book.recover()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(book._expire)
+            nursery.start_soon(lookout.work)
+            book._jobs = nursery
+            book.changed()
+            try:
+                yield book
+            finally:
+                book.draining = True
+            nursery.cancel_scope.cancel()

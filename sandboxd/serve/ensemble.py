@@ -60,6 +60,7 @@ class PipeSubmission(Message, frozen=True):
     reader: Annotated[int, Meta(ge=0, lt=MOST_JOBS)]
     stream: Literal["stdout", "stderr"] = "stdout"
     relay: bool = False
+    limit: Annotated[int, Meta(ge=0)] | None = None
 
 
 class PipelineSubmission(Message, frozen=True):
@@ -151,7 +152,13 @@ def group_of(wanted: GroupSubmission, jobs: Mapping[str, Job]) -> Group:
 
 def pipes_of(wanted: PipelineSubmission) -> Sequence[Pipe]:
     return [
-        Pipe(writer=one.writer, reader=one.reader, stream=one.stream, relay=one.relay)
+        Pipe(
+            writer=one.writer,
+            reader=one.reader,
+            stream=one.stream,
+            relay=one.relay,
+            limit=one.limit,
+        )
         for one in wanted.pipes
     ]
 

@@ -210,8 +210,14 @@ async def _pipeline(
     client: Client, jobs: Sequence[Job], pipes: Sequence[Pipe], usage_every: float | None
 ) -> bytes:
     check(jobs, pipes)
+    if any(one.hold for one in pipes):
+        raise JobError(
+            "hold: a daemon passes each end on at once", hint="use Runner.start_pipeline"
+        )
     every = [await _job(client, job) for job in jobs]
-    return msgspec.json.encode({"jobs": every, "pipes": list(pipes), "usage_every": usage_every})
+    fields = ("writer", "reader", "stream", "relay", "limit")
+    joints = [{name: getattr(one, name) for name in fields} for one in pipes]
+    return msgspec.json.encode({"jobs": every, "pipes": joints, "usage_every": usage_every})
 
 
 def _numbered(values: Sequence[Any]) -> dict[str, Any]:

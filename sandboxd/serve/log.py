@@ -12,6 +12,7 @@ say, and no longer waits for anybody (`hurry`).
 from __future__ import annotations
 
 import os
+import shutil
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -286,3 +287,9 @@ def _block(file: Path, offset: int) -> bytes:
             return os.pread(opened.fileno(), BLOCK, offset)
     except FileNotFoundError:  # it got too old meanwhile
         return b""
+
+
+def remove(folder: Path) -> None:
+    """In a thread: a log, if there is one."""
+    with suppress(FileNotFoundError):
+        shutil.rmtree(folder)

@@ -28,9 +28,12 @@ class Lookout:
         self._ears.unregister(handle)
 
     async def work(self) -> None:
-        """The task, to its cancellation."""
-        with self._ears:
-            while True:
-                await trio.lowlevel.wait_readable(self._ears.fileno())
-                for handle, _ in self._ears.poll(0):
-                    self._calls[handle]()
+        """The task."""
+        while True:
+            await trio.lowlevel.wait_readable(self._ears.fileno())
+            for handle, _ in self._ears.poll(0):
+                self._calls[handle]()
+
+    def close(self) -> None:
+        """When nobody looks out any more."""
+        self._ears.close()

@@ -220,6 +220,10 @@ async def test_a_pipeline_that_cannot_be(where: str, tmp_path: Path) -> None:
         with pytest.raises(JobError, match="usage_every"):
             async with either.start_pipeline([Job(argv=["a"])], [], usage_every=0.0):
                 pass
+        held = [Pipe(writer=0, reader=1, relay=True, hold=True)]
+        if where == "client":
+            with pytest.raises(JobError, match="hold"):
+                await either.run_pipeline([Job(argv=["a"]), Job(argv=["b"])], held)
         fed = Job(argv=["cat"], stdin=tmp_path / "nothing")
         with pytest.raises(SandboxError, match="No such file"):
             await either.run_pipeline([fed], [])
@@ -242,3 +246,14 @@ async def test_many_at_once(where: str) -> None:
                 nursery.start_soon(pipeline)
                 nursery.start_soon(single)
     assert [one.stdout for one in results] == [b"x\n"] * 16
+
+
+@BOTH
+async def test_a_relayed_pipe_has_a_limit(where: str) -> None:
+    jobs = [Job(argv=["cat", "/dev/zero"]), Job(argv=["cat"])]
+    async with opened(where) as either:
+        found = await either.run_pipeline(
+            jobs, [Pipe(writer=0, reader=1, relay=True, limit=100_000)]
+        )
+    assert [one.status for one in found] == ["output_limit", "ok"]
+    assert found[1].streams["stdout"].bytes <= 100_000
