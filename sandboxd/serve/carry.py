@@ -73,7 +73,6 @@ async def carry_out(book: Book, live: Live) -> None:
         try:
             if book.ending <= MOST_ENDING:
                 book.leave_slot(live)
-                await trio.lowlevel.checkpoint()  # who has it now begins; the rest can wait
             await end(book, live, found)
         finally:
             book.ending -= 1

@@ -35,7 +35,7 @@ HEAD_SIZE = 32 << 10
 HEAD_TIME = 10.0
 """Seconds in which a head must be complete, from its first byte."""
 IDLE_TIME = 60.0
-"""Seconds in which the next request must begin."""
+"""Seconds in which the next request must begin: looked at for all connections at once."""
 BODY_TIME = 20.0
 """Seconds that a body may take on top of what its size takes at SLOWEST."""
 SLOWEST = 4096
@@ -100,8 +100,9 @@ class Conversation:
         self.machine = h11.Connection(h11.SERVER, max_incomplete_event_size=HEAD_SIZE)
         self._ahead = bytearray()
         self._ended = False
-        self.idle = trio.CancelScope()
-        """Round all of it: ends it when no request comes."""
+        self.scope = trio.CancelScope()
+        """Round all of it."""
+        self._idle_since = math.inf
 
     async def _receive(self) -> None:
         """Give h11 what comes next."""
@@ -148,12 +149,17 @@ class Conversation:
             if len(self._ahead) > AHEAD:
                 return
 
+    def end_idle(self, now: float) -> None:
+        """If no request has come for too long."""
+        if now - self._idle_since > IDLE_TIME:
+            self.scope.cancel()
+
     async def next_request(self) -> Request | None:
         """The next one; None at the connection's end. Refusal for what is none."""
         if not self.machine.trailing_data[0] and not self._ahead and not self._ended:
-            self.idle.deadline = trio.current_time() + IDLE_TIME
+            self._idle_since = trio.current_time()
             self._ahead += await self._read()
-            self.idle.deadline = math.inf
+            self._idle_since = math.inf
         if not self.machine.trailing_data[0]:
             if (plain := swift.read(bytes(self._ahead))) is not None:
                 self._ahead.clear()
@@ -308,7 +314,7 @@ _usual = functools.lru_cache(maxsize=256)(_parted)
 async def converse(conversation: Conversation, handle: Handler, date: Callable[[], str]) -> None:
     """Answer requests until the connection ends."""
     try:
-        with conversation.idle:
+        with conversation.scope:
             while await _exchange(conversation, handle, date):
                 pass
     except (Gone, trio.BrokenResourceError, trio.ClosedResourceError):

@@ -31,8 +31,10 @@ from sandboxd.errors import HostError
 from sandboxd.serve.wire import State
 
 VERSION = 1
-PAUSE = 0.05
+PAUSE = 0.2
 """Seconds in which notes are gathered; what somebody waits for is written at once."""
+TOGETHER = 32
+"""Rows of one statement."""
 MOST_AT_ONCE = 512
 """Changes of one commit, and those that may wait without anybody waiting for them."""
 
@@ -234,12 +236,25 @@ class Journal:
             for sql, same in itertools.groupby(statements, lambda one: one[0]):
                 if sql.startswith("SELECT"):  # to be sure that all before it is written
                     continue
-                self._database.executemany(sql, (values for _, values in same))
+                self._execute(sql, [values for _, values in same])
             self._database.execute("COMMIT")
         except sqlite3.Error:
             with contextlib.suppress(sqlite3.Error):
                 self._database.execute("ROLLBACK")
             raise
+
+    def _execute(self, sql: str, rows: list[tuple[Any, ...]]) -> None:
+        """Several rows by one statement where it can be: each one gives the interpreter up and has
+        to get it back from a thread that is busy with other things."""
+        whole = 0
+        head, values, places = sql.partition("VALUES")
+        if values and len(rows) >= TOGETHER:
+            whole = len(rows) - len(rows) % TOGETHER
+            several = head + values + ",".join([places] * TOGETHER)
+            for first in range(0, whole, TOGETHER):
+                together = itertools.chain.from_iterable(rows[first : first + TOGETHER])
+                self._database.execute(several, tuple(together))
+        self._database.executemany(sql, rows[whole:])
 
     # -- reading
 

@@ -10,12 +10,14 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+import msgspec
+
 _PRIORITIES = {"critical": 2, "error": 3, "warning": 4, "info": 6, "debug": 7}
 _FIELDS = ("caller", "job", "status", "why", "path", "traceparent", "address")
 
 
 class Lines(logging.Formatter):
-    """What happened and to whom. Line breaks are escaped, so nobody can forge a line."""
+    """What happened and to whom. ASCII, and line breaks are escaped: nobody can forge a line."""
 
     def __init__(self, *, priorities: bool) -> None:
         super().__init__()
@@ -37,7 +39,8 @@ class Lines(logging.Formatter):
         line = {"time": f"{self._second[1]}.{int(moment % 1 * 1000):03}Z", "level": level}
         line |= {name: value for name, value in about.items() if value is not None}
         prefix = f"<{_PRIORITIES.get(level, 6)}>" if self._priorities else ""
-        return prefix + json.dumps(line)
+        text = msgspec.json.encode(line)
+        return prefix + (text.decode() if text.isascii() else json.dumps(line))
 
 
 def tell(logger: logging.Logger, message: str, about: Mapping[str, Any]) -> None:

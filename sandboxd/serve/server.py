@@ -26,7 +26,7 @@ from pathlib import Path
 import trio
 
 from sandboxd.errors import HostError
-from sandboxd.serve import systemd
+from sandboxd.serve import http, systemd
 from sandboxd.serve.address import Tcp, Unix
 from sandboxd.serve.book import Book, Settings, open_book
 from sandboxd.serve.callers import Callers, is_loopback
@@ -87,6 +87,7 @@ class Connections:
         self._routes = routes
         self._most = most
         self.count = 0
+        self._open: set[Conversation] = set()
         self._date = (0, "")
 
     async def serve(self, stream: trio.SocketStream, shown: ssl.SSLContext | None = None) -> None:
@@ -100,9 +101,7 @@ class Connections:
             if shown is not None:
                 await self._in_secret(stream, shown)
                 return
-            await converse(
-                Conversation(SocketWire(stream), peer_of(stream)), self._routes.handle, self._now
-            )
+            await self._converse(Conversation(SocketWire(stream), peer_of(stream)))
         except Exception:
             logger.exception("connection failed")
         finally:
@@ -123,7 +122,22 @@ class Connections:
             name = name_of(inner.getpeercert(), inner.getpeercert(binary_form=True))
             peer = dataclasses.replace(peer, certificate=name)
         wire = Wire(inner, stream.socket.fileno())
-        await converse(Conversation(wire, peer), self._routes.handle, self._now)
+        await self._converse(Conversation(wire, peer))
+
+    async def _converse(self, conversation: Conversation) -> None:
+        self._open.add(conversation)
+        try:
+            await converse(conversation, self._routes.handle, self._now)
+        finally:
+            self._open.remove(conversation)
+
+    async def sweep(self) -> None:
+        """End the idle ones: a deadline for each would cost every request something."""
+        while True:
+            await trio.sleep(min(1.0, http.IDLE_TIME / 4))
+            now = trio.current_time()
+            for one in self._open:
+                one.end_idle(now)
 
     def _now(self) -> str:
         """The Date of replies; made once a second."""
@@ -152,10 +166,12 @@ async def serve(options: Options, *, ready: Callable[[Book], None] = lambda _: N
                 _gojudge(book, options) as more,
                 trio.open_nursery() as nursery,
             ):
+                nursery.start_soon(connections.sweep)
                 for listener, shown in listeners:
                     handle = functools.partial(connections.serve, shown=shown)
                     nursery.start_soon(trio.serve_listeners, handle, [listener])
                 for accepting, where in more:
+                    nursery.start_soon(accepting.sweep)
                     nursery.start_soon(trio.serve_listeners, accepting.serve, where)
                 systemd.notify("READY=1")
                 logger.info("ready")

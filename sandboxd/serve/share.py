@@ -103,12 +103,14 @@ class Share:
 
     def next(self) -> Waiting | None:
         """The job to start now, which has its slot then; None if there is none, or no room."""
+        if not self.queued or self.running >= self._slots:
+            return None
         able = [
             (account.running, account.spent, name)
             for name, account in self._accounts.items()
             if account.queued and account.running + account.head().need.slots <= self.most_running
         ]
-        if not able or self.running >= self._slots:
+        if not able:
             return None
         account = self._accounts[min(able)[2]]
         one = account.head()

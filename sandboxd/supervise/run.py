@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Awaitable, Callable
 
 import trio
@@ -38,10 +39,18 @@ class Hands:
         """Why it is to end."""
         self._begun = trio.Event()
         self._terminal: int | None = None
-        self._queue = trio.CancelScope()
         self._limiter: trio.CapacityLimiter | None = None
         """Of its pipeline, which has slots already; None: the runner's."""
-        self._files = trio.CancelScope()
+
+    @functools.cached_property
+    def _queue(self) -> trio.CancelScope:
+        """Of its waiting for a slot."""
+        return trio.CancelScope()
+
+    @functools.cached_property
+    def _files(self) -> trio.CancelScope:
+        """Of the time in which its files are on their way in."""
+        return trio.CancelScope()
 
     def kill(self, why: str = "cancelled by the caller") -> None:
         """End it now; its status will be `cancelled`."""

@@ -407,7 +407,7 @@ class Runner:
             dispatch=dispatch,
             caps=tighten_artifacts(kept.policy, job.artifacts),
             porter=porter,
-            giving_up=run._files if run else trio.CancelScope(),
+            giving_up=run._files if run and job.files else None,
             leave=leaving(run, job, porter),
             emit=forwarding(run),
             patient=run is not None and run.patient,

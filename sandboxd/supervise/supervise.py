@@ -152,7 +152,7 @@ class Conduct:
     dispatch: Dispatch
     caps: Artifacts
     porter: Callable[[], Awaitable[Porter]]
-    giving_up: trio.CancelScope
+    giving_up: trio.CancelScope | None
     """Cancelled when the run is killed while its files are on their way in."""
     leave: Callable[[int, Area | None], None] | None
     """Gets the working directory and what it lies in when files were collected from there, if
@@ -386,11 +386,12 @@ async def share_files(run: Conduct, box: Sandbox, image: Image, fds: Descriptors
     if run.job.files:
         # What is there by reference has been attached.
         files = cast("Names[Copied]", run.job.files)
-        with run.giving_up:
+        giving_up = run.giving_up or trio.CancelScope()
+        with giving_up:
             porter = await run.porter()
             await porter.copy_in(received[0], files, owner(box), run.attached)
             await budgets.check_room(box.area, run.compiled.policy.limits)
-        if run.giving_up.cancelled_caught:
+        if giving_up.cancelled_caught:
             raise GivenUp
         box.socket.send(GO)
     return received[0]
