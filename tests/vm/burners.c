@@ -21,7 +21,7 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { PARTS = 4, CHAIN = 10, PAGE = 4096, BSS = 128 << 20 };
+enum { PARTS = 4, CHAIN = 10, PAGE = 4096, BSS = 130 << 20 };
 
 static _Atomic int64_t *used; /* nanoseconds, of processes that nobody waits for, */
 static _Atomic int64_t *ends; /* and their number; both lie in memory shared by all */
@@ -137,8 +137,11 @@ static void in_tmpfs(size_t size) {
     const char *path = "/dev/shm/sandboxd-accuracy";
     int file = open(path, O_WRONLY | O_CREAT | O_TRUNC, 0600);
     memset(block, 1, sizeof block);
-    for (size_t done = 0; done < size; done += sizeof block)
-        if (write(file, block, sizeof block) != sizeof block) abort();
+    for (size_t left = size; left > 0;) {
+        ssize_t part = left < sizeof block ? left : sizeof block;
+        if (write(file, block, part) != part) abort();
+        left -= part;
+    }
     unlink(path);
 }
 
@@ -167,7 +170,8 @@ static int memory(const char *kind, size_t size) {
     } else if (!strcmp(kind, "copied")) {
         copied(size);
     } else if (!strcmp(kind, "bss")) {
-        touch(segment, BSS);
+        if (size > BSS) abort();
+        touch(segment, size);
     } else {
         return 0;
     }
