@@ -16,6 +16,7 @@ import trio
 
 from sandboxd.job import Job
 from sandboxd.linux import memfd
+from sandboxd.script import machine
 from sandboxd.script.empty import RUNS, empty_program
 from sandboxd.supervise.descriptors import Descriptors
 from sandboxd.supervise.leaf import Leaf
@@ -34,9 +35,12 @@ PATIENCE = 10.0
 
 def applies(prepared: Prepared) -> bool:
     """Whether it can be known for a policy: the kernel counts it, and no sidecar is needed."""
-    compiled, cgroup = prepared.compiled, prepared.host.cgroup
-    counted = cgroup is not None and "memory" in cgroup.controllers
-    return counted and compiled.egress is None and "area" not in compiled.setup.descriptors
+    compiled, host = prepared.compiled, prepared.host
+    if host.cgroup is None or "memory" not in host.cgroup.controllers:
+        return False
+    if host.arch not in machine.ARCHITECTURES:
+        return False
+    return compiled.egress is None and "area" not in compiled.setup.descriptors
 
 
 async def measure(box: Sandbox, prepared: Prepared) -> int | None:
