@@ -75,6 +75,7 @@ class Usage(Record, frozen=True):
     memory_peak: int | None = None
     memory_peak_source: str | None = None
     memory_base: int | None = None
+    memory_program_peak: int | None = None
     memory_anon_peak: int | None = None
     memory_file_peak: int | None = None
     memory_shmem_peak: int | None = None

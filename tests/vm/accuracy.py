@@ -63,7 +63,7 @@ class Row:
     limit: float  # 3 ms or 1 %; 256 KiB or 1 %: what may be wrong
     ours: list[float] = field(default_factory=list)
     own: list[float] = field(default_factory=list)
-    """The program's: of memory what was seen in a look, without memory_base; else as `ours`."""
+    """memory_program_peak; of CPU time there is nothing that is not the program's."""
     theirs: list[float] = field(default_factory=list)
 
 
@@ -135,18 +135,11 @@ async def measure(row: Row, turn: int, runner: Runner, program: Path, packages: 
     seconds, peak = usage.cpu_time, usage.memory_peak
     truth = int(printed) / 1e9 if cpu else size
     row.ours.append((seconds if cpu else peak) - truth)
-    row.own.append((seconds if cpu else of_program(usage)) - truth)
+    assert usage.memory_program_peak is not None
+    row.own.append((seconds if cpu else usage.memory_program_peak) - truth)
     printed, seconds, peak = await trio.to_thread.run_sync(by_them, program, words, packages)
     truth = int(printed) / 1e9 if cpu else size
     row.theirs.append((seconds if cpu else peak) - truth)
-
-
-def of_program(usage: Usage) -> int:
-    """What accounting.md says of a program that has its memory for a quarter of a second."""
-    seen = (usage.memory_anon_peak, usage.memory_file_peak, usage.memory_shmem_peak,
-            usage.memory_kernel_peak)  # fmt: skip
-    assert usage.memory_base is not None
-    return sum(part for part in seen if part is not None) - usage.memory_base
 
 
 def line(row: Row) -> str:
