@@ -146,9 +146,14 @@ def test_cgroups_that_are_writable(tmp_path: Path) -> None:
 
 
 def test_cgroups_that_are_read_only(tmp_path: Path) -> None:
-    """What is not enforced is said, and why; nothing says that it was the kernel."""
+    """What is not the kernel's is said, and why; memory is watched, and processes are counted."""
     found = contained(tmp_path, "ro")
     assert found["path"] is None
     assert found["after"] == found["before"] == "/sys/fs/cgroup"
-    assert found["enforcement"]["memory"] != "cgroup2"
-    assert "Read-only file system" in found["degraded"]["memory"], found
+    assert found["enforcement"]["memory"] == "sampled"
+    assert found["enforcement"]["processes"] == "RLIMIT_NPROC"
+    why = "/sys/fs/cgroup: cgroups are mounted read-only here (Read-only file system)"
+    assert found["degraded"]["memory"].startswith(why), found
+    assert found["degraded"]["cpu_time"].startswith(why)
+    assert found["status"] == ["memory_limit", "nonzero_exit"]
+    assert found["sources"] != ["cgroup2 memory.peak", "cgroup2 pids.peak"]
