@@ -2,7 +2,7 @@
 
 As Kubernetes or Docker have it with a private cgroup namespace: no root, no capability, no new
 privileges, a PID namespace whose init is the supervisor. User namespaces are allowed and /proc is
-not masked, without which no sandbox can be made in a container (docs/howto/ say so).
+not masked, without which no sandbox is made (docs/howto/cgroup-delegation.md).
 """
 
 from __future__ import annotations
