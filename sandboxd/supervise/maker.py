@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from sandboxd.errors import InternalError, LaunchError, SandboxError
 from sandboxd.supervise import floor
 from sandboxd.supervise.areas import open_area
@@ -112,9 +114,12 @@ class Maker:
             tenant = await kept.home.tenant()
             if tenant.networks_ahead:  # those are for jobs
                 await tenant.refill_networks(tenant.networks_ahead + 1)
-            box = await self._make(kept)
+            # It is on nobody's cores: a run that has some for itself keeps them.
+            compiled = dataclasses.replace(kept.prepared.compiled, cpu_sets=())
+            prepared = dataclasses.replace(kept.prepared, compiled=compiled)
+            box = await make(tenant, prepared, self._cgroups, None)
             try:
-                kept.memory_base = await floor.measure(box, kept.prepared)
+                kept.memory_base = await floor.measure(box, prepared)
             finally:
                 await box.end()
         except (SandboxError, OSError):

@@ -308,7 +308,7 @@ async def test_what_is_asked_for_and_not_there_is_said() -> None:
 @pytest.mark.needs("memory")
 async def test_what_is_not_the_programs_is_told_apart(cgroup_top: Path) -> None:
     """memory_base: measured beside the runs, and never more than a run holds that does nothing."""
-    own = policy(Limits(memory=64 * MIB))
+    own = policy(Limits(memory=64 * MIB), Resources(cores=1))
     job = Job(argv=python(f"held = heap(32 << 20); time.sleep({HOLD})"), policy=own)
     async with open_runner() as runner:
         first = await runner.run(job)
