@@ -57,7 +57,7 @@ def usage(box: Sandbox, ended: Ended | None, watch: Watch, wall_time: float) -> 
         inodes_used=ended.inodes - ended.inodes_free if ended else None,
         context_switches_voluntary=ended.context_switches_voluntary if ended else None,
         context_switches_forced=ended.context_switches_forced if ended else None,
-        **(counted(used, watch) if box.leaf is not None and box.leaf.controllers else {}),
+        **(counted(box, used, watch) if box.leaf is not None and box.leaf.controllers else {}),
         pressure=watch.pressure_at_end(box.leaf) if box.leaf is not None else None,
         **carried(box),
     )
@@ -94,11 +94,14 @@ def _processes_source(used: Counters) -> str:
     return SAMPLED if used.processes_peak is None else "cgroup2 pids.peak"
 
 
-def counted(used: Counters, watch: Watch) -> dict[str, Any]:
+def counted(box: Sandbox, used: Counters, watch: Watch) -> dict[str, Any]:
     """The fields of Usage that need controllers."""
     events = used.memory_events
     seen = watch.memory
+    base = box.memory_base if used.memory_peak is not None else None
     return {
+        "memory_base": base,
+        "memory_program_peak": watch.held - base if watch.held and base is not None else None,
         "swap_peak": used.swap_peak,
         "oom_kills": events.get("oom_kill") if events is not None else None,
         "memory_events": events,
@@ -155,7 +158,7 @@ def live(box: Sandbox, watch: Watch, wall_time: float) -> Usage:
         processes_current=threads - 1 if threads else len(tree.pids) if tree else None,
         processes_peak=processes,
         processes_peak_source=_processes_source(used) if processes else None,
-        **(counted(used, watch) if leaf.controllers else {}),
+        **(counted(box, used, watch) if leaf.controllers else {}),
         pressure=watch.pressure_since(leaf),
         **carried(box),
     )

@@ -222,6 +222,11 @@ def slots_within(room: int | None, slots: int | None, spares: int, cpus: int) ->
     )  # fmt: skip
 
 
+def has_room_for_one_more(room: int | None, slots: int, spares: int) -> bool:
+    """Whether a leaf beside all those is none that a job might have to do without."""
+    return room is None or room > FIXED + PER_SLOT * slots + spares
+
+
 def swap_is_on() -> bool:
     """Whether anything could be swapped out (proc_swaps(5)): its first line is a heading."""
     with suppress(OSError):

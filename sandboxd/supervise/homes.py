@@ -163,6 +163,9 @@ class Kept:
         self.runs = 0
         self.refilling = False
         self.vigil = Vigil()
+        self.memory_base: int | None = None
+        self.weighed = False
+        """Whether that was looked for (supervise/floor.py)."""
         self.over = False
         """Nothing more is made ahead for it."""
         home.kept.append(self)

@@ -57,6 +57,11 @@ class Memory(msgspec.Struct, frozen=True, kw_only=True):
     kernel: int | None
     """Stacks, page tables, sockets, slab ... (Linux 5.18)."""
 
+    @property
+    def total(self) -> int | None:
+        """All that is charged to it, exact to a page."""
+        return None if self.kernel is None else self.anon + self.file + self.shmem + self.kernel
+
 
 @dataclass(slots=True)
 class Leaf:

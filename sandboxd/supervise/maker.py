@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from sandboxd.errors import InternalError, LaunchError, SandboxError
+from sandboxd.supervise import floor
 from sandboxd.supervise.areas import open_area
-from sandboxd.supervise.cgroups import Cgroups
+from sandboxd.supervise.cgroups import Cgroups, has_room_for_one_more
 from sandboxd.supervise.homes import Kept
 from sandboxd.supervise.sandboxes import Sandbox, make
 from sandboxd.supervise.seat import Seat
@@ -94,3 +97,32 @@ class Maker:
             kept.refilling = False
             if kept.over:
                 await kept.forget()
+
+    def weighs(self, kept: Kept) -> bool:
+        """Whether to find out what its runs hold before their programs do anything."""
+        if kept.weighed or kept.runs < 2:  # who runs one job only need not wait for it
+            return False
+        kept.weighed = True
+        if self._cgroups is None or not floor.applies(kept.prepared):
+            return False
+        return has_room_for_one_more(self._cgroups.subtree.room, self._slots, self._spares)
+
+    async def weigh(self, kept: Kept) -> None:
+        """Find out what a run of a policy holds whose program does nothing."""
+        kept.home.runs += 1
+        try:
+            tenant = await kept.home.tenant()
+            if tenant.networks_ahead:  # those are for jobs
+                await tenant.refill_networks(tenant.networks_ahead + 1)
+            # It is on nobody's cores: a run that has some for itself keeps them.
+            compiled = dataclasses.replace(kept.prepared.compiled, cpu_sets=())
+            prepared = dataclasses.replace(kept.prepared, compiled=compiled)
+            box = await make(tenant, prepared, self._cgroups, None)
+            try:
+                kept.memory_base = await floor.measure(box, prepared)
+            finally:
+                await box.end()
+        except (SandboxError, OSError):
+            return  # it is not known, then
+        finally:
+            kept.home.runs -= 1

@@ -7,6 +7,7 @@ moved. Where others sit in it, the next cgroup above is looked at, as long as it
 
 from __future__ import annotations
 
+import errno
 import os
 from contextlib import suppress
 from pathlib import Path
@@ -50,7 +51,7 @@ def find(top: Path, own: Path, where: Path = subtree.PROC) -> Found:
     doubt = unit_in_doubt(own, os.geteuid())
     if doubt is not None and (why := _not_delegated(doubt)):
         return Found(why_not=why)
-    best = Found(why_not=f"{own}: this cgroup is not delegated to us")
+    best = Found(why_not=f"{own}: {_not_ours(own)}")
     for path in candidates(top, own):
         if path.name == LEAF:
             continue
@@ -64,6 +65,14 @@ def find(top: Path, own: Path, where: Path = subtree.PROC) -> Found:
         elif best.subtree is None:
             best = found
     return best
+
+
+def _not_ours(own: Path) -> str:
+    """As containers have it by default: whoever it belongs to, nobody can write to it."""
+    with suppress(OSError):
+        if os.statvfs(own).f_flag & os.ST_RDONLY:
+            return f"cgroups are mounted read-only here ({os.strerror(errno.EROFS)})"
+    return "this cgroup is not delegated to us"
 
 
 def _not_delegated(unit: Path) -> str:

@@ -282,14 +282,20 @@ class Runner:
                 self._known.used(kept.home)
             self._finished += 1
             kept.runs += 1
-            if seat is None and not kept.refilling and self._maker.lacks(kept):
-                kept.refilling = True
-                self._nursery.start_soon(self._maker.refill, kept)
+            if seat is None:
+                self._make_ahead(kept)
             return result
         finally:
             self._limiter_of(run).release_on_behalf_of(token)
             if lent is not None:
                 await lent.aclose()
+
+    def _make_ahead(self, kept: Kept) -> None:
+        if not kept.refilling and self._maker.lacks(kept):
+            kept.refilling = True
+            self._nursery.start_soon(self._maker.refill, kept)
+        if self._maker.weighs(kept):
+            self._nursery.start_soon(self._maker.weigh, kept)
 
     def _tell_scarce(self, error: OSError) -> None:
         """HostError where there were no descriptors; those that are only kept are given up."""
@@ -393,7 +399,9 @@ class Runner:
         if self._is_alone():
             kept.wake()
         await self._undertaker.make_room(self.slots)
-        return await self._maker.spare(kept) or await self._maker.new(kept, seat)
+        box = await self._maker.spare(kept) or await self._maker.new(kept, seat)
+        box.memory_base = kept.memory_base
+        return box
 
     async def _prepare(self, kept: Kept, asking: Asking) -> Conduct:
         """All that a run needs besides its sandbox."""

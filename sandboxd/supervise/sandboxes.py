@@ -55,6 +55,8 @@ class Sandbox:
     """Its init has told everything and is about to exit; nothing else is alive in there."""
     network_serves_again: bool = False
     frozen: bool = False
+    memory_base: int | None = None
+    """What a run of its policy holds whose program does nothing, once that is known (floor.py)."""
 
     def signal(self, number: int) -> None:
         if self.ended:  # the number may be somebody else's by now

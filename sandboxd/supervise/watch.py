@@ -62,6 +62,8 @@ class Watch:
     memory: Memory | None = None
     """The most of each kind that was seen, not necessarily at the same time."""
     latest: Memory | None = None
+    held: int = 0
+    """The most of all kinds that was seen in one look."""
     paused: float = 0.0
     long: bool = False
     """It has lasted LONG."""
@@ -71,6 +73,7 @@ class Watch:
         if now is None:
             return
         self.latest = now
+        self.held = max(self.held, now.total or 0)
         old = self.memory or now
         self.memory = Memory(
             anon=max(old.anon, now.anon),

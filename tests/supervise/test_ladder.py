@@ -16,7 +16,7 @@ from sandboxd.host import CgroupSubtree
 from sandboxd.job import Job
 from sandboxd.policy import Limits
 from sandboxd.supervise import ladder, own, subtree, systemd
-from sandboxd.supervise.cgroups import slots_within
+from sandboxd.supervise.cgroups import has_room_for_one_more, slots_within
 from sandboxd.supervise.ladder import VARIABLE, Climb, climbed
 from sandboxd.supervise.runner import open_runner
 from sandboxd.supervise.subtree import Found
@@ -252,6 +252,14 @@ def test_slots_within_a_cap(
         slots_within(room, slots, spares, cpus=4)
     assert expected in caught.value.hint
     assert "cgroup.max.descendants" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("room", "slots", "spares", "expected"),
+    [(None, 100, 100, True), (9, 3, 0, False), (10, 3, 0, True), (10, 3, 1, False)],
+)
+def test_room_for_one_more(room: int | None, slots: int, spares: int, expected: bool) -> None:
+    assert has_room_for_one_more(room, slots, spares) is expected
 
 
 @contextmanager

@@ -1,7 +1,9 @@
 """`./do vm --accuracy`: what sandboxd and BenchExec's runexec report of programs of known cost.
 
-Runs in the guest. Each row is one program of burners.c, run in turn by both; the error is the worst
-of all rounds, by size, against what the program itself knows to be true.
+Runs in the guest. Each row is one program of burners.c, run in turn by both; the error is against
+what the program itself knows to be true: the median of all rounds, and the worst, by size. The
+kernel counts memory by 64 pages at once: each round wants a few pages more, or all would be rounded
+alike. Beside what we report stands what of it is the program's, where that can be told.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -21,10 +24,13 @@ import trio
 
 from sandboxd.job import Job
 from sandboxd.policy import Environment, Limits, Mount, Policy, Require
-from sandboxd.supervise.runner import open_runner
+from sandboxd.result import Usage
+from sandboxd.supervise.runner import Runner, open_runner
 
 SECONDS = 2.0
 MIB = 128
+STEP = 12 * 4096
+"""Bytes that a program of memory wants more in each round."""
 CPU = {
     "user": "one thread",
     "system": "reads of /dev/zero",
@@ -56,6 +62,8 @@ class Row:
     what: str
     limit: float  # 3 ms or 1 %; 256 KiB or 1 %: what may be wrong
     ours: list[float] = field(default_factory=list)
+    own: list[float] = field(default_factory=list)
+    """memory_program_peak; of CPU time there is nothing that is not the program's."""
     theirs: list[float] = field(default_factory=list)
 
 
@@ -74,10 +82,9 @@ def policy(program: Path) -> Policy:
     )
 
 
-async def by_us(program: Path, words: list[str]) -> tuple[bytes, float, int]:
-    """What the program printed, its CPU time in seconds and its peak of memory in bytes."""
-    async with open_runner() as runner:
-        result = await runner.run(Job(argv=[str(program), *words], policy=policy(program)))
+async def by_us(runner: Runner, program: Path, words: list[str]) -> tuple[bytes, Usage]:
+    """What the program printed, and what it used."""
+    result = await runner.run(Job(argv=[str(program), *words], policy=policy(program)))
     usage = result.usage
     assert result.stdout is not None, result
     if not result.ok or usage.cpu_time is None or usage.memory_peak is None:
@@ -86,7 +93,16 @@ async def by_us(program: Path, words: list[str]) -> tuple[bytes, float, int]:
         "cgroup2 cpu.stat",
         "cgroup2 memory.peak",
     )
-    return result.stdout, usage.cpu_time, usage.memory_peak
+    return result.stdout, usage
+
+
+async def until_base_is_known(runner: Runner, program: Path) -> None:
+    with trio.fail_after(120):
+        while True:
+            _, usage = await by_us(runner, program, ["heap", "1"])
+            if usage.memory_base is not None:
+                return
+            await trio.sleep(0.2)
 
 
 def by_them(program: Path, words: list[str], packages: str) -> tuple[bytes, float, int]:
@@ -109,34 +125,46 @@ def by_them(program: Path, words: list[str], packages: str) -> tuple[bytes, floa
     return printed, float(said["cputime"].rstrip("s")), int(said["memory"].rstrip("B"))
 
 
-async def measure(row: Row, program: Path, packages: str) -> None:
+async def measure(row: Row, turn: int, runner: Runner, program: Path, packages: str) -> None:
     cpu = row.kind in CPU
-    words = [row.kind, str(SECONDS if cpu else MIB)]
-    for into, one in (
-        (row.ours, await by_us(program, words)),
-        (row.theirs, await trio.to_thread.run_sync(by_them, program, words, packages)),
-    ):
-        printed, seconds, peak = one
-        truth = int(printed) / 1e9 if cpu else MIB << 20
-        into.append((seconds if cpu else peak) - truth)
+    size = (MIB << 20) + turn * STEP
+    words = [row.kind, str(SECONDS if cpu else size / (1 << 20))]
+    printed, usage = await by_us(runner, program, words)
+    assert usage.cpu_time is not None
+    assert usage.memory_peak is not None
+    seconds, peak = usage.cpu_time, usage.memory_peak
+    truth = int(printed) / 1e9 if cpu else size
+    row.ours.append((seconds if cpu else peak) - truth)
+    assert usage.memory_program_peak is not None
+    row.own.append((seconds if cpu else usage.memory_program_peak) - truth)
+    printed, seconds, peak = await trio.to_thread.run_sync(by_them, program, words, packages)
+    truth = int(printed) / 1e9 if cpu else size
+    row.theirs.append((seconds if cpu else peak) - truth)
 
 
 def line(row: Row) -> str:
     scale, unit = (1e3, "ms") if row.kind in CPU else (1 / 1024, "KiB")
-    ours, theirs = worst(row.ours), worst(row.theirs)
-    verdict = "yes" if abs(ours) <= row.limit else "NO"
-    closer = "yes" if abs(ours) <= abs(theirs) else "NO"
-    cells = (f"{ours * scale:+.1f} {unit}", f"{theirs * scale:+.1f} {unit}")
-    return f"| {row.kind}: {row.what} | {cells[0]} | {cells[1]} | {verdict} | {closer} |"
+    verdict = "yes" if abs(worst(row.ours)) <= row.limit else "NO"
+    closer = "yes" if is_as_close(row) else "NO"
+    cells = [
+        f"{statistics.median(errors) * scale:+.1f} ({worst(errors) * scale:+.1f}) {unit}"
+        for errors in (row.ours, row.own, row.theirs)
+    ]
+    return f"| {row.kind}: {row.what} | {' | '.join(cells)} | {verdict} | {closer} |"
+
+
+def is_as_close(row: Row) -> bool:
+    """By the median: a worst one is whatever else the machine did."""
+    return abs(statistics.median(row.own)) <= abs(statistics.median(row.theirs))
 
 
 def table(rows: list[Row], version: str, rounds: int) -> str:
     head = (
-        f"{SECONDS:g} s of CPU time, {MIB} MiB of memory; worst of {rounds} rounds; "
+        f"{SECONDS:g} s of CPU time, {MIB} MiB of memory; median (worst) of {rounds} rounds; "
         f"Linux {platform.release()}; runexec {version}"
     )
-    columns = "| program | sandboxd | runexec | within 1 % or 3 ms, 256 KiB | as close |"
-    return "\n".join([head, "", columns, "| --- | --- | --- | --- | --- |", *map(line, rows)])
+    columns = "| program | sandboxd | its own | runexec | within 1 % or 3 ms, 256 KiB | as close |"
+    return "\n".join([head, "", columns, "| --- | --- | --- | --- | --- | --- |", *map(line, rows)])
 
 
 def rows() -> list[Row]:
@@ -149,7 +177,7 @@ def rows() -> list[Row]:
 async def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("packages", help="directory with benchexec")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", action="store_true", help="every error, in seconds and bytes")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -159,14 +187,16 @@ async def main() -> int:
         argv = ["gcc", "-O1", "-static", "-pthread", "-o", str(program), source]
         await trio.run_process(argv)
         all_rows = rows()
-        for _ in range(options.rounds):
-            for row in all_rows:
-                await measure(row, program, options.packages)
-                print(".", end="", file=sys.stderr, flush=True)
+        async with open_runner() as runner:
+            await until_base_is_known(runner, program)
+            for turn in range(options.rounds):
+                for row in all_rows:
+                    await measure(row, turn, runner, program, options.packages)
+                    print(".", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     (found,) = importlib.metadata.distributions(name="benchexec", path=[options.packages])
     if options.json:
-        print(json.dumps({row.kind: [row.ours, row.theirs] for row in all_rows}))
+        print(json.dumps({row.kind: [row.ours, row.own, row.theirs] for row in all_rows}))
     else:
         print(table(all_rows, found.version, options.rounds))
     return 0 if all(abs(worst(row.ours)) <= row.limit for row in all_rows) else 1

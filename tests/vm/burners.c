@@ -4,7 +4,7 @@
  * what they had: the truth. The kernel starts a process's clock at its fork, so exec is in it. The
  * end of a process no clock of its own shows: who waits for it gets it with its rusage (wait4(2)), and
  * for those that nobody waits for it is taken to be that of another one that just ends. A toucher of
- * memory writes every page of what it was asked for.
+ * memory writes every page of what it was asked for, and has it for half a second.
  */
 #define _GNU_SOURCE
 #include <fcntl.h>
@@ -21,7 +21,7 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { PARTS = 4, CHAIN = 10, PAGE = 4096, BSS = 128 << 20 };
+enum { HOLD = 500000, PARTS = 4, CHAIN = 10, PAGE = 4096, BSS = 128 << 20 };
 
 static _Atomic int64_t *used; /* nanoseconds, of processes that nobody waits for, */
 static _Atomic int64_t *ends; /* and their number; both lie in memory shared by all */
@@ -137,8 +137,12 @@ static void in_tmpfs(size_t size) {
     const char *path = "/dev/shm/sandboxd-accuracy";
     int file = open(path, O_WRONLY | O_CREAT | O_TRUNC, 0600);
     memset(block, 1, sizeof block);
-    for (size_t done = 0; done < size; done += sizeof block)
-        if (write(file, block, sizeof block) != sizeof block) abort();
+    for (size_t left = size; left > 0;) {
+        ssize_t part = left < sizeof block ? left : sizeof block;
+        if (write(file, block, part) != part) abort();
+        left -= part;
+    }
+    usleep(HOLD);
     unlink(path);
 }
 
@@ -148,6 +152,7 @@ static void copied(size_t size) {
     touch(half, size / 2);
     if (fork() == 0) {
         touch(half, size / 2);
+        usleep(HOLD);
         _exit(0);
     }
     wait(NULL);
@@ -164,13 +169,17 @@ static int memory(const char *kind, size_t size) {
         touch(mapped(size, MAP_SHARED | MAP_ANONYMOUS, -1), size);
     } else if (!strcmp(kind, "tmpfs")) {
         in_tmpfs(size);
+        return 1;
     } else if (!strcmp(kind, "copied")) {
         copied(size);
+        return 1;
     } else if (!strcmp(kind, "bss")) {
         touch(segment, BSS);
+        if (size > BSS) touch(mapped(size - BSS, MAP_PRIVATE | MAP_ANONYMOUS, -1), size - BSS);
     } else {
         return 0;
     }
+    usleep(HOLD);
     return 1;
 }
 

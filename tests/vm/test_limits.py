@@ -25,6 +25,10 @@ COUNTS_SWAP = tuple(map(int, re.findall(r"\d+", platform.release())[:2])) >= (6,
 """memory.swap.peak is of Linux 6.5."""
 
 
+HOLD = 0.5
+"""Seconds: a run that lasts is looked at four times in one."""
+
+
 def leaves(top: Path, name: str) -> set[str]:
     """What this file says in each leaf of the only runner."""
     (runner,) = top.glob("sandboxd-*")
@@ -299,3 +303,32 @@ async def test_what_is_asked_for_and_not_there_is_said() -> None:
     assert {result.enforcement[name] for name in asked} == {"none"}
     assert set(asked) <= {one.what for one in result.degraded}
     assert result.limits["cpus"].action == "not enforced"
+
+
+@pytest.mark.needs("memory")
+async def test_what_is_not_the_programs_is_told_apart(cgroup_top: Path) -> None:
+    """memory_base: measured beside the runs, and never more than a run holds that does nothing."""
+    own = policy(Limits(memory=64 * MIB), Resources(cores=1))
+    job = Job(argv=python(f"held = heap(32 << 20); time.sleep({HOLD})"), policy=own)
+    async with open_runner() as runner:
+        first = await runner.run(job)
+        assert first.usage.memory_base is None  # whose runner does nothing but this
+        with trio.fail_after(30 * SLOW):
+            while True:  # each is a run, and it comes beside one
+                usage = (await runner.run(job)).usage
+                if usage.memory_base is not None:
+                    break
+        (again,) = {(await runner.run(job)).usage.memory_base for _ in range(2)}
+        assert again == usage.memory_base  # once for all
+        waiting = Job(argv=["sh", "-c", "echo; read x"], policy=own, stdin=None)
+        async with runner.start(waiting) as one:
+            async for event in one.events:
+                if event.type == "stdout":
+                    break
+            live = one.usage()
+    assert live.memory_base == usage.memory_base
+    assert usage.memory_peak is not None
+    assert 8 << 12 <= usage.memory_base < MIB
+    assert usage.memory_peak - usage.memory_base >= 32 * MIB
+    assert usage.memory_program_peak is not None  # it was looked at while it had all
+    assert 32 * MIB <= usage.memory_program_peak <= usage.memory_peak - usage.memory_base
