@@ -1,4 +1,4 @@
-"""What this machine offers: one snapshot, taken by supervise/probe.py; the plan is made from it."""
+"""What this machine offers: one snapshot, taken by probe/host.py; the plan is made from it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class CgroupSubtree:
     """How many cgroups may still be made in it (cgroup.max.descendants); None: no cap is seen."""
     scope: str = ""
     """The systemd scope that it is: gone when nobody holds it, so each runner opens its own, and
-    systemd lets the tenants in (supervise/systemd.py). "" where it is just a directory."""
+    systemd lets the tenants in (cgroup/systemd.py). "" where it is just a directory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -40,16 +40,18 @@ INSIDE: dict[str, frozenset[str]] = {
     "image": frozenset(),
     "host": frozenset({"errors", "image", "policy", "reference"}),
     "result": frozenset({"errors", "policy"}),
-    "linux": frozenset(),
+    "linux": frozenset({"errors"}),
+    "cgroup": frozenset({"errors", "host", "linux"}),
     "compile": VALUES,
     "script": frozenset({"errors", "plan", "messages"}),
     "launch": frozenset({"script.record", "images.tar", "linux"}),
     "stores": VALUES,
     "images": VALUES | {"script.command", "linux", "stores.folders"},
-    "supervise": VALUES | {"compile", "script", "stores", "images", "linux"},
+    "probe": VALUES | {"cgroup", "compile", "script.numbers", "linux"},
+    "supervise": VALUES | {"cgroup", "compile", "probe", "script", "stores", "images", "linux"},
     "judge": VALUES | {"supervise"},
     "serve": VALUES | {"supervise"},
-    "cli": VALUES | {"compile", "stores", "images", "supervise", "judge", "serve"},
+    "cli": VALUES | {"compile", "probe", "stores", "images", "supervise", "judge", "serve"},
     "__main__": frozenset({"cli"}),
     "__init__": VALUES | {"compile", "supervise", "judge", "serve"},
 }
@@ -63,7 +65,9 @@ OUTSIDE: dict[str, frozenset[str]] = {
     "compile": frozenset({"msgspec", "pyseccomp", "seccomp"}),
     "stores": frozenset({"msgspec"}),
     "images": frozenset({"msgspec"}),  # and zstd where it is installed, by name
-    "supervise": frozenset({"jeepney", "msgspec", "trio"}),
+    "cgroup": frozenset({"jeepney", "msgspec", "trio"}),
+    "probe": frozenset({"msgspec"}),
+    "supervise": frozenset({"msgspec", "trio"}),
     "judge": frozenset({"msgspec", "trio", "yaml"}),
     "serve": frozenset({"h11", "msgspec", "trio", "wsproto"}),
     "cli": frozenset({"msgspec", "trio"}),
@@ -71,7 +75,7 @@ OUTSIDE: dict[str, frozenset[str]] = {
 
 # Only inside of a function or for the type checker: starting up must not cost what is not used.
 LATE: dict[str, frozenset[str]] = {
-    "cli": frozenset({"stores", "images", "supervise", "judge", "serve", "trio"}),
+    "cli": frozenset({"probe", "stores", "images", "supervise", "judge", "serve", "trio"}),
     "__init__": VALUES | {"compile", "supervise", "judge", "serve"},
 }
 

@@ -148,7 +148,7 @@ def _store() -> tuple[Store, IdMap]:
     """The caller's own store, and the ids that sandboxes have here."""
     from sandboxd.compile.idmap import tenant_ids
     from sandboxd.images.store import Store, own_place
-    from sandboxd.supervise.probe import probe
+    from sandboxd.probe.host import probe
 
     return Store(own_place()), tenant_ids(probe())
 

@@ -15,7 +15,7 @@ from sandboxd.cli import exitcodes
 from sandboxd.cli.main import say
 
 if TYPE_CHECKING:
-    from sandboxd.supervise.setup import Step
+    from sandboxd.probe.setup import Step
 
 SCHEMA = "sandboxd.setup/1"
 
@@ -55,7 +55,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def setup(args: argparse.Namespace) -> int:
     """Shows or does it; returns the exit status."""
-    from sandboxd.supervise.setup import look, steps
+    from sandboxd.probe.setup import look, steps
 
     user = args.user or _caller()
     if args.apply and os.geteuid() != 0:
@@ -99,7 +99,7 @@ def _program() -> str:
 
 def _apply(found: Sequence[Step]) -> dict[str, str]:
     """Step -> why it could not be done."""
-    from sandboxd.supervise.setup import carry_out
+    from sandboxd.probe.setup import carry_out
 
     return {step.what: why for step in found if step.commands and (why := carry_out(step))}
 

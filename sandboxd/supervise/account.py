@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from sandboxd.cgroup.leaf import Counters, Leaf, Memory
 from sandboxd.messages import Ended
 from sandboxd.result import Usage
-from sandboxd.supervise.leaf import Counters, Leaf, Memory
 from sandboxd.supervise.sampling import own_cpu, sample_tree
 from sandboxd.supervise.sandboxes import Sandbox
 from sandboxd.supervise.watch import Watch

@@ -24,8 +24,8 @@ from sandboxd.errors import ImageError, JobError
 from sandboxd.images import streams, tar
 from sandboxd.job import Tar
 from sandboxd.linux import packets
+from sandboxd.linux.descriptors import SCARCE, told
 from sandboxd.linux.packets import Entry
-from sandboxd.supervise.descriptors import SCARCE, told
 
 Item = tuple[Entry, int | None]
 """An entry, and the descriptor of its content where it is a SOURCE."""

@@ -18,8 +18,8 @@ import trio
 
 from sandboxd.compile import pieces, rootfs
 from sandboxd.errors import LaunchError
+from sandboxd.linux.descriptors import Descriptors, no_room
 from sandboxd.script.command import area_command
-from sandboxd.supervise.descriptors import Descriptors, no_room
 from sandboxd.supervise.processes import reap
 from sandboxd.supervise.tenants import PACKAGE_PARENT, Prepared, Tenant
 from sandboxd.supervise.uppers import Uppers

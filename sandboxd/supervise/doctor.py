@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from sandboxd.cgroup import subtree, systemd
+from sandboxd.cgroup.ladder import RUNGS, Climb, climbed
 from sandboxd.errors import HostError
 from sandboxd.host import CgroupSubtree, Host
-from sandboxd.supervise import fixes, subtree, systemd
-from sandboxd.supervise.attempts import Outcome, attempt
-from sandboxd.supervise.ladder import RUNGS, Climb, climbed
+from sandboxd.probe import fixes
+from sandboxd.probe.attempts import Outcome, attempt
+from sandboxd.probe.host import Examination, examine
 from sandboxd.supervise.netkeeper import has_ipv6
-from sandboxd.supervise.probe import Examination, examine
 
 State = Literal["ok", "warn", "FAIL"]
 Level = Literal["kernel", "partly", "none"]
@@ -57,7 +58,7 @@ class Report:
 
 
 def diagnose(cgroup: str | None = None) -> Report:
-    """Everything afresh: nothing is taken from the cache of supervise/probe.py.
+    """Everything afresh: nothing is taken from the cache of probe/host.py.
 
     `cgroup` is the one to use instead of looking for one, as for a runner.
     """

@@ -12,7 +12,7 @@ import dataclasses
 
 from sandboxd.compile.idmap import MAP_SIZE
 from sandboxd.host import Host, IdRange
-from sandboxd.supervise.idrange import SMALLEST
+from sandboxd.probe.idrange import SMALLEST
 
 NOTHING = "no subordinate ids"
 WHOLE = "an image, a volume or a kept root has its owners in the ids that all callers share"

@@ -14,12 +14,12 @@ import os
 
 import trio
 
+from sandboxd.cgroup.leaf import Leaf
 from sandboxd.job import Job
 from sandboxd.linux import memfd
+from sandboxd.linux.descriptors import Descriptors
 from sandboxd.script import machine
 from sandboxd.script.empty import RUNS, empty_program
-from sandboxd.supervise.descriptors import Descriptors
-from sandboxd.supervise.leaf import Leaf
 from sandboxd.supervise.pipes import Pipes
 from sandboxd.supervise.sandboxes import Sandbox
 from sandboxd.supervise.supervise import Dispatch

@@ -10,14 +10,14 @@ from contextlib import AsyncExitStack
 
 import trio
 
+from sandboxd.cgroup.leaves import Cgroups
 from sandboxd.host import Host
 from sandboxd.images.store import using
+from sandboxd.linux.descriptors import Descriptors
 from sandboxd.plan import TenantPlan
 from sandboxd.policy import Policy
 from sandboxd.supervise import record, volumes
 from sandboxd.supervise.areas import Area
-from sandboxd.supervise.cgroups import Cgroups
-from sandboxd.supervise.descriptors import Descriptors
 from sandboxd.supervise.netkeeper import Netkeeper, open_netkeeper
 from sandboxd.supervise.porter import Porter, open_porter
 from sandboxd.supervise.sandboxes import Sandbox

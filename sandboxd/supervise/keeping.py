@@ -14,9 +14,9 @@ from sandboxd.images.kept import Change, KeptRecord, KeptRoot, find_kept, kept_r
 from sandboxd.images.unpacking import Limits
 from sandboxd.job import Job
 from sandboxd.policy import Policy
+from sandboxd.probe.host import probe
 from sandboxd.result import Kept, Result
 from sandboxd.supervise.porter import Porter
-from sandboxd.supervise.probe import probe
 from sandboxd.supervise.sandboxes import Sandbox
 from sandboxd.supervise.tenants import Prepared
 

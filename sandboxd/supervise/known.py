@@ -9,6 +9,7 @@ import msgspec
 import trio
 
 from sandboxd import plan
+from sandboxd.cgroup.leaves import Cgroups
 from sandboxd.compile import build
 from sandboxd.compile.load import tighten
 from sandboxd.host import Host, Place
@@ -16,7 +17,6 @@ from sandboxd.job import Job
 from sandboxd.policy import Policy
 from sandboxd.reference import Inputs
 from sandboxd.supervise import keeping, policies, volumes
-from sandboxd.supervise.cgroups import Cgroups
 from sandboxd.supervise.domains import Domains
 from sandboxd.supervise.homes import Home, Kept
 from sandboxd.supervise.seat import Seat

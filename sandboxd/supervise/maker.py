@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
+from sandboxd.cgroup.leaves import Cgroups, has_room_for_one_more
 from sandboxd.errors import InternalError, LaunchError, SandboxError
 from sandboxd.supervise import floor
 from sandboxd.supervise.areas import open_area
-from sandboxd.supervise.cgroups import Cgroups, has_room_for_one_more
 from sandboxd.supervise.homes import Kept
 from sandboxd.supervise.sandboxes import Sandbox, make
 from sandboxd.supervise.seat import Seat

@@ -39,8 +39,8 @@ from sandboxd.compile.egress import Egress, IPAddress
 from sandboxd.errors import LaunchError
 from sandboxd.host import Place
 from sandboxd.linux import packets
+from sandboxd.linux.descriptors import Descriptors
 from sandboxd.script.command import netkeeper_command
-from sandboxd.supervise.descriptors import Descriptors
 from sandboxd.supervise.processes import reap
 from sandboxd.supervise.tenants import PACKAGE_PARENT
 

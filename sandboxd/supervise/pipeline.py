@@ -29,8 +29,8 @@ import trio
 
 from sandboxd.errors import JobError
 from sandboxd.job import Job, Pipe
+from sandboxd.linux.descriptors import Descriptors
 from sandboxd.result import Result
-from sandboxd.supervise.descriptors import Descriptors
 from sandboxd.supervise.one_error import one_error
 from sandboxd.supervise.run import Run
 from sandboxd.supervise.stream import CHUNK, Capture

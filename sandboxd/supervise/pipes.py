@@ -11,7 +11,7 @@ from pathlib import Path
 from sandboxd.errors import JobError
 from sandboxd.job import Job, Terminal
 from sandboxd.linux import memfd
-from sandboxd.supervise.descriptors import Descriptors
+from sandboxd.linux.descriptors import Descriptors
 
 LARGE_STDIN = 64 << 20
 """Bytes; a file larger than this goes through a pipe instead of a copy in memory."""

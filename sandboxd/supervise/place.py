@@ -7,10 +7,10 @@ from contextlib import ExitStack, asynccontextmanager
 
 import trio
 
+from sandboxd.cgroup.ladder import NONE, climbed
 from sandboxd.errors import HostError
 from sandboxd.host import Host
-from sandboxd.supervise import probe
-from sandboxd.supervise.ladder import NONE, climbed
+from sandboxd.probe import host as probe
 
 
 @asynccontextmanager

@@ -12,12 +12,12 @@ from sandboxd.host import Host
 from sandboxd.job import Job
 from sandboxd.plan import Plan
 from sandboxd.policy import Policy
+from sandboxd.probe.host import probe
 from sandboxd.script.init import exec_script, setup_image
 from sandboxd.script.listing import listing
 from sandboxd.script.numbers import ARCHITECTURES
 from sandboxd.script.zygote import tenant_image
 from sandboxd.supervise import inputs
-from sandboxd.supervise.probe import probe
 from sandboxd.supervise.seen import host_for
 
 

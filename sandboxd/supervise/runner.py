@@ -12,17 +12,17 @@ import msgspec
 import trio
 
 from sandboxd import plan
+from sandboxd.cgroup.leaves import Cgroups, open_cgroups, slots_within
 from sandboxd.compile.load import tighten_artifacts
 from sandboxd.errors import JobError, SandboxError
 from sandboxd.group import Group
 from sandboxd.host import Host
 from sandboxd.job import Job, Pipe
+from sandboxd.linux.descriptors import SCARCE, Descriptors, told
 from sandboxd.policy import Policy
 from sandboxd.result import Event, Result
 from sandboxd.supervise import builds, groups, inputs, keeping, pipeline, record, volumes
 from sandboxd.supervise.artifacts import check_place
-from sandboxd.supervise.cgroups import Cgroups, open_cgroups, slots_within
-from sandboxd.supervise.descriptors import SCARCE, Descriptors, told
 from sandboxd.supervise.homes import Kept
 from sandboxd.supervise.known import Known
 from sandboxd.supervise.maker import Maker

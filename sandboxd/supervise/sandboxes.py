@@ -16,13 +16,13 @@ from dataclasses import dataclass, field
 
 import trio
 
+from sandboxd.cgroup.leaf import Leaf
+from sandboxd.cgroup.leaves import Cgroups
 from sandboxd.errors import LaunchError
 from sandboxd.messages import SIGNAL_STOP
 from sandboxd.plan import TENANT_UID
 from sandboxd.script.record import Image
 from sandboxd.supervise.areas import Area, open_area
-from sandboxd.supervise.cgroups import Cgroups
-from sandboxd.supervise.leaf import Leaf
 from sandboxd.supervise.netkeeper import UserNetwork
 from sandboxd.supervise.tenants import Clone, Prepared, Tenant, sandbox_script
 from sandboxd.supervise.uppers import Uppers

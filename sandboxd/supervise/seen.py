@@ -9,8 +9,8 @@ from sandboxd.compile.idmap import tenant_ids
 from sandboxd.host import Host
 from sandboxd.images.store import find
 from sandboxd.policy import Policy
+from sandboxd.probe.host import kinds
 from sandboxd.supervise import volumes
-from sandboxd.supervise.probe import kinds
 
 
 def host_for(policy: Policy, host: Host) -> Host:

@@ -12,9 +12,9 @@ import trio
 from sandboxd.errors import HostError, JobError
 from sandboxd.job import Copied, File, Names, Tar, check_inside
 from sandboxd.linux import packets
+from sandboxd.linux.descriptors import told
 from sandboxd.linux.packets import NOW, Entry, Packet
 from sandboxd.supervise.archives import Item, Room, unpacked
-from sandboxd.supervise.descriptors import told
 
 _PERMISSIONS = 0o777
 _LONGEST = 4096  # PATH_MAX; no name that a program could use is longer

@@ -10,6 +10,7 @@ from typing import Literal
 
 import msgspec
 
+from sandboxd.cgroup.leaf import Memory
 from sandboxd.compile.oci_filter import IN_BUNDLE
 from sandboxd.messages import Ended
 from sandboxd.policy import Attached, Limits, Policy, Rule
@@ -22,7 +23,6 @@ from sandboxd.result import (
     Usage,
     Violation,
 )
-from sandboxd.supervise.leaf import Memory
 
 Shortage = Literal["killed", "refused", "killed from above"]
 """Killed, or an allocation refused, at the run's own limit; or killed because a cgroup around the

@@ -24,6 +24,7 @@ from sandboxd.compile.build import Compiled, exec_plan
 from sandboxd.errors import LaunchError
 from sandboxd.host import Host
 from sandboxd.job import Copied, Job, Names
+from sandboxd.linux.descriptors import Descriptors, no_room
 from sandboxd.messages import ENDED, FILES, GO, Ended, Failure, StartHeader
 from sandboxd.plan import TENANT_UID
 from sandboxd.policy import Artifacts
@@ -33,7 +34,6 @@ from sandboxd.script.record import Image
 from sandboxd.supervise import account, budgets, segments, stream
 from sandboxd.supervise.areas import Area
 from sandboxd.supervise.artifacts import open_sink
-from sandboxd.supervise.descriptors import Descriptors, no_room
 from sandboxd.supervise.pipes import Pipes, open_pipes
 from sandboxd.supervise.porter import Porter
 from sandboxd.supervise.sandboxes import Sandbox

@@ -25,10 +25,12 @@ from pathlib import Path
 import trio
 
 from sandboxd import plan
+from sandboxd.cgroup.leaves import Cgroups
 from sandboxd.compile.build import Compiled
 from sandboxd.errors import HostError, LaunchError
 from sandboxd.host import Host
 from sandboxd.linux import memfd
+from sandboxd.linux.descriptors import Descriptors, no_room
 from sandboxd.messages import FILES, GO, MAPS, READY, CloneReply, CloneRequest, Failure
 from sandboxd.plan import ExecPlan, IdMap, OpenTree, SetupPlan, Step
 from sandboxd.script import elf
@@ -37,8 +39,6 @@ from sandboxd.script.init import network_image, setup_image
 from sandboxd.script.lower import FIRST_DESCRIPTOR, FIRST_SLOT
 from sandboxd.script.record import Image
 from sandboxd.script.zygote import CLONE_INTO_CGROUP, CLONE_PIDFD, MEMORY, tenant_image
-from sandboxd.supervise.cgroups import Cgroups
-from sandboxd.supervise.descriptors import Descriptors, no_room
 from sandboxd.supervise.processes import reap
 
 START_TIMEOUT = 30.0

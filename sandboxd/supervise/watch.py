@@ -23,10 +23,10 @@ from dataclasses import dataclass
 
 import msgspec
 
+from sandboxd.cgroup.leaf import Leaf, Memory
 from sandboxd.compile.build import Compiled
 from sandboxd.host import Host
 from sandboxd.result import Status
-from sandboxd.supervise.leaf import Leaf, Memory
 from sandboxd.supervise.sampling import (
     Sample,
     own_cpu,

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import trio
 
-from sandboxd.supervise.probe import probe
+from sandboxd.probe.host import probe
 from tests.bench import network, report, serve
 from tests.bench.contestants import Contestant, bwrap, nobody, open_ours
 from tests.bench.crun import open_crun

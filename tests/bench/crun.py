@@ -18,7 +18,7 @@ from pathlib import Path
 
 import trio
 
-from sandboxd.supervise import subtree
+from sandboxd.cgroup import subtree
 from tests.bench.contestants import Command, Contestant
 from tests.bench.programs import PLACE
 

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from sandboxd.cli import setup
-from sandboxd.supervise.setup import Step
+from sandboxd.probe.setup import Step
 
 pytestmark = pytest.mark.root_ok
 

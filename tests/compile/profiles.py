@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from sandboxd.cgroup import subtree
 from sandboxd.compile import seccomp, syscalls
 from sandboxd.policy import Argument, Rule
-from sandboxd.supervise import subtree
 
 Json = dict[str, Any]
 ALLOW, ERRNO = "SCMP_ACT_ALLOW", "SCMP_ACT_ERRNO"

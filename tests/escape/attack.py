@@ -34,9 +34,9 @@ from sandboxd.host import Host
 from sandboxd.job import File, Job, Terminal
 from sandboxd.plan import Attributes
 from sandboxd.policy import Argument, Environment, Identity, Limits, Mount, Policy, Rule
+from sandboxd.probe.host import probe
 from sandboxd.result import Result
 from sandboxd.supervise import policies
-from sandboxd.supervise.probe import probe
 from sandboxd.supervise.run import Run
 from sandboxd.supervise.runner import Runner, open_runner
 

@@ -14,12 +14,12 @@ import pytest
 
 import sandboxd
 from sandboxd import Job, SandboxError
+from sandboxd.probe.host import probe
 from sandboxd.serve.address import Tcp
 from sandboxd.serve.api import ROUTES, Route
 from sandboxd.serve.callers import Callers, read_tokens
 from sandboxd.serve.link import Links
 from sandboxd.supervise.domains import Domains
-from sandboxd.supervise.probe import probe
 from tests.serve.serving import Daemon, daemon, folder
 from tests.serve.test_callers import LONG, free_port, tokens
 from tests.supervise.variants import policy

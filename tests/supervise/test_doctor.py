@@ -13,10 +13,12 @@ from typing import Any
 
 import pytest
 
+from sandboxd.cgroup import subtree
 from sandboxd.host import CgroupSubtree, Host, IdRange
-from sandboxd.supervise import fixes, policies, subtree
+from sandboxd.probe import fixes
+from sandboxd.probe.host import probe
+from sandboxd.supervise import policies
 from sandboxd.supervise.doctor import OPEN_FILES, Check, Report, diagnose, guarantees
-from sandboxd.supervise.probe import probe
 from tests import needs
 from tests.needs import hidden_processes
 

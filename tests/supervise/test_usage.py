@@ -8,12 +8,12 @@ import sys
 import pytest
 import trio
 
+from sandboxd.cgroup.leaf import Counters
 from sandboxd.errors import JobError
 from sandboxd.job import Job
 from sandboxd.policy import Limits
 from sandboxd.result import Event, Usage
 from sandboxd.supervise.account import without as without_init
-from sandboxd.supervise.leaf import Counters
 from sandboxd.supervise.runner import open_runner
 from sandboxd.supervise.sampling import own_cpu
 from tests import needs

@@ -9,7 +9,7 @@ import pytest
 
 from sandboxd.host import Host
 from sandboxd.policy import Environment, Identity, Limits, Policy, Root
-from sandboxd.supervise.probe import probe
+from sandboxd.probe.host import probe
 
 PATH = "/usr/local/bin:/usr/bin:/bin"
 

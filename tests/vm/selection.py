@@ -1,8 +1,8 @@
 """What `./do vm` runs without arguments: the tests that want what most hosts lack.
 
-Those marked with needs() for cgroups or a controller, all of tests/vm, and of tests/supervise what
-has to do with runs in a cgroup. What is the same with and without controllers is not run here: it
-would take most of the time.
+Those marked with needs() for cgroups or a controller, all of tests/vm and tests/cgroup, and of
+tests/probe and tests/supervise what has to do with runs in a cgroup. What is the same with and
+without controllers is not run here: it would take most of the time.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ from tests import needs
 
 WANTED = frozenset({"cgroup", *needs.CONTROLLERS})
 ROOMS = (
+    "tests/cgroup/",
+    "tests/probe/test_probe.py",
+    "tests/probe/test_setup.py",
     "tests/vm/",
     *(f"tests/supervise/test_{name}.py" for name in (
-        "ladder", "lifecycle", "many", "pause", "probe", "run", "runner", "setup", "status",
-        "subtree", "usage",
+        "lifecycle", "many", "pause", "run", "runner", "status", "usage",
     )),
 )  # fmt: skip
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from sandboxd.supervise.setup import rules
+from sandboxd.probe.setup import rules
 
 ABI = Path("/etc/apparmor.d/abi/4.0")
 KERNEL = Path("/sys/kernel/security/apparmor")

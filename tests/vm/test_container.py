@@ -29,7 +29,7 @@ PROGRAM = """\
 import json, sys, trio
 from sandboxd.job import Job
 from sandboxd.policy import Limits
-from sandboxd.supervise import subtree
+from sandboxd.cgroup import subtree
 from sandboxd.supervise.runner import open_runner
 before = str(subtree.mounted()[1])
 eater = "x = bytearray(200 << 20); import time; time.sleep(1)"

@@ -29,8 +29,8 @@ PATIENCE = 20.0
 # Prints what the ladder leads to, and where we were before and after.
 CLIMB = """\
 import json
-from sandboxd.supervise import subtree
-from sandboxd.supervise.ladder import climbed
+from sandboxd.cgroup import subtree
+from sandboxd.cgroup.ladder import climbed
 before = str(subtree.mounted()[1])
 with climbed() as climb:
     found = climb.subtree
@@ -46,7 +46,7 @@ LIMITED = """\
 import json, sys, trio
 from sandboxd.job import Job
 from sandboxd.policy import Limits
-from sandboxd.supervise import subtree
+from sandboxd.cgroup import subtree
 from sandboxd.supervise.runner import open_runner
 before = str(subtree.mounted()[1])
 eater = "x = bytearray(200 << 20)"

@@ -13,11 +13,11 @@ import msgspec
 import pytest
 import trio
 
+from sandboxd.cgroup.leaves import swap_is_on
 from sandboxd.errors import HostError
 from sandboxd.job import Job
 from sandboxd.policy import Io, Limits, Mount, Policy, Resources
-from sandboxd.supervise.cgroups import swap_is_on
-from sandboxd.supervise.probe import probe
+from sandboxd.probe.host import probe
 from sandboxd.supervise.runner import open_runner
 from tests.vm.programs import MIB, SLOW, policy, python, run
 

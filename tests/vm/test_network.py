@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 
-from sandboxd.supervise.probe import probe
+from sandboxd.probe.host import probe
 from tests.escape.attack import python
 from tests.network.conftest import TOOLS, Outcome, World, helper, nothing_left, world
 from tests.network.places import OTHER, PUBLIC, PUBLIC6

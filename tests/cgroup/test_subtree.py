@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from sandboxd.supervise import subtree
-from sandboxd.supervise.attempts import Tools, attempt
-from sandboxd.supervise.ladder import VARIABLE, climbed
-from sandboxd.supervise.subtree import Found
+from sandboxd.cgroup import subtree
+from sandboxd.cgroup.ladder import VARIABLE, climbed
+from sandboxd.cgroup.subtree import Found
+from sandboxd.probe.attempts import Tools, attempt
 
 pytestmark = pytest.mark.root_ok
 
@@ -103,8 +103,8 @@ def test_leaves_that_are_no_domains(cgroup_top: Path) -> None:
 
 # In a process of its own, which the ladder may move. Prints where it was and what was found.
 ALONE = """\
-from sandboxd.supervise import subtree
-from sandboxd.supervise.ladder import climbed
+from sandboxd.cgroup import subtree
+from sandboxd.cgroup.ladder import climbed
 _, own = subtree.mounted()
 with climbed() as climb:
     print(own)

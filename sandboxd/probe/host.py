@@ -17,14 +17,14 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
 
+from sandboxd.cgroup.ladder import Climb, climbed
 from sandboxd.compile.idmap import tenant_ids
 from sandboxd.errors import HostError
 from sandboxd.host import Host, IdRange
 from sandboxd.linux import landlock
+from sandboxd.probe import hostcache, idrange
+from sandboxd.probe.attempts import Outcome, Tools, attempt
 from sandboxd.script.numbers import ARCHITECTURES
-from sandboxd.supervise import hostcache, idrange
-from sandboxd.supervise.attempts import Outcome, Tools, attempt
-from sandboxd.supervise.ladder import Climb, climbed
 
 # Not remembered: it may be otherwise the next time.
 _PASSING = frozenset(

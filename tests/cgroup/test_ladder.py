@@ -11,15 +11,15 @@ from pathlib import Path
 import pytest
 import trio
 
+from sandboxd.cgroup import ladder, own, subtree, systemd
+from sandboxd.cgroup.ladder import VARIABLE, Climb, climbed
+from sandboxd.cgroup.leaves import has_room_for_one_more, slots_within
+from sandboxd.cgroup.subtree import Found
 from sandboxd.errors import HostError
 from sandboxd.host import CgroupSubtree
 from sandboxd.job import Job
 from sandboxd.policy import Limits
-from sandboxd.supervise import ladder, own, subtree, systemd
-from sandboxd.supervise.cgroups import has_room_for_one_more, slots_within
-from sandboxd.supervise.ladder import VARIABLE, Climb, climbed
 from sandboxd.supervise.runner import open_runner
-from sandboxd.supervise.subtree import Found
 from tests.supervise.variants import policy
 
 pytestmark = pytest.mark.root_ok

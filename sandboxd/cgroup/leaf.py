@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-from sandboxd.supervise.descriptors import SCARCE
+from sandboxd.linux.descriptors import SCARCE
 
 CPU_WORDS = ["usage_usec", "user_usec", "system_usec"]
 THROTTLED = "throttled_usec"

@@ -17,8 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from sandboxd.supervise import fixes, idrange, subtree
-from sandboxd.supervise.ladder import prepared_place
+from sandboxd.cgroup import subtree
+from sandboxd.cgroup.ladder import prepared_place
+from sandboxd.probe import fixes, idrange
 
 State = Literal["ok", "missing", "by hand"]
 
@@ -152,7 +153,7 @@ def steps(machine: Machine) -> list[Step]:
 
 
 def _ids(machine: Machine) -> Iterator[Step]:
-    if machine.uid == 0:  # supervise/idrange.py
+    if machine.uid == 0:  # probe/idrange.py
         yield Step(what="subordinate ids", state="ok", found="root takes some that nobody has")
         return
     if machine.newuidmap:

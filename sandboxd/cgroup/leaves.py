@@ -27,10 +27,10 @@ from pathlib import Path
 
 import trio
 
+from sandboxd.cgroup import systemd
+from sandboxd.cgroup.leaf import Leaf
 from sandboxd.errors import HostError
 from sandboxd.host import CgroupSubtree
-from sandboxd.supervise import systemd
-from sandboxd.supervise.leaf import Leaf
 
 PREFIX = "sandboxd-"
 ANY = "any"

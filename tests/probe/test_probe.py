@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from sandboxd.supervise import idrange
-from sandboxd.supervise.attempts import Tools, attempt, parse
-from sandboxd.supervise.probe import COSTS, kinds, probe
+from sandboxd.probe import idrange
+from sandboxd.probe.attempts import Tools, attempt, parse
+from sandboxd.probe.host import COSTS, kinds, probe
 from tests import needs
 
 pytestmark = pytest.mark.root_ok
@@ -24,7 +24,7 @@ not_root = pytest.mark.skipif(os.geteuid() == 0, reason="root may do it all")
 # Prints a fresh probe as JSON.
 SCRIPT = """\
 import dataclasses, json
-from sandboxd.supervise.probe import probe
+from sandboxd.probe.host import probe
 print(json.dumps(dataclasses.asdict(probe(cached=False)), default=sorted))
 """
 

@@ -12,9 +12,9 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
+from sandboxd.cgroup import subtree, systemd
+from sandboxd.cgroup.subtree import CONTROLLERS, Found
 from sandboxd.errors import HostError
-from sandboxd.supervise import subtree, systemd
-from sandboxd.supervise.subtree import CONTROLLERS, Found
 
 LEAF = "sandboxd.supervisor"
 _UNITS = (".service", ".scope")

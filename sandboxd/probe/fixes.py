@@ -9,8 +9,8 @@ import os
 import pwd
 from pathlib import Path
 
-from sandboxd.supervise import idrange
-from sandboxd.supervise.ladder import VARIABLE, prepared_place
+from sandboxd.cgroup.ladder import VARIABLE, prepared_place
+from sandboxd.probe import idrange
 
 _DOCKER = "docker run --security-opt seccomp=unconfined --security-opt systempaths=unconfined"
 _PRIVATE = "seccomp=unconfined --security-opt apparmor=unconfined"

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from sandboxd.supervise import setup
-from sandboxd.supervise.setup import Machine, Step, carry_out, look, steps
+from sandboxd.probe import setup
+from sandboxd.probe.setup import Machine, Step, carry_out, look, steps
 
 pytestmark = pytest.mark.root_ok
 

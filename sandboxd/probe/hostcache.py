@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from sandboxd.plan import IdMap
-from sandboxd.supervise.attempts import SOURCES, Outcome, Tools, pack, unpack
+from sandboxd.probe.attempts import SOURCES, Outcome, Tools, pack, unpack
 
 _LARGEST = 1 << 20
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sandboxd.host import IdRange
-from sandboxd.supervise import idrange
+from sandboxd.probe import idrange
 
 pytestmark = pytest.mark.root_ok
 

@@ -18,10 +18,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeAlias
 
+from sandboxd.cgroup import own, subtree, systemd
+from sandboxd.cgroup.subtree import PROC, Found
 from sandboxd.errors import HostError
 from sandboxd.host import CgroupSubtree
-from sandboxd.supervise import own, subtree, systemd
-from sandboxd.supervise.subtree import PROC, Found
 
 VARIABLE = "SANDBOXD_CGROUP"
 NONE = "none"

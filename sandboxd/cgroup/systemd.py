@@ -35,8 +35,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
+from sandboxd.cgroup import subtree
 from sandboxd.errors import HostError
-from sandboxd.supervise import subtree
 
 if TYPE_CHECKING:
     from jeepney.io.blocking import DBusConnection

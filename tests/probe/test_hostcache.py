@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from sandboxd.supervise import hostcache
-from sandboxd.supervise.attempts import Outcome, Tools
-from sandboxd.supervise.ladder import climbed
-from sandboxd.supervise.probe import examine, probe
+from sandboxd.cgroup.ladder import climbed
+from sandboxd.probe import hostcache
+from sandboxd.probe.attempts import Outcome, Tools
+from sandboxd.probe.host import examine, probe
 
 pytestmark = pytest.mark.root_ok
 
