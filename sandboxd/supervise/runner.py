@@ -349,7 +349,8 @@ class Runner:
         try:  # the kernel makes it meanwhile
             conduct = await self._prepare(kept, asking)
             conduct.dispatch.begin(box.socket)
-            self._undertaker.bury()
+            if conduct.emit is None:  # else what it prints comes first
+                self._undertaker.bury()
             if box.way_out is None:
                 seen = await supervise(conduct, box)
             else:
