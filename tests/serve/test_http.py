@@ -90,6 +90,31 @@ async def test_what_is_sent_ahead_stays_in_the_socket() -> None:
             pass
 
 
+async def test_who_hangs_up_leaves_neither_slot_nor_place_in_the_queue() -> None:
+    body = b'{"argv": ["sleep", "100"]}'
+    waiting = b"POST /v1/jobs?wait=1 HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body)
+    async with daemon() as served:
+        streams = []
+        for number in range(40):
+            stream = await trio.open_unix_socket(str(served.place / "s"))
+            await stream.send_all(waiting + body)
+            if number % 5 == 0:
+                await stream.aclose()  # before it was looked at, perhaps
+            elif number % 5 == 1:
+                await stream.send_eof()  # who says that nothing more comes waits no more, either
+                streams.append(stream)
+            else:
+                streams.append(stream)
+        while (await served.ask("GET", "/v1/info"))["running"] == 0:
+            pass
+        for stream in streams[::2] + streams[1::2]:  # of those that run, and of those that wait
+            await stream.aclose()
+        while (found := await served.ask("GET", "/v1/info"))["running"] or found["queued"]:
+            pass
+        quick = await served.ask("POST", "/v1/jobs?wait=1", {"argv": ["true"]})
+        assert quick["result"]["status"] == "ok"
+
+
 async def test_half_a_head_and_half_a_body_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http, "HEAD_TIME", 0.2)
     monkeypatch.setattr(http, "BODY_TIME", 0.2)
