@@ -15,6 +15,9 @@ from sandboxd.reference import Reference
 Text = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 
 
+TEXT = (str, bytes, os.PathLike)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class File:
     """An input file with permissions of its own; plain bytes get 0o644, a Path keeps its own."""
@@ -152,12 +155,10 @@ class Job:
 
     def _check_types(self) -> None:
         """What the type checker would have said, for those who have none."""
-        texts = {f"argv[{number}]": word for number, word in enumerate(self.argv)}
-        texts |= {f"env[{key!r}]": value for key, value in self.env.items()}
-        texts |= {f"a name in env or files, {key!r}": key for key in (*self.env, *self.files)}
-        for where, text in texts.items():
-            if not isinstance(text, str | bytes | os.PathLike):
-                raise JobError(f"{where} is {type(text).__name__}", hint="text is str or bytes")
+        for text in (*self.argv, *self.env, *self.env.values(), *self.files):
+            if not isinstance(text, TEXT):
+                raise JobError(f"{self._place_of(text)} is {type(text).__name__}",
+                               hint="text is str or bytes")  # fmt: skip
         for key, data in self.files.items():
             if not isinstance(data, Input):
                 raise JobError(f"files[{key!r}] is {type(data).__name__}",
@@ -169,6 +170,15 @@ class Job:
             raise JobError(f"stdin is {type(self.stdin).__name__}", hint="bytes, a Path or None")
         if not isinstance(self.policy, str | Policy):
             raise JobError(f"policy is {type(self.policy).__name__}", hint="a name or a Policy")
+
+    def _place_of(self, wrong: object) -> str:
+        for number, word in enumerate(self.argv):
+            if word is wrong:
+                return f"argv[{number}]"
+        for key, value in self.env.items():
+            if value is wrong:
+                return f"env[{key!r}]"
+        return f"a name in env or files, {wrong!r}"
 
     def _check_collect(self) -> None:
         if isinstance(self.collect, str | bytes):

@@ -18,7 +18,7 @@ import trio
 from sandboxd.serve.book import Book
 from sandboxd.serve.callers import Caller
 from sandboxd.serve.journal import BatchRow, Row
-from sandboxd.serve.live import Asked, Live, moment
+from sandboxd.serve.live import Asked, Live
 from sandboxd.serve.log import QUIET
 from sandboxd.serve.manifold import (
     BatchSubmission,
@@ -29,6 +29,7 @@ from sandboxd.serve.manifold import (
     end_line,
 )
 from sandboxd.serve.wire import Refusal, State, decode, submission
+from sandboxd.supervise.record import moment
 
 
 @dataclass(frozen=True, slots=True)

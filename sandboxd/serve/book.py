@@ -9,7 +9,6 @@ and starts nothing a second time that did not ask for that.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import logging
 import os
@@ -246,13 +245,17 @@ class Book:
     async def _take_on(self, caller: Caller, asked: Asked, job_id: str) -> Live:
         self.spending.check(caller.name, self.share)
         self.spending.check_bodies(self._bodies[caller.name] + len(asked.body))
-        with ExitStack() as held:
+        held = ExitStack()
+        try:
             live = self.make(caller, asked, job_id, held)
             if not asked.attached:
                 await self.journal.accept(live.row(asked.body))
                 if live.size > SMALL:
                     live.job = None
-            live.held = held.pop_all()
+        except BaseException:
+            held.close()
+            raise
+        live.held = held
         self._enqueue(live)
         self.metrics.accepted.add()
         return live
@@ -380,7 +383,8 @@ class Book:
         self._bodies[live.caller.name] -= live.size
         if not self._bodies[live.caller.name]:
             del self._bodies[live.caller.name]
-        live.held.close()
+        if live.held is not None:
+            live.held.close()
         live.begun.set()
         live.done.set()
         if live.turn is not None:
@@ -438,7 +442,7 @@ class Book:
         """A job of the last daemon's that ends here, without having run."""
         record = {"schema": SCHEMA, "status": "error", "error": dict(error)}
         data = encode(record)
-        ended = dataclasses.replace(row, status="error", result=data, ended=time.time())
+        ended = msgspec.structs.replace(row, status="error", result=data, ended=time.time())
         await self.journal.finish(ended, len(data), known=True)
 
     async def _expire(self) -> None:

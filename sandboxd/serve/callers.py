@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import hmac
 import ipaddress
@@ -66,7 +67,7 @@ class Callers:
                     f"uid {peer.uid} may not use this daemon",
                     hint="who runs it may let you in: sandboxd serve --allow-uid",
                 )
-            return Caller(f"uid:{peer.uid}", operator=peer.uid == os.getuid())
+            return _of_uid(peer.uid)
         if peer.certificate and not (self.tokens and "authorization" in headers):
             return Caller(f"tls:{peer.certificate}")
         if self.tokens:
@@ -141,3 +142,8 @@ def read_tokens(path: Path) -> dict[str, bytes]:
 
 def _why(error: OSError | UnicodeDecodeError) -> str:
     return error.strerror or str(error) if isinstance(error, OSError) else "not UTF-8"
+
+
+@functools.lru_cache(maxsize=256)
+def _of_uid(uid: int) -> Caller:
+    return Caller(f"uid:{uid}", operator=uid == os.getuid())

@@ -40,13 +40,14 @@ from sandboxd.serve.ensemble import (
     place_of,
 )
 from sandboxd.serve.guests import Cancelled, Guest, placed
-from sandboxd.serve.live import Asked, Live, moment, view
+from sandboxd.serve.live import Asked, Live, view
 from sandboxd.serve.log import QUIET, Reader
 from sandboxd.serve.share import Need, Waiting, together
 from sandboxd.serve.wire import Refusal, State, decode, refusal_of, submission
 from sandboxd.supervise import groups, pipeline
 from sandboxd.supervise.groups import GroupRun
 from sandboxd.supervise.pipeline import Pipeline
+from sandboxd.supervise.record import moment
 from sandboxd.supervise.runner import Runner
 
 Kind = type[GroupSubmission] | type[PipelineSubmission]

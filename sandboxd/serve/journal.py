@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import trio
 
 from sandboxd.errors import HostError
@@ -71,8 +72,7 @@ _BRIEF = """number, caller, id, state, about, NULL, key, body, created, started,
  attempts, status, NULL, NULL"""
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+class Row(msgspec.Struct, frozen=True):
     """A job as the journal has it. Times are seconds since 1970."""
 
     number: int
@@ -113,7 +113,8 @@ class BatchRow:
 class _Change:
     statements: tuple[tuple[str, tuple[Any, ...]], ...]
     """All of them, or none."""
-    written: trio.Event
+    written: trio.Event | None
+    """For who waits for it."""
     error: Exception | None = None
 
 
@@ -135,9 +136,10 @@ class Journal:
         await self._write((sql, values))
 
     async def _write(self, *statements: tuple[str, tuple[Any, ...]]) -> None:
-        change = self._add(*statements)
+        written = trio.Event()
+        change = self._add(statements, written)
         self._urgent.set()
-        await change.written.wait()
+        await written.wait()
         if change.error is not None:
             raise HostError(
                 "journal",
@@ -147,13 +149,16 @@ class Journal:
 
     async def note(self, sql: str, *values: Any) -> None:
         """It will be on disk in a moment; waits only while too much is on its way there."""
-        change = self._add((sql, values))
-        if len(self._waiting) > MOST_AT_ONCE:
+        written = trio.Event() if len(self._waiting) >= MOST_AT_ONCE else None
+        self._add(((sql, values),), written)
+        if written is not None:
             self._urgent.set()
-            await change.written.wait()
+            await written.wait()
 
-    def _add(self, *statements: tuple[str, tuple[Any, ...]]) -> _Change:
-        change = _Change(statements, trio.Event())
+    def _add(
+        self, statements: tuple[tuple[str, tuple[Any, ...]], ...], written: trio.Event | None
+    ) -> _Change:
+        change = _Change(statements, written)
         self._waiting.append(change)
         self._more.set()
         return change
@@ -216,7 +221,8 @@ class Journal:
                 await trio.to_thread.run_sync(self._commit, batch, limiter=self._using)
             self._committing = False
             for change in batch:
-                change.written.set()
+                if change.written is not None:
+                    change.written.set()
 
     def _commit(self, batch: list[_Change]) -> None:
         """All of them at once; where that fails each alone, so that one takes no other with it."""

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import msgspec
@@ -17,6 +16,7 @@ from sandboxd.serve.journal import Row
 from sandboxd.serve.log import Log
 from sandboxd.serve.share import Waiting
 from sandboxd.serve.wire import JobView, Refusal, State, Submission, encode
+from sandboxd.supervise.record import moment
 from sandboxd.supervise.run import Hands
 
 SLIM = 1024
@@ -32,8 +32,7 @@ class About(msgspec.Struct, frozen=True, kw_only=True):
     traceparent: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Asked:
+class Asked(msgspec.Struct, frozen=True):
     """A submission and how it came."""
 
     wanted: Submission
@@ -55,7 +54,9 @@ class Asked:
         if len(self.body) <= SLIM:
             return self
         usage_every = self.wanted.usage_every
-        return replace(self, wanted=Submission(argv=("",), usage_every=usage_every), body=b"")
+        return msgspec.structs.replace(
+            self, wanted=Submission(argv=("",), usage_every=usage_every), body=b""
+        )
 
 
 class Batch(Protocol):
@@ -77,7 +78,7 @@ class Live:
     created: float
     size: int = 0
     """Bytes of its request."""
-    held: ExitStack = field(default_factory=ExitStack)
+    held: ExitStack | None = None
     """What it keeps from being removed."""
     job: Job | None = None
     """None while it waits and is large: it is read from the journal when it is started."""
@@ -147,8 +148,3 @@ def view(found: Live | Row, *, brief: bool = False) -> JobView:
         traceparent=about.traceparent,
         result=None if record is None or brief else msgspec.Raw(record),
     )
-
-
-def moment(seconds: float) -> str:
-    """RFC 3339, in UTC."""
-    return datetime.fromtimestamp(seconds, UTC).isoformat()

@@ -11,6 +11,7 @@ say, and no longer waits for anybody (`hurry`).
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 from collections import deque
@@ -77,12 +78,20 @@ class Log:
         self._read_up_to = -1
         self._hurried = False
         self._readers: set[Reader] = set()
-        self._changed = trio.Event()
-        self._room = trio.Event()
         self.last = -1
         self.over = False
         self.heard: Callable[[], None] | None = None
         """Called when there is something to read, for who reads several logs."""
+
+    @functools.cached_property
+    def _changed(self) -> trio.Event:
+        """There is something to read."""
+        return trio.Event()
+
+    @functools.cached_property
+    def _room(self) -> trio.Event:
+        """Something was read."""
+        return trio.Event()
 
     # -- the job's side
 

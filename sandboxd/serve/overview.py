@@ -17,9 +17,10 @@ from sandboxd.errors import SandboxError
 from sandboxd.result import Usage
 from sandboxd.serve.callers import Caller
 from sandboxd.serve.guests import Guest
-from sandboxd.serve.live import About, Live, moment
+from sandboxd.serve.live import About, Live
 from sandboxd.serve.views import CallerView, FailureView, Overview, RunningView
 from sandboxd.serve.wire import encode
+from sandboxd.supervise.record import moment
 from sandboxd.supervise.run import Hands
 
 if TYPE_CHECKING:
@@ -44,7 +45,9 @@ class Endings:
     def note(self, caller: str, job: str, about: About, why: tuple[str, str]) -> None:
         """A job is over; `why` is the status and the message."""
         status, message = why
-        self._statuses.setdefault(caller, Counter())[status] += 1
+        if caller not in self._statuses:
+            self._statuses[caller] = Counter()
+        self._statuses[caller][status] += 1
         if status == "ok":
             return
         self._failures.append(

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import h11
+import msgspec
 import trio
 
 import sandboxd
@@ -95,8 +96,7 @@ class Bounds:
     """Of all requests that are being read, and of jobs whose callers wait for them."""
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
+class Call(msgspec.Struct, frozen=True):
     """A request whose route and caller are known."""
 
     request: Request

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
 from http import HTTPStatus
+
+import msgspec
 
 _NAMES = rb"host|content-length|content-type|accept|accept-encoding|user-agent|authorization"
 _MORE = rb"idempotency-key|traceparent"
@@ -23,8 +24,7 @@ LONGEST = 16 << 10
 """Bytes of a head."""
 
 
-@dataclass(frozen=True, slots=True)
-class Plain:
+class Plain(msgspec.Struct, frozen=True):
     """The parts of such a request; `data` is all of it."""
 
     method: str
