@@ -313,9 +313,7 @@ class Book:
             next_one = self._queue.pop(waiting)
             if isinstance(next_one, Guest):
                 next_one.given.set()
-            elif next_one.turn is not None:
-                next_one.turn.set()
-            else:
+            elif not next_one.take_turn():
                 self._jobs.start_soon(carry.carry_out, self, next_one)
         if self.draining:
             self._changed.set()

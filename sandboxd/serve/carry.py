@@ -52,10 +52,10 @@ async def carry_here(book: Book, live: Live, handle: int | None) -> None:
 
 def _never_begun(book: Book, live: Live) -> None:
     """Whose task was cancelled while it waited, or when it had its slot and did not know yet."""
+    if not book.withdraw(live) and live.slotted is None:
+        return  # who cancelled it is about to say so
     live.refused = going_down()
-    if not book.withdraw(live):
-        live.slotted = time.monotonic()
-        book.leave_slot(live)
+    book.leave_slot(live)
     book.over(live)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -101,6 +102,14 @@ class Live:
     done: Done = field(default_factory=Done)
     turn: trio.Event | None = None
     """Where a task waits to carry it out: it has its slot, or is over."""
+
+    def take_turn(self) -> bool:
+        """It has its slot; whether a task waits to carry it out."""
+        if self.turn is None:
+            return False
+        self.slotted = time.monotonic()
+        self.turn.set()
+        return True
 
     def row(
         self,
