@@ -209,6 +209,7 @@ class Netkeeper:
         self._live: set[str] = set()
         self._ahead: dict[Egress, list[UserNetwork]] = {}
         self._lost = False
+        self._closed = False
 
     async def take(self, egress: Egress) -> UserNetwork:
         """One made ahead, or now."""
@@ -261,6 +262,9 @@ class Netkeeper:
     async def _make(self, egress: Egress) -> UserNetwork:
         network = await self.bare(egress)
         await self.furnish(network)
+        if self._closed:  # nobody would end it
+            await network.end()
+            raise self._died()
         return network
 
     async def bare(
@@ -366,15 +370,16 @@ class Netkeeper:
                 with suppress(BlockingIOError):
                     return packets.send(self._link, content, fds)
                 await trio.lowlevel.wait_writable(self._link)
-        except OSError:
+        except (OSError, trio.ClosedResourceError):
             raise self._died() from None
 
     async def _hear(self, kinds: tuple[str, ...]) -> tuple[dict[str, Any], list[int]] | None:
         """One message; None is the end. What ended is remembered."""
         try:
-            await trio.lowlevel.wait_readable(self._link)
+            if not self._lost:
+                await trio.lowlevel.wait_readable(self._link)
             data, received = packets.receive(self._link)
-        except OSError:
+        except (OSError, trio.ClosedResourceError):
             data, received = b"", []
         if not data:
             self._lost = True
@@ -392,10 +397,12 @@ class Netkeeper:
         return LaunchError("network", 0, 0, "the netkeeper is gone", hint="it is started anew")
 
     async def _close(self) -> None:
+        self._closed = True
         for ahead in self._ahead.values():
             while ahead:
                 await ahead.pop().close()
         self._lost = True
+        trio.lowlevel.notify_closing(self._link)
         self._link.close()
         with trio.CancelScope(shield=True):
             await reap(self._process)

@@ -288,7 +288,10 @@ class Porter:
         try:
             yield porter
         finally:
-            if porter.owes or porter.process.poll() is not None:
+            if self._closed:
+                await self._end(porter)
+                self._turns.release()  # for who waits, to learn it
+            elif porter.owes or porter.process.poll() is not None:
                 await self._end(porter)
             else:
                 self._give_back(porter)
@@ -303,6 +306,9 @@ class Porter:
             if waiting.cancelled_caught:
                 if len(self._processes) < PROCESSES:
                     return self._new()
+                continue
+            if self._closed:
+                self._turns.release()
                 continue
             porter = self._idle.pop()
             if porter.process.poll() is None:
@@ -323,7 +329,7 @@ class Porter:
         await porter.stop()
 
     async def _stop(self) -> None:
-        """All that are idle, which is all where nobody asks any more."""
+        """All that are idle; one that is not yet ends with its request."""
         while self._idle:
             self._turns.acquire_nowait()
             await self._end(self._idle.pop())

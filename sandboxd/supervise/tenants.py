@@ -71,6 +71,7 @@ class Tenant:
         self._listening: trio.CancelScope | None = None
         self._networks: list[int] = []
         self._lent: set[int] = set()
+        self._closed = False
         first = compiled.first_job_uid
         last = min(plan.FIRST_JOB_UID + compiled.tenant.ids.job_uids, 60000)
         # In one user namespace two sandboxes must not have one uid: what the kernel counts is per
@@ -121,6 +122,8 @@ class Tenant:
             self._networks.append(await self._make_network())
 
     def close_networks(self) -> None:
+        """For good: one that is being made meanwhile is closed by who makes it."""
+        self._closed = True
         for fd in (*self._networks, *self._lent):
             os.close(fd)
         self._networks.clear()
@@ -146,6 +149,8 @@ class Tenant:
                 if data != FILES or len(received) != 1:
                     raise failure(data, image, self.compiled.network.steps)
                 await trio.lowlevel.wait_readable(pidfd)
+                if self._closed:
+                    raise self._died(0)
                 return os.dup(received[0])
 
     # -- sandboxes

@@ -142,6 +142,24 @@ class Host:
             names.append(processes())
         return [found.count(helper) for found in names]
 
+    async def leave(self, request: dict[str, Any]) -> Any:
+        """A home is left while its next networks are made, at each time a bit later."""
+        job = Job(argv=("/bin/true",), policy=policy(request["network"]))
+        before = here()
+        async with open_runner(slots=3, cgroup="none") as runner:
+            for number in range(request["times"]):
+                await runner.run(job)
+                (home,) = runner._known.homes
+                await trio.sleep(number * 0.001)
+                await home.leave()
+                with trio.fail_after(20):
+                    while any(kept.refilling for kept in runner._known.all()):  # noqa: ASYNC110
+                        await trio.sleep(0.001)
+        with trio.move_on_after(10):
+            while here() != before:  # noqa: ASYNC110  nobody tells when the kernel is through
+                await trio.sleep(0.01)
+        return [before, here()]
+
     async def spares(self, request: dict[str, Any]) -> Any:
         """Two jobs at a time, twice, with sandboxes made ahead."""
         argv = python(f"{TOOLS}\nfound = reach({PUBLIC!r})")

@@ -73,6 +73,11 @@ def test_many_in_a_row_leave_nothing(world: World, helper: str) -> None:
     assert after == before
 
 
+def test_a_home_that_is_left_while_networks_are_made_ahead(world: World, helper: str) -> None:
+    before, after = world.ask("leave", network={"helper": helper}, times=30)
+    assert after == before
+
+
 def test_many_policies_have_few_networks_ahead(world: World, helper: str) -> None:
     """Each is a process: those of policies that were used longest ago are given up."""
     before, after = world.ask("policies", network={"helper": helper}, many=12)

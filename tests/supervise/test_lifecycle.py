@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 
 from sandboxd.errors import LaunchError
 from sandboxd.job import Job
@@ -158,6 +159,20 @@ async def test_what_was_left_outlives_its_tenant(host: str) -> None:
             os.kill(zygote, signal.SIGKILL)
         await runner.run(Job(argv=["true"], policy=policy()))
         assert [await one.read(5) async for one in run.artifacts()] == [b"left\n", bytes(5)]
+
+
+async def test_a_tenant_ends_while_a_network_is_made_ahead() -> None:
+    async with open_runner(slots=1) as runner:
+        await runner.run(Job(argv=["true"], policy=policy()))
+        (home,) = runner._known.homes
+        tenant = home.living
+        assert tenant is not None
+        with pytest.RaisesGroup(LaunchError):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(tenant.refill_networks, 1000)
+                await trio.testing.wait_all_tasks_blocked()
+                tenant.close_networks()  # as at its end, while one is being made
+        assert tenant.networks_ahead == 0
 
 
 SUPERVISOR = """

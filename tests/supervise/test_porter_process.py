@@ -216,6 +216,39 @@ async def test_a_long_request_is_not_in_the_way(tenant: Tenant) -> None:
 
 
 @pytest.mark.needs("subuid")
+async def test_left_while_it_is_asked(tenant: Tenant) -> None:
+    """Who has it gets the answer, who waits for his turn learns that there is none any more."""
+    tenant.run("open('large', 'wb').write(bytes(100_000))")
+    sinks = [Slow() for _ in range(PROCESSES)]
+    answers: list[list[int]] = []
+    refused: list[str] = []
+
+    async def comes_in_time(sink: Slow) -> None:
+        found, _ = await porter.collect(tenant.box, ["large"], DEFAULT, sink)
+        answers.append([len(one.data) for one in found])
+
+    async def comes_too_late() -> None:
+        with pytest.raises(LaunchError) as caught:
+            await porter.collect(tenant.box, ["large"])
+        refused.append(caught.value.stage)
+
+    async with trio.open_nursery() as nursery:
+        async with open_porter(tenant.namespace) as porter:
+            for sink in sinks:
+                nursery.start_soon(comes_in_time, sink)
+                while not sink.asked:  # noqa: ASYNC110
+                    await trio.sleep(0.01)
+            nursery.start_soon(comes_too_late)
+            nursery.start_soon(comes_too_late)
+            await trio.testing.wait_all_tasks_blocked()
+        for sink in sinks:
+            sink.go.set()
+    assert answers == [[100_000]] * PROCESSES
+    assert refused == ["porter"] * 2
+    assert not porter._processes
+
+
+@pytest.mark.needs("subuid")
 async def test_few_descriptors_are_enough(tenant: Tenant, tmp_path: Path) -> None:
     for number in range(200):
         (tmp_path / str(number)).write_bytes(bytes(20_000))
