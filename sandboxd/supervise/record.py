@@ -91,13 +91,16 @@ def never_started(asked: float, why: str = "") -> tuple[Observed, tuple[float, f
     return Observed(facts, {}, (), now, now), (asked, now - asked)
 
 
-def make(job: Job, kept: Kind, seen: Observed, host: Host, waited: tuple[float, float]) -> Result:
-    """The whole record of one run. `waited`: when it was asked for, and for how long it queued."""
+def make(
+    job: Job, name: str, kept: Kind, seen: Observed, host: Host, waited: tuple[float, float]
+) -> Result:
+    """The whole record of the run that has this name. `waited`: when it was asked for, and for how
+    long it queued."""
     asked, queued = waited
     words = classify(seen.facts, kept.compiled.policy.limits)
     now, clock = time.time(), trio.current_time()
     return Result(
-        job=job.id or new_id(),
+        job=name,
         policy=kept.reference,
         status=words.status,
         causes=words.causes,

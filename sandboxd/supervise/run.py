@@ -100,6 +100,10 @@ class Hands:
         except trio.BrokenResourceError:  # the reader has gone: so has the reason to run
             self.kill()
 
+    def _at_once(self, name: str, data: bytes) -> bool:
+        """What was printed, told without waiting; False if that cannot be."""
+        return False
+
     async def _emit(self, event: Event) -> None:
         raise NotImplementedError
 
@@ -185,6 +189,15 @@ class Run(Hands):
             return
         except trio.BrokenResourceError:
             self.kill()
+
+    def _at_once(self, name: str, data: bytes) -> bool:
+        event = Event(seq=self._seq, type=name, data=data)  # type: ignore[arg-type]
+        try:
+            self._send.send_nowait(event)
+        except (trio.WouldBlock, trio.BrokenResourceError):
+            return False
+        self._seq += 1
+        return True
 
     async def _emit(self, event: Event) -> None:
         self._seq += 1

@@ -23,6 +23,7 @@ from sandboxd.policy import Policy
 from sandboxd.result import Event, Result
 from sandboxd.supervise import builds, groups, inputs, keeping, pipeline, record, volumes
 from sandboxd.supervise.artifacts import check_place
+from sandboxd.supervise.attend import NO_VIGIL
 from sandboxd.supervise.homes import Kept
 from sandboxd.supervise.known import Known
 from sandboxd.supervise.maker import Maker
@@ -37,7 +38,6 @@ from sandboxd.supervise.sandboxes import Sandbox
 from sandboxd.supervise.seat import Seat
 from sandboxd.supervise.seen import host_for
 from sandboxd.supervise.supervise import (
-    NO_VIGIL,
     Conduct,
     Dispatch,
     GivenUp,
@@ -166,7 +166,9 @@ class Runner:
         if usage_every is not None and not FASTEST <= usage_every < math.inf:
             raise JobError(f"usage_every={usage_every!r}", hint=f"{FASTEST:g} seconds or more")
         with Descriptors() as fds:
-            pipes = open_pipes(job, Pipes(fds, given=joint.given(fds) if joint else {}))
+            pipes = Pipes(fds, given=joint.given(fds) if joint else {})
+            if not isinstance(job.stdin, bytes) or job.terminal is not None:
+                open_pipes(job, pipes)  # else the sandbox is asked for first
             stdin = None
             if pipes.stdin is not None:
                 stdin = trio.lowlevel.FdStream(os.dup(pipes.stdin))
@@ -176,7 +178,6 @@ class Runner:
             run._reports = Reports(usage_every, run._tell) if usage_every else None
             run._terminal = pipes.stdin if job.terminal else None
             run._limiter = joint.limiter if joint else None
-            job = dataclasses.replace(job, id=run.id)
             try:
                 with one_error():
                     async with trio.open_nursery() as nursery:
@@ -309,7 +310,7 @@ class Runner:
     ) -> Result:
         seen, waited = record.never_started(asked, run._cancelled if run is not None else "")
         kept = self._known.ready(job, None, seat)
-        return record.make(job, kept.kind, seen, self.host, waited)
+        return record.make(job, name_of(job, run), kept.kind, seen, self.host, waited)
 
     def _limiter_of(self, run: Hands | None) -> trio.CapacityLimiter:
         return (run and run._limiter) or self._limiter
@@ -363,7 +364,8 @@ class Runner:
         keeps = bool(conduct.job.keep_root)
         if not leaves_by_itself and not keeps:
             await box.end()
-        result = record.make(conduct.job, kept.kind, seen, self.host, waited)
+        name = name_of(asking.job, asking.run)
+        result = record.make(asking.job, name, kept.kind, seen, self.host, waited)
         if keeps:
             result = await self._keep_root(kept, conduct.job, result, box)
         elif leaves_by_itself:
@@ -419,6 +421,7 @@ class Runner:
             giving_up=run._files if run and job.files else None,
             leave=leaving(run, job, porter),
             emit=forwarding(run),
+            at_once=run._at_once if run else None,
             patient=run is not None and run.patient,
             on_start=run._started if run else lambda _: None,
             reports=run._reports if run else None,
@@ -435,6 +438,10 @@ class Runner:
         with trio.CancelScope(shield=True):
             await self._undertaker.close()
             await self._known.close()
+
+
+def name_of(job: Job, run: Hands | None) -> str:
+    return run.id if run is not None else job.id or record.new_id()
 
 
 @asynccontextmanager

@@ -127,6 +127,15 @@ class Pump:
         self._capture.add(data)
         return data
 
+    def look(self) -> bytes:
+        """The same, if there is something."""
+        if self.over:
+            return b""
+        try:
+            return self.read()
+        except BlockingIOError:
+            return b""
+
     def drain(self) -> list[bytes]:
         """Take the rest, which a pipe or a terminal holds; for when nobody can write any more."""
         rest = []
@@ -142,8 +151,10 @@ async def nowhere(name: str, data: bytes) -> None:
     await trio.lowlevel.checkpoint()
 
 
-async def forward(pump: Pump, to: Forward) -> None:
-    """Read to the end, and pass everything on."""
+async def forward(pump: Pump, to: Forward, begin: bytes = b"") -> None:
+    """Read to the end, and pass everything on: `begin`, which was read before, first."""
+    if begin:
+        await to(pump.name, begin)
     while not pump.over:
         try:
             data = pump.read()

@@ -11,7 +11,6 @@ is dead the pipes are at their end, the counters final, and the files nobody's a
 from __future__ import annotations
 
 import os
-import select
 import socket
 from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from sandboxd.errors import LaunchError
 from sandboxd.host import Host
 from sandboxd.job import Copied, Job, Names
 from sandboxd.linux.descriptors import Descriptors, no_room
-from sandboxd.messages import ENDED, FILES, GO, Ended, Failure, StartHeader
+from sandboxd.messages import FILES, GO, Ended, Failure, StartHeader
 from sandboxd.plan import TENANT_UID
 from sandboxd.policy import Artifacts
 from sandboxd.result import Artifact, ArtifactError, Usage, Violation
@@ -34,22 +33,18 @@ from sandboxd.script.record import Image
 from sandboxd.supervise import account, budgets, segments, stream
 from sandboxd.supervise.areas import Area
 from sandboxd.supervise.artifacts import open_sink
+from sandboxd.supervise.attend import GRACE, NO_VIGIL, attend, is_complete, received
 from sandboxd.supervise.pipes import Pipes, open_pipes
 from sandboxd.supervise.porter import Porter
 from sandboxd.supervise.sandboxes import Sandbox
 from sandboxd.supervise.status import Facts
 from sandboxd.supervise.stops import Control, Stops
 from sandboxd.supervise.tenants import MESSAGE, Prepared, Script, failure
-from sandboxd.supervise.vigil import Vigil
+from sandboxd.supervise.vigil import LENGTH, Vigil
 from sandboxd.supervise.watch import Watcher
 
 SCRIPTS_KEPT = 64
 SCRIPT_KEPT = 64 << 10
-GRACE = 0.002
-"""Seconds in which a run may end without anybody having listened to its pipes."""
-
-NO_VIGIL = Vigil(kept=False)
-
 Emit = Callable[[str, bytes], Awaitable[None]]
 
 
@@ -158,6 +153,8 @@ class Conduct:
     """Gets the working directory and what it lies in when files were collected from there, if
     somebody will read them."""
     emit: Emit | None
+    at_once: Callable[[str, bytes], bool] | None
+    """As `emit`, but without waiting: whether that was possible."""
     patient: bool
     """Whether what is printed may be told a moment later, if that is cheaper."""
     on_start: Callable[[Control], None]
@@ -244,13 +241,44 @@ async def attend_run(
         if is_complete(report):
             return report
         return await attend(box, control.stops, control.watcher, [], begun=report)
-    return await attend_streams(run, box, control, pumps)
+    report, unsaid = await attend_awake(run, box, control, pumps)
+    if is_complete(report) and not unsaid:
+        return report
+    return await attend_streams(run, box, control, pumps, report, unsaid)
+
+
+async def attend_awake(
+    run: Conduct, box: Sandbox, control: Control, pumps: list[stream.Pump]
+) -> tuple[bytes, dict[str, bytes]]:
+    """The beginning of `attend_streams` where somebody looks out for it (supervise/vigil.py).
+
+    What has come of the report, and what was read that could not be passed on at once.
+    """
+    at_once, report = run.at_once, b""
+    if at_once is None or run.dispatch.pipes.source is not None:
+        return report, {}
+    until = min(control.watcher.due, trio.current_time() + LENGTH)
+    while not report:
+        heard = [box.socket.fileno(), *(pump.fd for pump in pumps if not pump.over)]
+        if not await run.vigil.keep(heard, until):
+            break
+        unsaid = {}
+        for pump in pumps:
+            data = pump.look()
+            if data and not at_once(pump.name, data):
+                unsaid[pump.name] = data
+        await trio.lowlevel.checkpoint()  # the reader's turn
+        part = received(box.socket)
+        if unsaid or part == b"":
+            return part or b"", unsaid
+        report = part or b""
+    return report, {}
 
 
 async def is_brief(run: Conduct, box: Sandbox, control: Control) -> bool:
     """Whether init reports within GRACE: then all there is to pass on is in the pipes."""
     watcher = control.watcher
-    if await run.vigil.keep(box.socket, watcher.due):
+    if await run.vigil.keep([box.socket.fileno()], watcher.due):
         return True
     with trio.CancelScope(deadline=min(watcher.due, watcher.started + GRACE)) as scope:
         await trio.lowlevel.wait_readable(box.socket)
@@ -258,7 +286,12 @@ async def is_brief(run: Conduct, box: Sandbox, control: Control) -> bool:
 
 
 async def attend_streams(
-    run: Conduct, box: Sandbox, control: Control, pumps: list[stream.Pump]
+    run: Conduct,
+    box: Sandbox,
+    control: Control,
+    pumps: list[stream.Pump],
+    begun: bytes,
+    unsaid: dict[str, bytes],
 ) -> bytes:
     """The same as `attend` while the caller gets what is printed as it comes."""
     pipes = run.dispatch.pipes
@@ -267,11 +300,12 @@ async def attend_streams(
         if pipes.source is not None and pipes.stdin is not None:
             streams.start_soon(stream.feed, pipes.source, pipes.stdin, pipes.fds.close)
         for pump in pumps:
-            streams.start_soon(stream.forward, pump, run.emit or stream.nowhere)
+            begin = unsaid.get(pump.name, b"")
+            streams.start_soon(stream.forward, pump, run.emit or stream.nowhere, begin)
         living = trio.CancelScope()
         if run.reports is not None:
             streams.start_soon(tell, run.reports, control, living)
-        report = await attend(box, control.stops, control.watcher, [])
+        report = await attend(box, control.stops, control.watcher, [], begun=begun)
         living.cancel()
     return report
 
@@ -284,86 +318,6 @@ async def tell(reports: Reports, control: Control, living: trio.CancelScope) -> 
             due = max(due + reports.every, trio.current_time())
             await trio.sleep_until(due)
             reports.send(control.usage())
-
-
-async def attend(
-    box: Sandbox,
-    stops: Stops,
-    watcher: Watcher,
-    pumps: list[stream.Pump],
-    vigil: Vigil = NO_VIGIL,
-    begun: bytes = b"",
-) -> bytes:
-    """Wait for init's report, reading the pipes and looking at the limits meanwhile.
-
-    One task for all of that, and for a short run one wait: the pipes are listened to only after
-    GRACE, because what fits into them can as well be read at the end.
-    """
-    ears = None
-    report = begun
-    hears = bool(pumps) or box.is_served
-    try:
-        if await vigil.keep(box.socket, watcher.due):
-            report = received(box.socket) or b""
-        while not is_complete(report):
-            due = min(watcher.due, stops.insist_at)
-            if ears is None and hears:
-                due = min(due, watcher.started + GRACE)
-            with trio.CancelScope(deadline=due) as stops.waiting:
-                await trio.lowlevel.wait_readable(box.socket if ears is None else ears)
-            if not stops.waiting.cancelled_caught:
-                if ears is None or hear(ears, pumps, box):
-                    part = received(box.socket)
-                    report += part or b""
-                    if part == b"":
-                        break
-                continue
-            now = trio.current_time()
-            if ears is None:
-                await box.wait_known()
-                ears = listen(box, pumps)
-            watcher.look(now)
-            stops.insist(now)
-    finally:
-        stops.waiting = None
-        if ears is not None:
-            ears.close()
-    return report
-
-
-def received(sock: socket.socket) -> bytes | None:
-    """What is there, b"" at the end; None where the wakeup was for what had its number before."""
-    try:
-        return sock.recv(MESSAGE)
-    except BlockingIOError:
-        return None
-    except ConnectionResetError:
-        return b""
-
-
-def listen(box: Sandbox, pumps: list[stream.Pump]) -> select.epoll:
-    """One descriptor that is readable when any of these is."""
-    ears = select.epoll()
-    ears.register(box.socket.fileno(), select.EPOLLIN)
-    if box.area is not None and box.is_served:
-        ears.register(box.area.link.fileno(), select.EPOLLIN)
-    for pump in pumps:
-        ears.register(pump.fd, select.EPOLLIN)
-    return ears
-
-
-def hear(ears: select.epoll, pumps: list[stream.Pump], box: Sandbox) -> bool:
-    """Read what can be read, once each; whether the report can be."""
-    ready = {fd for fd, _ in ears.poll(0)}
-    if box.area is not None and box.area.link.fileno() in ready and box.area.is_lost():
-        ears.unregister(box.area.link.fileno())
-        box.kill()  # there will be no report, but the end of the socket
-    for pump in pumps:
-        if pump.fd in ready:
-            pump.read()
-            if pump.over:
-                ears.unregister(pump.fd)
-    return box.socket.fileno() in ready
 
 
 # -- talking to init -------------------------------------------------------------------------
@@ -431,20 +385,12 @@ async def read_all(sock: socket.socket) -> bytes:
     return b"".join(parts)
 
 
-def is_complete(data: bytes) -> bool:
-    """Whether init has said all it will say."""
-    return len(data) in REPORT_SIZES and data.startswith(ENDED, len(data) - Ended.FORM.size)
-
-
 def parse_report(data: bytes) -> tuple[Ended | None, bytes]:
     """init's report, and what came before it: a messages.Failure, or nothing."""
     if not is_complete(data):
         return None, data
     position = len(data) - Ended.FORM.size
     return Ended.unpack(data[position:]), data[:position]
-
-
-REPORT_SIZES = frozenset({Ended.FORM.size, Ended.FORM.size + Failure.FORM.size})
 
 
 def setup_failure(run: Conduct, box: Sandbox, image: Image, data: bytes) -> LaunchError:

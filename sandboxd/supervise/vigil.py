@@ -3,7 +3,8 @@
 Theory of operation. A short run is over in about half a millisecond. A supervisor that sleeps for
 that time has its CPU put to sleep as well, and both are woken, on another CPU, with cold caches: a
 tenth of a millisecond or more. So a supervisor that has nothing else to do, on a machine with
-another CPU for the run, looks out for the report instead, for as long as such a run takes.
+another CPU for the run, looks out for the report instead, for as long as such a run takes; or, for
+a caller who reads along, for the first output.
 
 Whoever else wants to run does: other processes at each look, other tasks of the program after every
 TURN. With a second run under way nobody stays awake, for there the CPU time is worth more than the
@@ -16,7 +17,7 @@ from __future__ import annotations
 import math
 import os
 import select
-import socket
+from collections.abc import Iterable
 
 import trio
 
@@ -35,8 +36,8 @@ class Vigil:
         """Runs that are still to be waited for asleep."""
         self._in_vain = 0
 
-    async def keep(self, sock: socket.socket, due: float) -> bool:
-        """Until there is something to read, LENGTH is over, or it is `due`; whether there is."""
+    async def keep(self, fds: Iterable[int], due: float) -> bool:
+        """Until one of them can be read, LENGTH is over, or it is `due`; whether one can."""
         if self._asleep:
             self._asleep -= 1
             return False
@@ -45,7 +46,8 @@ class Vigil:
         if now < end:
             await trio.lowlevel.checkpoint()  # others get their turn, however short the run
         poll = select.poll()
-        poll.register(sock.fileno(), select.POLLIN)
+        for fd in fds:
+            poll.register(fd, select.POLLIN)
         while now < end:
             turn = now + TURN
             while now < turn:

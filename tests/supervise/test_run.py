@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ import trio
 from sandboxd.errors import JobError, PolicyError, SandboxError
 from sandboxd.job import Job
 from sandboxd.result import Event
+from sandboxd.supervise import supervise, vigil
 from sandboxd.supervise.oneshot import run as run_one
 from sandboxd.supervise.oneshot import run_sync
-from sandboxd.supervise.run import Followed
+from sandboxd.supervise.run import Followed, Run
 from sandboxd.supervise.runner import Runner, open_runner
 from tests.supervise.variants import hosts, policy, without
 
@@ -33,6 +35,37 @@ async def test_events_come_live_and_end_with_the_result() -> None:
     assert [event.seq for event in seen] == [0, 1, 2, 3]
     assert seen[-1].result == result
     assert result.stdout == b"one\ntwo\n"
+
+
+@pytest.mark.parametrize("reads", [True, False])
+async def test_short_runs_are_told_whole_and_in_order(
+    reads: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also to a reader who lags behind at the moment something could be told him at once."""
+    told: list[bytes] = []
+    at_once = Run._at_once
+
+    def tell(run: Run, name: str, data: bytes) -> bool:
+        told.append(data)
+        return reads and at_once(run, name, data)
+
+    monkeypatch.setattr(Run, "_at_once", tell)
+    monkeypatch.setattr(vigil, "LENGTH", 1.0)
+    monkeypatch.setattr(supervise, "LENGTH", 1.0)
+    job = Job(argv=["/bin/sh", "-c", "echo a; echo b >&2; echo c"], policy=policy())
+    async with open_runner() as runner:
+        for _ in range(50):
+            async with runner.start(job) as run:
+                seen = [event async for event in run.events]
+            assert [event.seq for event in seen] == list(range(len(seen)))
+            out = b"".join(event.data for event in seen if event.type == "stdout")
+            error = b"".join(event.data for event in seen if event.type == "stderr")
+            assert (out, error, seen[-1].type) == (b"a\nc\n", b"b\n", "exit")
+            assert seen[-1].result is not None
+            assert seen[-1].result.stdout == out
+            assert seen[-1].result.job == run.id
+    if len(os.sched_getaffinity(0)) > 1:
+        assert b"a\n" in b"".join(told)
 
 
 async def test_one_who_follows_hears_all_of_short_runs_and_of_long_ones() -> None:
