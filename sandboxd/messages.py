@@ -24,7 +24,8 @@ structs; nothing that a workload wrote is ever in one.
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+
+import msgspec
 
 WORD = struct.Struct("<Q")
 MAPS = WORD.pack(0x5350414D_58425300)
@@ -37,8 +38,7 @@ SIGNAL_STOP = 64
 """SIGRTMAX: init waits for it (blocked, so that PID 1 gets it although it has no handler)."""
 
 
-@dataclass(frozen=True, slots=True)
-class CloneRequest:
+class CloneRequest(msgspec.Struct, frozen=True):
     """Make a sandbox: clone3 with these flags (and into this cgroup), then run `script`.
 
     `cgroup` is the number the cgroup's descriptor will have in the zygote; descriptors arrive at
@@ -55,8 +55,7 @@ class CloneRequest:
         return [self.HEADER.pack(self.flags, self.cgroup), self.script]
 
 
-@dataclass(frozen=True, slots=True)
-class CloneReply:
+class CloneReply(msgspec.Struct, frozen=True):
     """A pid as the zygote sees it, or a negative errno; the pidfd comes with it."""
 
     result: int
@@ -68,8 +67,7 @@ class CloneReply:
         return cls(*cls.FORM.unpack(content))
 
 
-@dataclass(frozen=True, slots=True)
-class Failure:
+class Failure(msgspec.Struct, frozen=True):
     """A record that failed: its address in its script, and the record as the kernel left it."""
 
     address: int
@@ -84,8 +82,7 @@ class Failure:
         return cls(address, nr, -rest[-1])
 
 
-@dataclass(frozen=True, slots=True)
-class Ended:
+class Ended(msgspec.Struct, frozen=True):
     """The program ended: wait status, times of CLOCK_MONOTONIC, rusage of the reaped, tmpfs."""
 
     wait_status: int | None
@@ -135,8 +132,7 @@ class Ended:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class StartHeader:
+class StartHeader(msgspec.Struct, frozen=True):
     """The length of the exec script that follows; the job's descriptors come with it."""
 
     length: int

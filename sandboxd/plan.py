@@ -14,9 +14,10 @@ asked for the step, or the rule of sandboxd's own that did.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
 from functools import cache
 from typing import ClassVar
+
+import msgspec
 
 from sandboxd.kernel import NAMESPACES as NAMESPACES
 from sandboxd.kernel import READ_ONLY as READ_ONLY
@@ -31,8 +32,7 @@ FIRST_JOB_UID = 1000
 """Jobs with a uid of their own get FIRST_JOB_UID + n inside the tenant."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Step:
+class Step(msgspec.Struct, frozen=True, kw_only=True):
     """One thing to do. Subclasses are the stages."""
 
     why: str = ""
@@ -52,8 +52,7 @@ def _stage(name: str) -> str:
     return re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class IdMap:
+class IdMap(msgspec.Struct, frozen=True, kw_only=True):
     """Who is who: rows (inside, outside, count) as in user_namespaces(7).
 
     writer: "self" (the process writes a single id), "newuidmap" (the setuid helpers), or "direct"
@@ -73,8 +72,7 @@ class IdMap:
 # -- the tenant ------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class UserNamespace(Step):
+class UserNamespace(Step, frozen=True, kw_only=True):
     """The user namespace everything else belongs to (user_namespaces(7))."""
 
     ids: IdMap
@@ -88,8 +86,7 @@ class UserNamespace(Step):
         return f"{ids} (another tenant's)" if self.joined else ids
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Namespaces(Step):
+class Namespaces(Step, frozen=True, kw_only=True):
     """Enter new namespaces as PID 1 (namespaces(7)); `flags` are CLONE_NEW*."""
 
     flags: int
@@ -98,13 +95,11 @@ class Namespaces(Step):
         return describe_namespaces(self.flags)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PrivatePropagation(Step):
+class PrivatePropagation(Step, frozen=True, kw_only=True):
     words: ClassVar[str] = "no mount event goes out or comes in"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OpenTree(Step):
+class OpenTree(Step, frozen=True, kw_only=True):
     """Take hold of a host path as a detached mount, before anything hides it."""
 
     source: str
@@ -118,8 +113,7 @@ class OpenTree(Step):
         return f"{self.source}{' (through no link)' if self.strict else ''}"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Attach(Step):
+class Attach(Step, frozen=True, kw_only=True):
     """Put a mount taken by OpenTree at its place."""
 
     slot: int
@@ -135,8 +129,7 @@ class Attach(Step):
         return f"{self.source} -> {self.target} ({self.attributes.describe()})"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MountPoint(Step):
+class MountPoint(Step, frozen=True, kw_only=True):
     """Make what lacks of a path to mount on, within a root whose links are a stranger's."""
 
     root: str
@@ -147,8 +140,7 @@ class MountPoint(Step):
         return f"{self.path} in {self.root}"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Tmpfs(Step):
+class Tmpfs(Step, frozen=True, kw_only=True):
     target: str
     size: int | None = None
     inodes: int | None = None
@@ -161,8 +153,7 @@ class Tmpfs(Step):
         return f"{self.target} (mode {self.mode:o}{size}{inodes})"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MakeDir(Step):
+class MakeDir(Step, frozen=True, kw_only=True):
     path: str
     mode: int = 0o755
     for_job: bool = False
@@ -172,8 +163,7 @@ class MakeDir(Step):
         return f"{self.path} (mode {self.mode:o}{', of the job' if self.for_job else ''})"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MakeFile(Step):
+class MakeFile(Step, frozen=True, kw_only=True):
     path: str
     content: bytes = b""
     mode: int = 0o644
@@ -184,8 +174,7 @@ class MakeFile(Step):
         return f"{self.path} ({len(self.content)} bytes)"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Symlink(Step):
+class Symlink(Step, frozen=True, kw_only=True):
     path: str
     to: str
 
@@ -193,8 +182,7 @@ class Symlink(Step):
         return f"{self.path} -> {self.to}"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Proc(Step):
+class Proc(Step, frozen=True, kw_only=True):
     target: str = "/proc"
     subset: bool = False
     """subset=pid: processes only (proc(5))."""
@@ -203,8 +191,7 @@ class Proc(Step):
         return f"{self.target}{' (processes only)' if self.subset else ''}"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Bind(Step):
+class Bind(Step, frozen=True, kw_only=True):
     """Show a path that exists in the template at another place."""
 
     source: str
@@ -218,8 +205,7 @@ class Bind(Step):
         return f"{self.source} -> {self.target} ({self.attributes.describe()})"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Overlay(Step):
+class Overlay(Step, frozen=True, kw_only=True):
     """Kernel overlayfs with userxattr: lower directories below a private upper, if there is one."""
 
     target: str
@@ -232,8 +218,7 @@ class Overlay(Step):
         return f"{':'.join(self.lowers)}{below} -> {self.target}"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AttachReceived(Step):
+class AttachReceived(Step, frozen=True, kw_only=True):
     """Put a mount made by a sidecar at its place; it came as a descriptor."""
 
     descriptor: int
@@ -244,8 +229,7 @@ class AttachReceived(Step):
         return f"{self.source} -> {self.target} (made by a sidecar)"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Pivot(Step):
+class Pivot(Step, frozen=True, kw_only=True):
     """Make `root` the root directory and let go of the old one."""
 
     root: str
@@ -254,8 +238,7 @@ class Pivot(Step):
         return f"{self.root} becomes /"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Restrict(Step):
+class Restrict(Step, frozen=True, kw_only=True):
     """Set attributes on a mount that is there already."""
 
     path: str
@@ -266,8 +249,7 @@ class Restrict(Step):
         return f"{self.path} ({self.attributes.describe()})"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WriteFile(Step):
+class WriteFile(Step, frozen=True, kw_only=True):
     """Write to a file that is there already: a sysctl."""
 
     path: str
@@ -278,26 +260,22 @@ class WriteFile(Step):
         return f"{self.content.decode('ascii', 'replace').strip()} > {self.path}"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoopbackUp(Step):
+class LoopbackUp(Step, frozen=True, kw_only=True):
     words: ClassVar[str] = "lo"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DropBounding(Step):
+class DropBounding(Step, frozen=True, kw_only=True):
     words: ClassVar[str] = "no exec can give a capability again"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NoNewPrivileges(Step):
+class NoNewPrivileges(Step, frozen=True, kw_only=True):
     words: ClassVar[str] = "set-user-id programs and file capabilities have no effect"
 
 
 # -- a sandbox -------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class JoinNetwork(Step):
+class JoinNetwork(Step, frozen=True, kw_only=True):
     """Enter a pooled network namespace that came as a descriptor."""
 
     descriptor: int
@@ -306,8 +284,7 @@ class JoinNetwork(Step):
         return "a network namespace of its own, made ahead"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NewTimeNamespace(Step):
+class NewTimeNamespace(Step, frozen=True, kw_only=True):
     monotonic: int
     boottime: int
 
@@ -315,26 +292,22 @@ class NewTimeNamespace(Step):
         return f"monotonic {self.monotonic:+d} s, boottime {self.boottime:+d} s"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NewCgroupNamespace(Step):
+class NewCgroupNamespace(Step, frozen=True, kw_only=True):
     words: ClassVar[str] = "its own cgroup is the root of what it sees"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Hostname(Step):
+class Hostname(Step, frozen=True, kw_only=True):
     name: str
 
     def describe(self) -> str:
         return self.name
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NewSession(Step):
+class NewSession(Step, frozen=True, kw_only=True):
     words: ClassVar[str] = "no terminal, no process group of ours"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SetLimit(Step):
+class SetLimit(Step, frozen=True, kw_only=True):
     """One resource limit (getrlimit(2)); None is unlimited as far as we may."""
 
     resource: str
@@ -345,15 +318,13 @@ class SetLimit(Step):
         return f"{self.resource} {'unlimited' if self.soft is None else self.soft}"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class KeepSysctls(Step):
+class KeepSysctls(Step, frozen=True, kw_only=True):
     """Keep /proc/sys/user reachable for LeafUserNamespace after /proc was restricted."""
 
     words: ClassVar[str] = "/proc/sys/user"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BecomeUser(Step):
+class BecomeUser(Step, frozen=True, kw_only=True):
     """Change to the job's ids; None is the run's own uid."""
 
     uid: int | None
@@ -363,8 +334,7 @@ class BecomeUser(Step):
         return "a uid of the run's own" if self.uid is None else f"uid {self.uid} of the tenant"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LeafUserNamespace(Step):
+class LeafUserNamespace(Step, frozen=True, kw_only=True):
     """A last user namespace that owns nothing and gives the ids seen inside."""
 
     uid: int
@@ -377,20 +347,17 @@ class LeafUserNamespace(Step):
         return f"seen as {self.uid}:{self.gid}; no further ones"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DropCapabilities(Step):
+class DropCapabilities(Step, frozen=True, kw_only=True):
     words: ClassVar[str] = "all sets empty"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Hide(Step):
+class Hide(Step, frozen=True, kw_only=True):
     """init is not dumpable: no ptrace, no /proc/1/mem; and it ends with its parent."""
 
     words: ClassVar[str] = "init cannot be traced; it ends with the zygote"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Landlock(Step):
+class Landlock(Step, frozen=True, kw_only=True):
     """A Landlock ruleset the workload enters before its program starts (landlock(7)).
 
     rules: (path, access mask); scoped: what may not leave the domain (ABI 6).
@@ -405,8 +372,7 @@ class Landlock(Step):
         return f"ABI {self.abi}, {len(self.rules)} rules, {'scoped' if self.scoped else 'unscoped'}"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Filter(Step):
+class Filter(Step, frozen=True, kw_only=True):
     """One seccomp program, in the kernel's form (struct sock_filter[])."""
 
     program: bytes
@@ -418,8 +384,7 @@ class Filter(Step):
 # -- a job -----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ShareFiles(Step):
+class ShareFiles(Step, frozen=True, kw_only=True):
     """Hand the working directory's descriptor to the supervisor; wait while it copies in."""
 
     directory: str
@@ -429,16 +394,14 @@ class ShareFiles(Step):
         return f"{self.directory}{' (wait for the input files)' if self.wait else ''}"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ChangeDir(Step):
+class ChangeDir(Step, frozen=True, kw_only=True):
     path: bytes
 
     def describe(self) -> str:
         return repr(self.path)[1:]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Exec(Step):
+class Exec(Step, frozen=True, kw_only=True):
     """Start the program: the first of `programs` that can be executed."""
 
     programs: tuple[bytes, ...]
@@ -456,14 +419,12 @@ class Exec(Step):
 # -- the whole -------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TenantPlan:
+class TenantPlan(msgspec.Struct, frozen=True, kw_only=True):
     ids: IdMap
     steps: tuple[Step, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SetupPlan:
+class SetupPlan(msgspec.Struct, frozen=True, kw_only=True):
     """`namespaces` are CLONE_NEW* flags; `descriptors` what is handed to init, in order."""
 
     steps: tuple[Step, ...]
@@ -474,19 +435,17 @@ class SetupPlan:
     landlock: bool
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ExecPlan:
+class ExecPlan(msgspec.Struct, frozen=True, kw_only=True):
     steps: tuple[Step, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
+class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """Everything that will be done for one job, and what will not be in force."""
 
     tenant: TenantPlan
     setup: SetupPlan
     exec: ExecPlan
-    cgroup_files: dict[str, str] = field(default_factory=dict)
+    cgroup_files: dict[str, str] = msgspec.field(default_factory=dict)
     cpu_sets: tuple[str, ...] = ()
-    enforcement: dict[str, str] = field(default_factory=dict)
+    enforcement: dict[str, str] = msgspec.field(default_factory=dict)
     degraded: tuple[tuple[str, str], ...] = ()

@@ -60,9 +60,8 @@ INSIDE: dict[str, frozenset[str]] = {
 OUTSIDE: dict[str, frozenset[str]] = {
     **dict.fromkeys(VALUES, frozenset({"msgspec"})),
     "errors": frozenset(),
-    "plan": frozenset(),
-    "messages": frozenset(),
     "compile": frozenset({"msgspec", "pyseccomp", "seccomp"}),
+    "script": frozenset({"msgspec"}),
     "stores": frozenset({"msgspec"}),
     "images": frozenset({"msgspec"}),  # and zstd where it is installed, by name
     "cgroup": frozenset({"jeepney", "msgspec", "trio"}),

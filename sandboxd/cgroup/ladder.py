@@ -14,9 +14,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeAlias
+
+import msgspec
 
 from sandboxd.cgroup import own, subtree, systemd
 from sandboxd.cgroup.subtree import PROC, Found
@@ -37,13 +39,12 @@ _NO_V2 = "no cgroup v2 hierarchy is mounted here"
 _OUTSIDE = "our own cgroup lies outside of what is mounted here"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Climb:
+class Climb(msgspec.Struct, frozen=True, kw_only=True):
     """What the ladder led to: `found` on `rung`, and why each other one tried was passed."""
 
     found: Found
     rung: str = ""
-    passed: dict[str, str] = field(default_factory=dict)
+    passed: dict[str, str] = msgspec.field(default_factory=dict)
 
     @property
     def subtree(self) -> CgroupSubtree | None:
@@ -111,7 +112,7 @@ def choose(rungs: Mapping[str, Look], stack: ExitStack) -> Climb:
     passed.pop(best.rung, None)
     if best.subtree is None:
         best = Climb(found=Found(why_not="; ".join(passed.values())))
-    return replace(best, passed=passed)
+    return msgspec.structs.replace(best, passed=passed)
 
 
 def _better(one: CgroupSubtree, other: CgroupSubtree | None) -> bool:
@@ -140,7 +141,7 @@ def _from_systemd(stack: ExitStack) -> Found:
     found = subtree.examine(scope.path, scope.name, None, let_in=True)
     if found.subtree is None:
         return found
-    return replace(found, subtree=replace(found.subtree, scope=scope.name))
+    return msgspec.structs.replace(found, subtree=replace(found.subtree, scope=scope.name))
 
 
 def prepared_place(top: Path, uid: int) -> Path:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
-from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -63,21 +62,20 @@ class Memory(msgspec.Struct, frozen=True, kw_only=True):
         return None if self.kernel is None else self.anon + self.file + self.shmem + self.kernel
 
 
-@dataclass(slots=True)
-class Leaf:
+class Leaf(msgspec.Struct):
     """A cgroup for one sandbox. `since` is what it had counted when the sandbox got it."""
 
     path: Path
     fd: int
-    presets: dict[str, str] = field(default_factory=dict)
+    presets: dict[str, str] = msgspec.field(default_factory=dict)
     cpus: str = ""
     """The CPUs that it is pinned to, by the directory it lies in; "" for all."""
-    since: Counters = field(default_factory=Counters)
+    since: Counters = msgspec.field(default_factory=Counters)
     killed: bool = False
     controllers: frozenset[str] = frozenset()
     fresh: bool = True
     """No other sandbox had it before: everything in it is this one's."""
-    _open: dict[str, int | None] = field(default_factory=dict)
+    _open: dict[str, int | None] = msgspec.field(default_factory=dict)
 
     def read(self, name: str) -> str | None:
         """A file of the leaf, None if there is no such file here."""

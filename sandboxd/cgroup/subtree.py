@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import errno
 import os
-import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
+
+import msgspec
 
 from sandboxd.host import CgroupSubtree
 
@@ -27,13 +27,12 @@ OCCUPIED = "processes sit in the subtree itself (no internal processes: cgroups(
 _NO_DELEGATION = "this cgroup is not delegated to us"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Found:
+class Found(msgspec.Struct, frozen=True, kw_only=True):
     """`subtree`, or `why_not`; `notes`: what is missing in the subtree, by its name, and why."""
 
     subtree: CgroupSubtree | None = None
     why_not: str = ""
-    notes: dict[str, str] = field(default_factory=dict)
+    notes: dict[str, str] = msgspec.field(default_factory=dict)
 
 
 def mounted(proc: Path = PROC, pid: int | str = "self") -> tuple[Path | None, Path | None]:
@@ -119,7 +118,7 @@ def leaf(path: Path) -> Iterator[Path]:
     removes it.
     """
     started = Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19]
-    made = path / f"sandboxd-{os.getpid()}-{started}-{secrets.token_hex(8)}"
+    made = path / f"sandboxd-{os.getpid()}-{started}-{os.urandom(8).hex()}"
     made.mkdir()
     try:
         yield made

@@ -22,7 +22,6 @@ removes an empty scope with everything that is left in it.
 from __future__ import annotations
 
 import os
-import secrets
 import shutil
 import stat
 import subprocess
@@ -30,10 +29,11 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
+
+import msgspec
 
 from sandboxd.cgroup import subtree
 from sandboxd.errors import HostError
@@ -51,8 +51,7 @@ _UNLIMITED = (1 << 64) - 1
 _WAIT = "import os; os.read(0, 1)"
 
 
-@dataclass(frozen=True, slots=True)
-class Scope:
+class Scope(msgspec.Struct, frozen=True):
     """A scope that is ours while it is held; its holder sits in a leaf."""
 
     name: str
@@ -91,7 +90,7 @@ def open_scope() -> Iterator[Scope]:
     """A delegated scope for as long as the block lasts. HostError says why there is none."""
     if why := answers():
         raise HostError("systemd", why)
-    name = f"sandboxd-{os.getpid()}-{secrets.token_hex(6)}.scope"
+    name = f"sandboxd-{os.getpid()}-{os.urandom(6).hex()}.scope"
     _, here = subtree.mounted()
     with _holder() as pid:
         with _asked() as systemd:

@@ -9,8 +9,9 @@ any more (seccomp_cache_prepare in kernel/seccomp.c, Linux 5.11).
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import count
+
+import msgspec
 
 from sandboxd.compile import bpf
 from sandboxd.compile.numbers import table
@@ -28,16 +29,14 @@ M64 = 0xFFFFFFFFFFFFFFFF
 MAX_RANGES = 1 << 16
 
 
-@dataclass(frozen=True, slots=True)
-class Check:
+class Check(msgspec.Struct, frozen=True):
     """When all comparisons hold, this is returned."""
 
     args: tuple[Argument, ...]
     action: int
 
 
-@dataclass(frozen=True, slots=True)
-class Leaf:
+class Leaf(msgspec.Struct, frozen=True):
     """What the tree ends in: the first check that holds, else `otherwise`."""
 
     checks: tuple[Check, ...]
@@ -50,8 +49,7 @@ Section = tuple[int, tuple[tuple[int, Leaf], ...]]
 """AUDIT_ARCH of an architecture, and all 2**32 numbers as ranges: each with its first number."""
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
+class Part(msgspec.Struct, frozen=True):
     """Which calls a program answers for: those in LAUNCH, the rest. It allows the others."""
 
     launch: bool

@@ -6,10 +6,8 @@ or refuses the job when the policy requires it (`check_required`).
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import msgspec
 
@@ -40,8 +38,7 @@ SANDBOX_NAMESPACES = ("pid", "mount", "ipc", "uts")
 DEFAULT_PATH = b"/usr/local/bin:/usr/bin:/bin"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Compiled:
+class Compiled(msgspec.Struct, frozen=True, kw_only=True):
     """What depends on policy and host only: made once, used for every job."""
 
     policy: Policy
@@ -141,10 +138,10 @@ def joined(compiled: Compiled) -> Compiled:
     """The same in the user namespace of another tenant."""
     tenant = compiled.tenant
     steps = tuple(
-        dataclasses.replace(step, joined=True) if isinstance(step, plan.UserNamespace) else step
+        msgspec.structs.replace(step, joined=True) if isinstance(step, plan.UserNamespace) else step
         for step in tenant.steps
     )
-    return dataclasses.replace(compiled, tenant=dataclasses.replace(tenant, steps=steps))
+    return msgspec.structs.replace(compiled, tenant=msgspec.structs.replace(tenant, steps=steps))
 
 
 def with_user(policy: Policy, image: Image | None) -> Policy:

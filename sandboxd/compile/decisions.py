@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from functools import lru_cache
 from types import MappingProxyType
 from typing import Literal
 
-from sandboxd.compile import oci_filter
+import msgspec
+
 from sandboxd.compile.numbers import ARCHITECTURES, table
 from sandboxd.compile.syscalls import calls, members, rules
 from sandboxd.errors import PolicyError, PolicyErrors
-from sandboxd.policy import Rule, Syscalls
+from sandboxd.policy import Attached, Rule, Syscalls
 
 Action = Literal["allow", "eperm", "enosys", "eafnosupport", "success", "kill"]
 
@@ -43,8 +43,7 @@ INTS = {
 """Arguments that the kernel cuts to 32 bits (include/linux/syscalls.h; clone: lower_32_bits)."""
 
 
-@dataclass(frozen=True, slots=True)
-class Decision:
+class Decision(msgspec.Struct, frozen=True):
     """What becomes of one system call: the first rule that holds, else `otherwise`."""
 
     name: str
@@ -55,8 +54,7 @@ class Decision:
     """The entry that says so: "deny: @keyring", or "default"."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Reading:
+class _Reading(msgspec.Struct, frozen=True):
     """A [syscalls] with its groups resolved, and what is wrong with it."""
 
     lists: dict[str, dict[str, str]]
@@ -120,6 +118,10 @@ def problems(syscalls: Syscalls) -> tuple[PolicyError, ...]:
 
 def problems_of_profiles(syscalls: Syscalls, kernel: str = "") -> tuple[PolicyError, ...]:
     """The same of the profiles, on this kernel; `where` is the place in their file."""
+    if not syscalls.oci and not isinstance(syscalls, Attached):
+        return ()
+    from sandboxd.compile import oci_filter
+
     try:
         every = oci_filter.attached(syscalls)
     except PolicyError as error:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
+
+import msgspec
 
 from sandboxd.compile.reading import did_you_mean
 from sandboxd.errors import PolicyError
@@ -20,8 +21,7 @@ _LONGEST = 60
 U64 = (1 << 64) - 1
 
 
-@dataclass(frozen=True, slots=True)
-class Node:
+class Node(msgspec.Struct, frozen=True):
     """A value and its place."""
 
     value: Any

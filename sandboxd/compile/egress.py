@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from functools import lru_cache
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
+
+import msgspec
 
 from sandboxd.errors import PolicyError
 from sandboxd.policy import Network
@@ -52,8 +53,7 @@ _PUBLISHED = re.compile(r"(?:(?:\[([^]]*)\]|([0-9.]+)):)?(\d{1,5}):(\d{1,5})(?:/
 FORMS = "NAME:PORT, *.NAME:PORT, ADDRESS[/BITS]:PORT, [IPV6/BITS]:PORT, *:PORT or *"
 
 
-@dataclass(frozen=True, slots=True)
-class Ports:
+class Ports(msgspec.Struct, frozen=True):
     """Destination ports, and the protocols for which they count."""
 
     first: int
@@ -61,8 +61,7 @@ class Ports:
     protocols: tuple[int, ...] = (TCP, UDP)
 
 
-@dataclass(frozen=True, slots=True)
-class Published:
+class Published(msgspec.Struct, frozen=True):
     """A port of the host's that leads into the sandbox."""
 
     address: str
@@ -83,8 +82,7 @@ class Published:
         return ":" in self.address or self.is_datagrams_at_loopback
 
 
-@dataclass(frozen=True, slots=True)
-class Caps:
+class Caps(msgspec.Struct, frozen=True):
     """How much at most; None is as much as there is. The policy says what each means."""
 
     connections: int | None = None
@@ -92,8 +90,7 @@ class Caps:
     rate: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Egress:
+class Egress(msgspec.Struct, frozen=True):
     """All of it. Names are lower case without the last dot; "*.x" is what lies below x."""
 
     program: str

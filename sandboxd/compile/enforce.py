@@ -7,14 +7,15 @@ facts, and a policy's [require] is held against it.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+
+import msgspec
 
 from sandboxd import plan
-from sandboxd.compile import carrying, oci_filter, rootfs
+from sandboxd.compile import carrying, rootfs
 from sandboxd.errors import HostError
 from sandboxd.host import Host
 from sandboxd.plan import IdMap, SetupPlan
-from sandboxd.policy import Policy, Syscalls
+from sandboxd.policy import Attached, Policy, Syscalls
 
 NONE = "none"
 NOT_LIMITED = "not limited"
@@ -32,8 +33,7 @@ CAPS = {
 """What [network] may ask for -> what this host must have."""
 
 
-@dataclass(frozen=True, slots=True)
-class Found:
+class Found(msgspec.Struct, frozen=True):
     enforcement: dict[str, str]
     degraded: tuple[tuple[str, str], ...]
 
@@ -77,7 +77,8 @@ def _syscalls(syscalls: Syscalls) -> str:
     """What the filter is made of."""
     if syscalls.oci:
         return "profile"
-    return "allowlist and profile" if oci_filter.attached(syscalls) else "allowlist"
+    on_top = isinstance(syscalls, Attached) and syscalls.on_top
+    return "allowlist and profile" if on_top else "allowlist"
 
 
 def _pick(limit: object, exact: bool, best: str, fallback: str) -> str:

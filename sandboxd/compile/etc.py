@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from sandboxd import plan
-from sandboxd.compile import grouping
 from sandboxd.compile.carrying import RESOLV_CONF
 from sandboxd.host import Place
 from sandboxd.plan import Step
@@ -47,6 +46,8 @@ def network_files(policy: Policy, place: Place | None) -> dict[str, str]:
     """NETWORK and what they say."""
     name = policy.identity.hostname
     if place is not None:
+        from sandboxd.compile import grouping
+
         found = (grouping.hosts(place), place.name, grouping.resolv_conf(place))
     else:
         resolv_conf = RESOLV_CONF if policy.network.mode == "user" else ""

@@ -80,7 +80,7 @@ class GroupFile:
 
 def read(label: str, text: str) -> GroupFile:
     """PolicyErrors with everything that is wrong; `label` names the file."""
-    file = File.of(label, text, table(label, text))
+    file = File(label, text, table(label, text))
     reading = Reading(file)
     for key in file.table:
         if key not in ("group", "members"):

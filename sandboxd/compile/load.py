@@ -21,7 +21,6 @@ import math
 import re
 import tomllib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
@@ -129,7 +128,7 @@ def _chain(name: str, read: Read, errors: list[PolicyError]) -> list[File]:
             errors.append(PolicyError(why, f"more than {DEEPEST} files that extend each other"))
             break
         try:
-            file = File.of(label, text, table(label, text))
+            file = File(label, text, table(label, text))
         except PolicyError as error:
             errors.append(error)
             break
@@ -165,12 +164,11 @@ def _parent(file: File, errors: list[PolicyError]) -> str | None:
     return None
 
 
-@dataclass
-class _Merged:
+class _Merged(msgspec.Struct):
     """The values of a chain of files so far, and for each which file and key it is from."""
 
-    values: dict[str, Any] = field(default_factory=dict)
-    places: dict[str, tuple[File, str]] = field(default_factory=dict)
+    values: dict[str, Any] = msgspec.field(default_factory=dict)
+    places: dict[str, tuple[File, str]] = msgspec.field(default_factory=dict)
 
     def beside_oci(self, values: Mapping[str, Any]) -> list[str]:
         """Keys that count for nothing, because a profile does; a new one ends what was before."""

@@ -7,8 +7,9 @@ no sockets but unix ones there is nothing it could do in it, and it may serve ag
 
 from __future__ import annotations
 
-import dataclasses
 from functools import lru_cache
+
+import msgspec
 
 from sandboxd import plan
 from sandboxd.compile import assemble, bpf, carrying, seccomp
@@ -65,12 +66,12 @@ def egress(policy: Policy, host: Host) -> Egress | None:
         return None
     kind, path = carrying.program(policy, host)
     found = understood(policy.network)
-    caps = dataclasses.replace(
+    caps = msgspec.structs.replace(
         found.caps,
         bytes=found.caps.bytes if host.net_bytes else None,
         rate=found.caps.rate if host.net_rate else None,
     )
-    return dataclasses.replace(found, kind=kind, program=path, caps=caps)
+    return msgspec.structs.replace(found, kind=kind, program=path, caps=caps)
 
 
 def _check_bridge(host: Host) -> None:

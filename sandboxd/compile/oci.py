@@ -11,10 +11,11 @@ from __future__ import annotations
 import errno
 import re
 from collections.abc import Collection
-from dataclasses import dataclass
 from functools import lru_cache
 from types import MappingProxyType
 from typing import Literal
+
+import msgspec
 
 from sandboxd.compile import bpf
 from sandboxd.compile.document import Node, read
@@ -65,8 +66,7 @@ MOST_RULES = 8192
 MOST_COMPARISONS = 6
 
 
-@dataclass(frozen=True, slots=True)
-class Comparison:
+class Comparison(msgspec.Struct, frozen=True):
     """One of a rule's: argument `op` value; for masked_eq (argument & value) == second."""
 
     index: int
@@ -75,8 +75,7 @@ class Comparison:
     second: int
 
 
-@dataclass(frozen=True, slots=True)
-class When:
+class When(msgspec.Struct, frozen=True):
     """`includes` or `excludes` of a rule."""
 
     arches: tuple[str, ...] = ()
@@ -84,8 +83,7 @@ class When:
     kernel: tuple[int, int] | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(msgspec.Struct, frozen=True):
     """One rule: for these names, when all comparisons hold, this is returned."""
 
     names: tuple[str, ...]
@@ -96,8 +94,7 @@ class Entry:
     where: str
 
 
-@dataclass(frozen=True, slots=True)
-class OciFilter:
+class OciFilter(msgspec.Struct, frozen=True):
     """A profile as it was written."""
 
     default: int

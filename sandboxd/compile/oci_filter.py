@@ -14,10 +14,11 @@ those is a rule for them, too, with the number that they have there as the first
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from functools import lru_cache
 from types import MappingProxyType
 from typing import Literal
+
+import msgspec
 
 from sandboxd.compile import bpf
 from sandboxd.compile.assemble import M32, M64, Check, Leaf, Part, fit
@@ -55,8 +56,7 @@ _THROUGH: Mapping[str, Mapping[str, int]] = MappingProxyType(
 _KNOWN = names().union(*_THROUGH.values())
 
 
-@dataclass(frozen=True, slots=True)
-class _Rule:
+class _Rule(msgspec.Struct, frozen=True):
     args: tuple[Argument, ...]
     action: int
     where: str

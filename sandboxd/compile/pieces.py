@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import msgspec
 
 from sandboxd.compile import sources
 from sandboxd.errors import HostError
@@ -14,8 +14,7 @@ LOWER = "/lower"
 MERGED = ("bin", "sbin", "lib", "lib64", "lib32", "libx32")
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(msgspec.Struct, frozen=True):
     """A host path that is shown in the root."""
 
     source: str

@@ -7,6 +7,9 @@ costs a line number, never an answer. A key inside of an inline table has the li
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from functools import lru_cache
+from types import MappingProxyType
 
 _PART = r"""(?:[A-Za-z0-9_-]+|"(?:[^"\\]|\\.)*"|'[^']*')"""
 _DOTTED = rf"{_PART}(?:[ \t]*\.[ \t]*{_PART})*"
@@ -20,7 +23,8 @@ _ENDS = {
 }
 
 
-def key_lines(text: str) -> dict[str, int]:
+@lru_cache(maxsize=64)
+def key_lines(text: str) -> Mapping[str, int]:
     """Dotted key -> line, from 1. Tables in an array are `mounts[0]`, in the order of the text."""
     found: dict[str, int] = {}
     counts: dict[str, int] = {}
@@ -31,7 +35,7 @@ def key_lines(text: str) -> dict[str, int]:
             found.setdefault(table, number)
         elif key := _KEY.match(line):
             found.setdefault(_path(key[1], table, {}, is_array=False), number)
-    return found
+    return MappingProxyType(found)
 
 
 def _starts(text: str) -> list[tuple[int, str]]:

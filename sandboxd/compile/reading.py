@@ -8,17 +8,14 @@ own uid or gid and "default" the kernel's, since TOML has no null; a list may be
 from __future__ import annotations
 
 import contextlib
-import difflib
 import math
 import typing
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import Any, Literal, TypeGuard
 
 import msgspec
 
 from sandboxd import units
-from sandboxd.compile.places import key_lines
 from sandboxd.errors import PolicyError, PolicyErrors
 from sandboxd.policy import Limits, Policy, Section
 
@@ -38,18 +35,12 @@ MOST = 4096
 """Entries of one list: far more than any policy needs, far fewer than would hurt."""
 
 
-@dataclass(frozen=True, slots=True)
-class File:
+class File(msgspec.Struct, frozen=True):
     """A policy file as it was read. `label` is its name in messages."""
 
     label: str
     text: str
     table: Mapping[str, Any]
-    numbers: Mapping[str, int]
-
-    @classmethod
-    def of(cls, label: str, text: str, table: Mapping[str, Any]) -> File:
-        return cls(label, text, table, key_lines(text))
 
     def where(self, key: str, value: object = None) -> str:
         """`judge-cpp.toml:12: limits.memory`, for a key or the nearest one that has a line."""
@@ -70,16 +61,18 @@ class File:
         return number
 
     def _line(self, key: str) -> int:
+        from sandboxd.compile.places import key_lines  # most files have nothing wrong
+
+        numbers = key_lines(self.text)
         while key:
-            if key in self.numbers:
-                return self.numbers[key]
+            if key in numbers:
+                return numbers[key]
             cut = max(key.rfind("."), key.rfind("["))
             key = key[:cut] if cut > 0 else ""
         return 0
 
 
-@dataclass(frozen=True, slots=True)
-class Entries:
+class Entries(msgspec.Struct, frozen=True):
     """A list of a file that adds to its parent's, or with `reset` takes its place."""
 
     reset: bool
@@ -91,12 +84,11 @@ class _BadError(Exception):
     """This value has been complained about and is left out."""
 
 
-@dataclass
-class Reading:
+class Reading(msgspec.Struct):
     """The values of one file, and what is wrong with it."""
 
     file: File
-    found: list[tuple[int, PolicyError]] = field(default_factory=list)
+    found: list[tuple[int, PolicyError]] = msgspec.field(default_factory=list)
     """With the lines."""
 
     @property
@@ -231,6 +223,8 @@ class Reading:
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """The known word that is near, as a question; nothing if none is."""
+    import difflib
+
     close = difflib.get_close_matches(word, list(known), n=1)
     return f"did you mean {close[0]}?" if close else ""
 

@@ -14,12 +14,13 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
 from typing import Any
 
-from sandboxd.compile import bpf, oci_filter
+import msgspec
+
+from sandboxd.compile import bpf
 from sandboxd.compile.assemble import (
     ALLOW,
     AUDIT_ARCH,
@@ -39,7 +40,7 @@ from sandboxd.compile.decisions import Action, Decision, decisions, problems_of_
 from sandboxd.compile.numbers import table
 from sandboxd.compile.syscalls import rules
 from sandboxd.errors import PolicyError
-from sandboxd.policy import Argument, Rule, Syscalls
+from sandboxd.policy import Argument, Attached, Rule, Syscalls
 
 ACTIONS: dict[str, int] = {
     "allow": bpf.ALLOW,
@@ -54,8 +55,7 @@ GUARDS = "@guards"
 """The group of rules that stays under a profile that takes the lists' place."""
 
 
-@dataclass(frozen=True, slots=True)
-class Summary:
+class Summary(msgspec.Struct, frozen=True):
     """A policy's [syscalls] on one architecture, for people."""
 
     arch: str
@@ -66,8 +66,7 @@ class Summary:
     """The length of each program."""
 
 
-@dataclass(frozen=True, slots=True)
-class Difference:
+class Difference(msgspec.Struct, frozen=True):
     """A call on which our program and libseccomp's do not agree."""
 
     arch: str
@@ -119,8 +118,11 @@ def _sources(syscalls: Syscalls, arch: str, kernel: str, part: Part) -> Iterator
         if arch == "x86_64" and syscalls.abi32 == "allow":
             sections.append(_section(syscalls, "i386", part))
         yield from fit(sections, "syscalls.rules")
-    for one in oci_filter.attached(syscalls):
-        yield from oci_filter.programs(one, arch, kernel, part)
+    if syscalls.oci or isinstance(syscalls, Attached):
+        from sandboxd.compile import oci_filter
+
+        for one in oci_filter.attached(syscalls):
+            yield from oci_filter.programs(one, arch, kernel, part)
 
 
 def _guards(abi: str, part: Part) -> Section:
@@ -181,8 +183,7 @@ def verify(syscalls: Syscalls, arch: str) -> list[Difference]:
     return found
 
 
-@dataclass(frozen=True, slots=True)
-class _Question:
+class _Question(msgspec.Struct, frozen=True):
     arch: str
     audit: int
     number: int

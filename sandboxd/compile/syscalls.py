@@ -9,27 +9,25 @@ does not, so a group is written once for x86-64, aarch64 and, where a policy adm
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from functools import cache
 from types import MappingProxyType
+
+import msgspec
 
 from sandboxd.compile.numbers import names
 from sandboxd.errors import PolicyError
 from sandboxd.policy import Argument, Rule
 
 
-@dataclass(frozen=True, slots=True)
-class Group:
+class Group(msgspec.Struct, frozen=True):
     """System calls that belong together. `members` are calls and, with "@", other groups."""
 
     purpose: str
     members: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class RuleGroup:
+class RuleGroup(msgspec.Struct, frozen=True):
     """Rules that belong together. A string among `rules` is another group of rules."""
 
     purpose: str
@@ -419,6 +417,8 @@ RULES: Mapping[str, RuleGroup] = MappingProxyType(
 
 def unknown(name: str, known: Iterable[str], where: str) -> PolicyError:
     """The error for a name that means nothing, with the names it might have been."""
+    import difflib
+
     close = difflib.get_close_matches(name, sorted(known), n=3, cutoff=0.6)
     hint = f"did you mean {' or '.join(close)}?" if close else ""
     what = "group" if name.startswith("@") else "system call"

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sandboxd.compile import bridge, netlink, nftables
-from sandboxd.compile.egress import Caps
-from sandboxd.compile.egress import parse as parse_allowed
+import msgspec
+
 from sandboxd.plan import IdMap
 
 _ROOT = Path(__file__).resolve().parents[2]
@@ -32,8 +29,7 @@ main()
 SOURCES = tuple(f"{_ROOT}/sandboxd/launch/{name}.py" for name in ("prober", "trials"))
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(msgspec.Struct, frozen=True):
     """What one trial found; or `why` it found nothing, with the errno if the kernel said so."""
 
     found: object = None
@@ -45,8 +41,7 @@ class Outcome:
         return not self.why
 
 
-@dataclass(frozen=True, slots=True)
-class Tools:
+class Tools(msgspec.Struct, frozen=True):
     """Programs of others, by path; None where PATH has none."""
 
     newuidmap: str | None
@@ -61,7 +56,7 @@ class Tools:
         return cls(*map(shutil.which, names))
 
     def found(self) -> dict[str, str]:
-        return {name: path for name, path in dataclasses.asdict(self).items() if path}
+        return {name: path for name, path in msgspec.structs.asdict(self).items() if path}
 
 
 def attempt(
@@ -76,8 +71,10 @@ def attempt(
 
     `place` gets its pid before it has anything to do, and may move it into another cgroup.
     """
+    from sandboxd.compile import bridge
+
     names = tuple(trials)
-    maps = None if ids is None else {**dataclasses.asdict(ids), **dataclasses.asdict(tools)}
+    maps = None if ids is None else {**msgspec.structs.asdict(ids), **msgspec.structs.asdict(tools)}
     request = {
         "trials": names,
         "maps": maps,
@@ -100,10 +97,13 @@ def attempt(
 
 def _network() -> dict[str, object]:
     """What is tried of a network with a way out, as messages."""
-    egress = parse_allowed(("*", "example.org:443"))
+    from sandboxd.compile import netlink, nftables
+    from sandboxd.compile.egress import Caps, parse
+
+    egress = parse(("*", "example.org:443"))
     caps = {"filter": Caps(), "filter_bytes": Caps(bytes=1), "filter_rate": Caps(rate=1 << 20)}
     filters = {
-        name: nftables.ruleset(dataclasses.replace(egress, caps=one)).hex()
+        name: nftables.ruleset(msgspec.structs.replace(egress, caps=one)).hex()
         for name, one in caps.items()
     }
     return {**filters, "shaper": netlink.add_shaper(LOOPBACK, 1 << 20, 1 << 20).hex()}
@@ -153,4 +153,4 @@ def unpack(answer: object) -> dict[str, Outcome]:
 
 
 def pack(outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
-    return {name: dataclasses.asdict(outcome) for name, outcome in outcomes.items()}
+    return {name: msgspec.structs.asdict(outcome) for name, outcome in outcomes.items()}

@@ -14,8 +14,9 @@ import resource
 import stat
 from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 from sandboxd.cgroup.ladder import Climb, climbed
 from sandboxd.compile.idmap import tenant_ids
@@ -67,8 +68,7 @@ _OF_A_CGROUP = frozenset(
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Examination:
+class Examination(msgspec.Struct, frozen=True, kw_only=True):
     """A Host, and what it was made of."""
 
     host: Host

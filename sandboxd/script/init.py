@@ -21,9 +21,10 @@ The workload cannot touch init's socket, and init reads nothing that the workloa
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
+
+import msgspec
 
 from sandboxd import plan
 from sandboxd.errors import JobError
@@ -152,8 +153,7 @@ def _wait_for_job(w: Writer) -> None:
     w.call("exit_group", 0)
 
 
-@dataclass(frozen=True, slots=True)
-class Shape:
+class Shape(msgspec.Struct, frozen=True):
     """What the records of an exec script depend on; its text is all that differs between jobs."""
 
     share: plan.ShareFiles | None

@@ -36,8 +36,9 @@ jump, and have objdump disassemble the whole and compare.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
+
+import msgspec
 
 _X86_64 = """
 start:
@@ -177,8 +178,7 @@ _TABLES: Mapping[str, str] = MappingProxyType({"x86_64": _X86_64, "aarch64": _AA
 ARCHITECTURES = tuple(_TABLES)
 
 
-@dataclass(frozen=True, slots=True)
-class Instruction:
+class Instruction(msgspec.Struct, frozen=True):
     """One line of a table, and where it lies in the code."""
 
     offset: int
@@ -187,8 +187,7 @@ class Instruction:
     why: str
 
 
-@dataclass(frozen=True, slots=True)
-class Listing:
+class Listing(msgspec.Struct, frozen=True):
     """A table in a form that can be checked: its instructions, and the labels' offsets."""
 
     instructions: tuple[Instruction, ...]

@@ -80,7 +80,7 @@ class Record:
     result: int = 0
 
     def pack(self) -> bytes:
-        return _pack(getattr(self, name) for name in OFFSETS)
+        return _pack([getattr(self, name) for name in OFFSETS])
 
     @classmethod
     def unpack(cls, content: bytes) -> Record:
@@ -271,9 +271,11 @@ class Assembler:
         for block in (*written, *self._space):
             block.address = -(-address // block.align) * block.align
             address = block.address + block.size
-        content = bytearray()
+        last = written[-1]
+        content = bytearray(last.address + last.size - self.origin)
         for block in written:
-            content = content.ljust(block.address - self.origin, b"\0") + block.pack()
+            start = block.address - self.origin
+            content[start : start + block.size] = block.pack()
         marks = {name: _address(where) - self.origin for name, where in self._marks.items()}
         if any(not 0 <= offset <= len(content) - 8 for offset in marks.values()):
             raise ValueError("a mark lies outside the image's content")
@@ -297,4 +299,5 @@ def _address(operand: Operand) -> int:
 
 
 def _pack(words: Iterable[Operand]) -> bytes:
-    return b"".join((_address(word) & _MASK).to_bytes(8, "little") for word in words)
+    values = [(word if isinstance(word, int) else _address(word)) & _MASK for word in words]
+    return struct.pack(f"<{len(values)}Q", *values)

@@ -18,7 +18,6 @@ import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -44,16 +43,14 @@ class VolumeRecord(msgspec.Struct, frozen=True, kw_only=True):
     made: float
 
 
-@dataclass(frozen=True, slots=True)
-class Used:
+class Used(msgspec.Struct, frozen=True):
     """What lies in one: bytes on the disk, and files, directories and links."""
 
     bytes: int
     entries: int
 
 
-@dataclass(frozen=True, slots=True)
-class Shelf:
+class Shelf(msgspec.Struct, frozen=True):
     """All volumes, or all caches, of a user."""
 
     kind: str

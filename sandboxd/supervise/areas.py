@@ -11,9 +11,10 @@ import socket
 import subprocess
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import msgspec
 import trio
 
 from sandboxd.compile import pieces, rootfs
@@ -22,7 +23,9 @@ from sandboxd.linux.descriptors import Descriptors, no_room
 from sandboxd.script.command import area_command
 from sandboxd.supervise.processes import reap
 from sandboxd.supervise.tenants import PACKAGE_PARENT, Prepared, Tenant
-from sandboxd.supervise.uppers import Uppers
+
+if TYPE_CHECKING:
+    from sandboxd.supervise.uppers import Uppers
 
 READY, ALIVE = b"ready", b"alive"  # as in launch/area.py
 MESSAGE = 4096
@@ -30,8 +33,7 @@ PATIENCE = 5.0
 """Seconds in which fuse-overlayfs must have answered that it is alive."""
 
 
-@dataclass(slots=True)
-class Area:
+class Area(msgspec.Struct):
     """A sandbox's area; `mounts` are descriptors, owned by this: "area", and "fuse" for a root."""
 
     tenant: Tenant

@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-import secrets
 import stat
 from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import asynccontextmanager, suppress
@@ -89,7 +88,7 @@ class Folder:
         self._files: list[str] = []
 
     def open(self) -> None:
-        self._name = _STAGE + secrets.token_hex(8)
+        self._name = _STAGE + os.urandom(8).hex()
         try:
             self._path.mkdir(parents=True, exist_ok=True)
             self._top = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

@@ -10,12 +10,12 @@ whatever was found. docs/explanation/overlays.md says what that can promise and 
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import stat
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
+import msgspec
 import trio
 
 from sandboxd.errors import JobError
@@ -36,8 +36,7 @@ MOST = 1 << 20
 _BLOCK = 512  # the unit of st_blocks (stat(2))
 
 
-@dataclasses.dataclass(slots=True)
-class Level:
+class Level(msgspec.Struct):
     """How full an area is. `whole` is false if there is more than was looked at."""
 
     bytes: int = 0
@@ -176,7 +175,7 @@ async def at_end(budget: Budget | None, ended: Ended | None, limits: Limits) -> 
     used = max(budget.level.bytes, before.bytes if budget.is_over(before) else 0)
     inodes = budget.level.inodes
     size, most = limits.disk or used, limits.inodes or inodes
-    return dataclasses.replace(
+    return msgspec.structs.replace(
         ended, disk_block=1, disk_size=max(size, used), disk_free=max(0, size - used),
         inodes=max(most, inodes), inodes_free=max(0, most - inodes),
     )  # fmt: skip

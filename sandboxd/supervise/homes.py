@@ -7,23 +7,25 @@ from __future__ import annotations
 
 import os
 from contextlib import AsyncExitStack
+from typing import TYPE_CHECKING
 
 import trio
 
 from sandboxd.cgroup.leaves import Cgroups
 from sandboxd.host import Host
-from sandboxd.images.store import using
 from sandboxd.linux.descriptors import Descriptors
 from sandboxd.plan import TenantPlan
 from sandboxd.policy import Policy
 from sandboxd.supervise import record, volumes
 from sandboxd.supervise.areas import Area
-from sandboxd.supervise.netkeeper import Netkeeper, open_netkeeper
-from sandboxd.supervise.porter import Porter, open_porter
 from sandboxd.supervise.sandboxes import Sandbox
 from sandboxd.supervise.tenants import Prepared, Tenant, open_tenant
-from sandboxd.supervise.uppers import Uppers, open_uppers
 from sandboxd.supervise.vigil import Vigil
+
+if TYPE_CHECKING:
+    from sandboxd.supervise.netkeeper import Netkeeper
+    from sandboxd.supervise.porter import Porter
+    from sandboxd.supervise.uppers import Uppers
 
 
 class Home:
@@ -78,6 +80,8 @@ class Home:
     async def _open(self) -> Tenant:
         compiled = self._prepared.compiled
         if (image := self._prepared.host.image) is not None:
+            from sandboxd.images.store import using
+
             self._stack.enter_context(using(image))
         self._stack.enter_context(volumes.using(compiled.policy, self._host))
         opened = open_tenant(compiled, self._host, self._cgroups, self._beside)
@@ -96,6 +100,8 @@ class Home:
         tenant = await self.tenant()
         async with self._lock:
             if self._uppers is None:
+                from sandboxd.supervise.uppers import open_uppers
+
                 # A porter of its own: looking at how full they are must not wait for files.
                 porter = await self._open_porter(tenant)
                 self._uppers = await self._stack.enter_async_context(
@@ -108,12 +114,16 @@ class Home:
         tenant = await self.tenant()
         async with self._lock:
             if self.living_netkeeper is None or self.living_netkeeper.dead:
+                from sandboxd.supervise.netkeeper import open_netkeeper
+
                 with Descriptors() as fds:
                     opened = open_netkeeper(_namespace(tenant, fds))
                     self.living_netkeeper = await self._stack.enter_async_context(opened)
             return self.living_netkeeper
 
     async def _open_porter(self, tenant: Tenant) -> Porter:
+        from sandboxd.supervise.porter import open_porter
+
         with Descriptors() as fds:
             opened = open_porter(_namespace(tenant, fds))
             return await self._stack.enter_async_context(opened)

@@ -11,24 +11,28 @@ import os
 import posixpath
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
 
 from sandboxd.errors import JobError
 from sandboxd.job import Job
 from sandboxd.reference import Attachment, Inputs, Reference
-from sandboxd.stores.builds import Store, own_place
+
+if TYPE_CHECKING:
+    from sandboxd.stores.builds import Store
 
 MOST = 256
 """References of one job, a name of a directory's that is spread out being one."""
 
 
-@dataclass(frozen=True, slots=True)
-class Split:
+class Split(msgspec.Struct, frozen=True):
     """A job without its references, and those."""
 
     job: Job
-    attached: dict[str, Reference] = field(default_factory=dict)
+    attached: dict[str, Reference] = msgspec.field(default_factory=dict)
     """Place below the working directory -> what is to be there."""
 
 
@@ -85,6 +89,8 @@ def held(attached: dict[str, Reference]) -> Iterator[Inputs | None]:
     if not attached:
         yield None
         return
+    from sandboxd.stores.builds import Store, own_place
+
     store = Store(own_place())
     keys = sorted({one.key for one in attached.values()})
     with ExitStack() as stack:

@@ -16,7 +16,7 @@ from sandboxd.host import Host, Place
 from sandboxd.job import Job
 from sandboxd.policy import Policy
 from sandboxd.reference import Inputs
-from sandboxd.supervise import keeping, policies, volumes
+from sandboxd.supervise import policies, volumes
 from sandboxd.supervise.domains import Domains
 from sandboxd.supervise.homes import Home, Kept
 from sandboxd.supervise.seat import Seat
@@ -66,6 +66,8 @@ class Known:
         have this seat in a group."""
         policy, keep, domain = self.policy(job), bool(job.keep_root), job.domain
         if keep:
+            from sandboxd.supervise import keeping
+
             keeping.check(job, policy)
         recent = (id(policy), keep, attached, domain)
         kept = self._recent.get(recent) if seat is None else None
@@ -92,7 +94,9 @@ class Known:
         where = (tenant, domain, ground)
         if where not in self._homes:
             if ground is not None:
-                prepared = dataclasses.replace(prepared, compiled=build.joined(prepared.compiled))
+                prepared = msgspec.structs.replace(
+                    prepared, compiled=build.joined(prepared.compiled)
+                )
             self._homes[where] = Home(prepared, self._host, self._cgroups, ground)
         return self._homes[where]
 
@@ -108,7 +112,7 @@ class Known:
         compiled = build.compile_policy(policy, host, keep=keep)
         if why:
             noted = (*compiled.degraded, ("tenant", why))
-            compiled = dataclasses.replace(compiled, degraded=noted)
+            compiled = msgspec.structs.replace(compiled, degraded=noted)
         return Prepared.of(compiled, host)
 
     def used(self, home: Home) -> None:

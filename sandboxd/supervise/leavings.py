@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import trio
 
@@ -18,7 +18,9 @@ from sandboxd.errors import InternalError, SandboxError
 from sandboxd.linux.packets import DESCRIPTORS
 from sandboxd.result import Artifact
 from sandboxd.supervise import artifacts
-from sandboxd.supervise.porter import Porter
+
+if TYPE_CHECKING:
+    from sandboxd.supervise.porter import Porter
 
 Contents = dict[bytes, tuple[bytes, int | None]]
 

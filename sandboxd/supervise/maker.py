@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
+import msgspec
 
 from sandboxd.cgroup.leaves import Cgroups, has_room_for_one_more
 from sandboxd.errors import InternalError, LaunchError, SandboxError
-from sandboxd.supervise import floor
 from sandboxd.supervise.areas import open_area
 from sandboxd.supervise.homes import Kept
 from sandboxd.supervise.sandboxes import Sandbox, make
@@ -103,20 +102,26 @@ class Maker:
         if kept.weighed or kept.runs < 2:  # who runs one job only need not wait for it
             return False
         kept.weighed = True
-        if self._cgroups is None or not floor.applies(kept.prepared):
+        if self._cgroups is None:
+            return False
+        from sandboxd.supervise import floor
+
+        if not floor.applies(kept.prepared):
             return False
         return has_room_for_one_more(self._cgroups.subtree.room, self._slots, self._spares)
 
     async def weigh(self, kept: Kept) -> None:
         """Find out what a run of a policy holds whose program does nothing."""
+        from sandboxd.supervise import floor
+
         kept.home.runs += 1
         try:
             tenant = await kept.home.tenant()
             if tenant.networks_ahead:  # those are for jobs
                 await tenant.refill_networks(tenant.networks_ahead + 1)
             # It is on nobody's cores: a run that has some for itself keeps them.
-            compiled = dataclasses.replace(kept.prepared.compiled, cpu_sets=())
-            prepared = dataclasses.replace(kept.prepared, compiled=compiled)
+            compiled = msgspec.structs.replace(kept.prepared.compiled, cpu_sets=())
+            prepared = msgspec.structs.replace(kept.prepared, compiled=compiled)
             box = await make(tenant, prepared, self._cgroups, None)
             try:
                 kept.memory_base = await floor.measure(box, prepared)

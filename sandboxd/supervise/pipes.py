@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import termios
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
+
+import msgspec
 
 from sandboxd.errors import JobError
 from sandboxd.job import Job, Terminal
@@ -17,17 +18,16 @@ LARGE_STDIN = 64 << 20
 """Bytes; a file larger than this goes through a pipe instead of a copy in memory."""
 
 
-@dataclass(slots=True)
-class Pipes:
+class Pipes(msgspec.Struct):
     """The supervisor's ends of a run's streams, and the job's ends until they are handed over."""
 
     fds: Descriptors
-    job_ends: list[int] = field(default_factory=list)
-    reads: dict[str, int] = field(default_factory=dict)
+    job_ends: list[int] = msgspec.field(default_factory=list)
+    reads: dict[str, int] = msgspec.field(default_factory=dict)
     stdin: int | None = None
     source: int | None = None
     """A file that is fed to stdin, too large for a copy in memory."""
-    given: Mapping[str, int] = field(default_factory=dict)
+    given: Mapping[str, int] = msgspec.field(default_factory=dict)
     """Streams of the job that somebody else has made: its ends, owned by `fds`."""
 
 

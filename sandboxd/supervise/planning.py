@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
+
+import msgspec
 
 from sandboxd.compile.build import build
 from sandboxd.errors import HostError
@@ -21,8 +23,7 @@ from sandboxd.supervise import inputs
 from sandboxd.supervise.seen import host_for
 
 
-@dataclass(frozen=True, slots=True)
-class Planned:
+class Planned(msgspec.Struct, frozen=True):
     """A plan and the host it was made for."""
 
     plan: Plan

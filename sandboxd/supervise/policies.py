@@ -7,10 +7,10 @@ extends its own name extends the one that it hides: that is how to change `base`
 
 from __future__ import annotations
 
-import difflib
 import os
-from dataclasses import dataclass, field
 from pathlib import Path
+
+import msgspec
 
 from sandboxd.compile.load import load
 from sandboxd.errors import PolicyError
@@ -23,8 +23,7 @@ LONGEST_PROFILE = 1 << 20
 """The same of a seccomp profile."""
 
 
-@dataclass(frozen=True, slots=True)
-class Available:
+class Available(msgspec.Struct, frozen=True):
     """A policy that can be named, and the file that counts for the name."""
 
     name: str
@@ -77,12 +76,11 @@ def packaged() -> Path:
     return inside if inside.is_dir() else package.parent / "policies"
 
 
-@dataclass
-class _Files:
+class _Files(msgspec.Struct):
     """`read` for load(): remembers the last file, because it is what the next name stands in."""
 
     last: Path | None = None
-    folders: dict[str, Path] = field(default_factory=dict)
+    folders: dict[str, Path] = msgspec.field(default_factory=dict)
     """Name of a file for messages -> where it lies."""
 
     def __call__(self, name: str) -> tuple[str, str]:
@@ -121,6 +119,8 @@ class _Files:
 
 def _missing(name: str) -> PolicyError:
     names = sorted(_files())
+    import difflib
+
     close = difflib.get_close_matches(name, names, n=1)
     hint = f"did you mean {close[0]}? " if close else ""
     return PolicyError("", f"no policy {name!r}", hint=f"{hint}there are: {', '.join(names)}")

@@ -5,10 +5,10 @@ from __future__ import annotations
 import functools
 import os
 import time
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+import msgspec
 import trio
 
 import sandboxd
@@ -30,8 +30,7 @@ from sandboxd.supervise.status import Facts, classify, errno_name, violations
 from sandboxd.supervise.supervise import Observed
 
 
-@dataclass(frozen=True, slots=True)
-class Kind:
+class Kind(msgspec.Struct, frozen=True):
     """What all runs under one policy share in their records."""
 
     compiled: Compiled

@@ -15,7 +15,6 @@ answer only addresses count, and aliases on the way to them, which admit nothing
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import socket
 from collections.abc import Iterator, Mapping
@@ -23,6 +22,7 @@ from contextlib import suppress
 from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 
+import msgspec
 import trio
 
 from sandboxd.compile import dns, grouping
@@ -247,7 +247,7 @@ async def with_way_out(run: Conduct, box: Sandbox, network: UserNetwork) -> Obse
             with trio.move_on_after(PATIENCE):
                 await told.wait()
             raise lost(network)
-        seen = dataclasses.replace(seen, refused=refused(network, run.compiled.policy))
+        seen = msgspec.structs.replace(seen, refused=refused(network, run.compiled.policy))
         nursery.cancel_scope.cancel()
     return seen
 

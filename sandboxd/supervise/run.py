@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING
 
 import trio
 
@@ -13,9 +14,11 @@ from sandboxd.result import Artifact, Event, Result, Status, Usage
 from sandboxd.supervise.areas import Area
 from sandboxd.supervise.leavings import Leavings, OpenArtifacts
 from sandboxd.supervise.pipes import resize_terminal
-from sandboxd.supervise.porter import Porter
 from sandboxd.supervise.stops import Control
 from sandboxd.supervise.supervise import Emit, Reports
+
+if TYPE_CHECKING:
+    from sandboxd.supervise.porter import Porter
 
 EVENTS_BUFFER = 16
 """Events a reader may lag behind before the job is stalled."""

@@ -7,32 +7,28 @@ import math
 import os
 from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
+from typing import TYPE_CHECKING
 
 import msgspec
 import trio
 
-from sandboxd import plan
 from sandboxd.cgroup.leaves import Cgroups, open_cgroups, slots_within
 from sandboxd.compile.load import tighten_artifacts
 from sandboxd.errors import JobError, SandboxError
-from sandboxd.group import Group
 from sandboxd.host import Host
 from sandboxd.job import Job, Pipe
 from sandboxd.linux.descriptors import SCARCE, Descriptors, told
 from sandboxd.policy import Policy
 from sandboxd.result import Event, Result
-from sandboxd.supervise import builds, groups, inputs, keeping, pipeline, record, volumes
+from sandboxd.supervise import inputs, record, volumes
 from sandboxd.supervise.artifacts import check_place
 from sandboxd.supervise.attend import NO_VIGIL
 from sandboxd.supervise.homes import Kept
 from sandboxd.supervise.known import Known
 from sandboxd.supervise.maker import Maker
-from sandboxd.supervise.netkeeper import UserNetwork
 from sandboxd.supervise.one_error import one_error
 from sandboxd.supervise.pipes import Pipes, open_pipes
 from sandboxd.supervise.place import open_place
-from sandboxd.supervise.planning import plan_on
-from sandboxd.supervise.resolver import with_way_out
 from sandboxd.supervise.run import FASTEST, Followed, Hands, Run, forwarding, leaving
 from sandboxd.supervise.sandboxes import Sandbox
 from sandboxd.supervise.seat import Seat
@@ -46,9 +42,14 @@ from sandboxd.supervise.supervise import (
 )
 from sandboxd.supervise.undertaker import Undertaker
 
+if TYPE_CHECKING:
+    from sandboxd import plan
+    from sandboxd.group import Group
+    from sandboxd.supervise import builds, groups, pipeline
+    from sandboxd.supervise.netkeeper import UserNetwork
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Asking:
+
+class Asking(msgspec.Struct, frozen=True):
     """A job, without its references, and what its caller has for it."""
 
     job: Job
@@ -60,8 +61,7 @@ class Asking:
     """What it holds of others for its time, if anything."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class RunnerStatistics:
+class RunnerStatistics(msgspec.Struct, frozen=True, kw_only=True):
     """Counts since the runner was opened; `running` and `spares` are of this moment."""
 
     slots: int
@@ -90,7 +90,7 @@ class Runner:
         self._closed = False
         self._undertaker = Undertaker(cgroups.tidy if cgroups else lambda: None)
         self._known = Known(host, cgroups, nursery)
-        self._building = builds.Building()
+        self._building: builds.Building | None = None
 
     # -- what callers use
 
@@ -111,6 +111,10 @@ class Runner:
         `salt` is one input more, for what the key does not see. A build that did not end well is a
         Build without a reference, and nothing is kept of it.
         """
+        from sandboxd.supervise import builds
+
+        if self._building is None:
+            self._building = builds.Building()
         return await builds.build(self, job, self._building, salt)
 
     def seen(self, job: Job) -> tuple[Policy, Host]:
@@ -127,6 +131,8 @@ class Runner:
         cannot be; it needs as many slots as it has members. What one member of it could not have
         (SandboxError) ends all of them.
         """
+        from sandboxd.supervise import groups
+
         return await groups.run_group(self, group, emit)
 
     def start_group(
@@ -134,6 +140,8 @@ class Runner:
     ) -> AbstractAsyncContextManager[groups.GroupRun]:
         """The same while the events of all members are read; leaving the block kills what is
         left."""
+        from sandboxd.supervise import groups
+
         return groups.open_group(self, group, usage_every)
 
     def start(
@@ -147,12 +155,16 @@ class Runner:
 
     async def run_pipeline(self, jobs: Sequence[Job], pipes: Sequence[Pipe]) -> list[Result]:
         """Carry jobs out at the same time, joined by pipes; their results, in their order."""
+        from sandboxd.supervise import pipeline
+
         return await pipeline.run_pipeline(self, jobs, pipes)
 
     def start_pipeline(
         self, jobs: Sequence[Job], pipes: Sequence[Pipe], *, usage_every: float | None = None
     ) -> AbstractAsyncContextManager[pipeline.Pipeline]:
         """The same while the events of each are read; leaving the block kills what is left."""
+        from sandboxd.supervise import pipeline
+
         return pipeline.start_pipeline(self, jobs, pipes, usage_every)
 
     @asynccontextmanager
@@ -207,6 +219,8 @@ class Runner:
 
     def plan(self, job: Job) -> plan.Plan:
         """What would be done for a job, without doing it."""
+        from sandboxd.supervise.planning import plan_on
+
         return plan_on(job, self._known.policy(job), self.host).plan
 
     def policy(self, job: Job) -> Policy:
@@ -355,6 +369,8 @@ class Runner:
             if box.way_out is None:
                 seen = await supervise(conduct, box)
             else:
+                from sandboxd.supervise.resolver import with_way_out
+
                 with one_error():
                     seen = await with_way_out(conduct, box, box.way_out)
         except BaseException:
@@ -377,6 +393,8 @@ class Runner:
         return result
 
     async def _keep_root(self, kept: Kept, job: Job, result: Result, box: Sandbox) -> Result:
+        from sandboxd.supervise import keeping
+
         try:
             await box.finish()
             porter = await kept.home.porter()
@@ -434,7 +452,8 @@ class Runner:
         return conduct
 
     async def _close(self) -> None:
-        self._building.close()
+        if self._building is not None:
+            self._building.close()
         with trio.CancelScope(shield=True):
             await self._undertaker.close()
             await self._known.close()

@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import time
 from contextlib import suppress
-from dataclasses import dataclass, field
+
+import msgspec
 
 TICKS = os.sysconf("SC_CLK_TCK")
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
-@dataclass(slots=True)
-class Sample:
+class Sample(msgspec.Struct):
     """What /proc says of a tree at one moment."""
 
     cpu_time: float = 0.0
@@ -20,7 +20,7 @@ class Sample:
     """Private pages; what is shared between processes is not in it."""
     resident: int = 0
     """All pages in memory, shared ones once a process: no less than what the tree uses."""
-    pids: list[int] = field(default_factory=list)
+    pids: list[int] = msgspec.field(default_factory=list)
 
 
 def sample_tree(pid: int) -> Sample:

@@ -12,8 +12,9 @@ import select
 import signal
 import socket
 from contextlib import AsyncExitStack, suppress
-from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
+import msgspec
 import trio
 
 from sandboxd.cgroup.leaf import Leaf
@@ -23,17 +24,18 @@ from sandboxd.messages import SIGNAL_STOP
 from sandboxd.plan import TENANT_UID
 from sandboxd.script.record import Image
 from sandboxd.supervise.areas import Area, open_area
-from sandboxd.supervise.netkeeper import UserNetwork
 from sandboxd.supervise.tenants import Clone, Prepared, Tenant, sandbox_script
-from sandboxd.supervise.uppers import Uppers
+
+if TYPE_CHECKING:
+    from sandboxd.supervise.netkeeper import UserNetwork
+    from sandboxd.supervise.uppers import Uppers
 
 PATIENCE = 0.25
 """Seconds init gets to reap what it killed and to report, before it is killed as well."""
 DEAD_TIMEOUT = 10.0
 
 
-@dataclass(slots=True)
-class Sandbox:
+class Sandbox(msgspec.Struct):
     """A live sandbox, ready for its job or running it."""
 
     tenant: Tenant
@@ -47,7 +49,7 @@ class Sandbox:
     cgroups: Cgroups | None
     area: Area | None = None
     way_out: UserNetwork | None = None
-    signals: list[int] = field(default_factory=list)
+    signals: list[int] = msgspec.field(default_factory=list)
     """What it is to get as soon as its pidfd is known."""
     ended: bool = False
     dead: bool = False

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import msgspec
 
 from sandboxd.host import Place
 from sandboxd.supervise.homes import Home
-from sandboxd.supervise.netkeeper import UserNetwork
+
+if TYPE_CHECKING:
+    from sandboxd.supervise.netkeeper import UserNetwork
 
 
-@dataclass(slots=True, eq=False)
-class Seat:
+class Seat(msgspec.Struct, eq=False):
     """For one run. It has its slot already: a group has all of them or none."""
 
     place: Place

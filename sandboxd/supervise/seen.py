@@ -7,7 +7,6 @@ from pathlib import Path
 
 from sandboxd.compile.idmap import tenant_ids
 from sandboxd.host import Host
-from sandboxd.images.store import find
 from sandboxd.policy import Policy
 from sandboxd.probe.host import kinds
 from sandboxd.supervise import volumes
@@ -16,6 +15,8 @@ from sandboxd.supervise import volumes
 def host_for(policy: Policy, host: Host) -> Host:
     """The host with what a policy's bind sources are, what lies deeper in /etc, and its image."""
     if policy.root.image:
+        from sandboxd.images.store import find
+
         host = dataclasses.replace(host, image=find(policy.root.image, tenant_ids(host)))
     inner = {name for name in policy.root.etc if "/" in name} - host.etc_entries.keys()
     for name in sorted(inner):

@@ -11,7 +11,6 @@ from typing import Literal
 import msgspec
 
 from sandboxd.cgroup.leaf import Memory
-from sandboxd.compile.oci_filter import IN_BUNDLE
 from sandboxd.messages import Ended
 from sandboxd.policy import Attached, Limits, Policy, Rule
 from sandboxd.result import (
@@ -312,6 +311,8 @@ def violations(facts: Facts, policy: Policy) -> tuple[Violation, ...]:
     ]
     places = [policy.origin(key) for key in (["syscalls.oci"] if syscalls.oci else keys)]
     if isinstance(syscalls, Attached) and syscalls.on_top:
+        from sandboxd.compile.oci_filter import IN_BUNDLE
+
         places.append(f"{syscalls.on_top_name}: {IN_BUNDLE}")
     return (Violation(kind="syscall", name=None, count=1, rule=" or ".join(places)),)
 

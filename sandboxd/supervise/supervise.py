@@ -13,8 +13,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Awaitable, Callable, Collection
-from dataclasses import dataclass
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import msgspec
 import trio
@@ -35,7 +34,6 @@ from sandboxd.supervise.areas import Area
 from sandboxd.supervise.artifacts import open_sink
 from sandboxd.supervise.attend import GRACE, NO_VIGIL, attend, is_complete, received
 from sandboxd.supervise.pipes import Pipes, open_pipes
-from sandboxd.supervise.porter import Porter
 from sandboxd.supervise.sandboxes import Sandbox
 from sandboxd.supervise.status import Facts
 from sandboxd.supervise.stops import Control, Stops
@@ -43,21 +41,22 @@ from sandboxd.supervise.tenants import MESSAGE, Prepared, Script, failure
 from sandboxd.supervise.vigil import LENGTH, Vigil
 from sandboxd.supervise.watch import Watcher
 
+if TYPE_CHECKING:
+    from sandboxd.supervise.porter import Porter
+
 SCRIPTS_KEPT = 64
 SCRIPT_KEPT = 64 << 10
 Emit = Callable[[str, bytes], Awaitable[None]]
 
 
-@dataclass(frozen=True, slots=True)
-class Reports:
+class Reports(msgspec.Struct, frozen=True):
     """A caller who wants to know, every so many seconds, what the run has used."""
 
     every: float
     send: Callable[[Usage], None]
 
 
-@dataclass(slots=True)
-class Observed:
+class Observed(msgspec.Struct):
     """What one run showed; the Result is made of it."""
 
     facts: Facts
@@ -137,8 +136,7 @@ class Dispatch:
             await trio.lowlevel.wait_writable(sock)
 
 
-@dataclass(slots=True, kw_only=True)
-class Conduct:
+class Conduct(msgspec.Struct, kw_only=True):
     """Everything one run needs, so that `supervise` reads as what happens."""
 
     job: Job

@@ -19,9 +19,9 @@ import subprocess
 from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 
+import msgspec
 import trio
 
 from sandboxd import plan
@@ -307,14 +307,13 @@ class Clone:
         return self.pidfd
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Prepared:
+class Prepared(msgspec.Struct, frozen=True, eq=False):
     """A policy made ready for this host: compiled and lowered, once."""
 
     compiled: Compiled
     host: Host
     image: Image
-    scripts: dict[tuple[object, ...], Script] = field(default_factory=dict)
+    scripts: dict[tuple[object, ...], Script] = msgspec.field(default_factory=dict)
     """Exec scripts of the last jobs, by what they depend on."""
 
     @classmethod

@@ -18,6 +18,7 @@ import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import trio
 
@@ -25,7 +26,9 @@ from sandboxd.errors import HostError, LaunchError, SandboxError
 from sandboxd.plan import IdMap
 from sandboxd.policy import Limits
 from sandboxd.stores import folders
-from sandboxd.supervise.porter import Porter
+
+if TYPE_CHECKING:
+    from sandboxd.supervise.porter import Porter
 
 RESERVE, RESERVE_MOST = 0.05, 1 << 30
 """Of a file system this share, and no more than so many bytes, is left free by runs."""

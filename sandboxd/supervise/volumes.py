@@ -16,9 +16,9 @@ import fcntl
 import os
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import trio
 
 from sandboxd import units
@@ -96,8 +96,7 @@ def using(policy: Policy, host: Host) -> Iterator[None]:
 # -- for one run -------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Quota:
+class Quota(msgspec.Struct, frozen=True):
     """A place that a run may write to, and how much may lie in it."""
 
     name: str

@@ -63,7 +63,7 @@ def test_none_is_none() -> None:
 
 def egress(kind: str, *publish: str) -> Egress:
     found = understood(Network(mode="user", publish=publish))
-    return dataclasses.replace(found, kind=kind, program=f"/x/{kind}")
+    return msgspec.structs.replace(found, kind=kind, program=f"/x/{kind}")
 
 
 def test_nobody_is_told_to_lead_to_the_host() -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import subprocess
 import sys
 from ipaddress import ip_address
 from typing import Any
 
+import msgspec
 import pytest
 
 from sandboxd.compile import nftables
@@ -106,7 +106,7 @@ def test_an_address_is_let_through_for_a_time() -> None:
 
 
 def test_caps_are_a_set_a_quota_and_a_limit() -> None:
-    egress = dataclasses.replace(parse(("*",)), caps=Caps(7, 1000, 2048))
+    egress = msgspec.structs.replace(parse(("*",)), caps=Caps(7, 1000, 2048))
     found = listed(nftables.ruleset(egress))
     assert sets(found)["opened"]["size"] == 7
     (quota,) = (one["quota"] for one in found if "quota" in one)
@@ -127,7 +127,7 @@ def test_what_is_not_capped_has_none_of_it() -> None:
 
 
 def test_a_published_udp_port_may_answer_who_asked_it() -> None:
-    egress = dataclasses.replace(parse(()), published=(Published("127.0.0.1", 8053, 53, UDP),))
+    egress = msgspec.structs.replace(parse(()), published=(Published("127.0.0.1", 8053, 53, UDP),))
     found = listed(nftables.ruleset(egress))
     assert {"askers4", "askers6"} <= set(sets(found))
     assert sets(found)["askers4"]["type"] == ["ipv4_addr", "inet_service", "inet_service"]

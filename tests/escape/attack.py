@@ -11,7 +11,6 @@ that stand in the way. This is the only file of the suite that knows where thing
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 import os
@@ -257,11 +256,11 @@ def with_steps(compiled: Compiled, change: Callable[[plan.Step], plan.Step | Non
     setup = changed(compiled.setup.steps)
     landlock = any(isinstance(step, plan.Landlock) for step in setup)
     network = changed(compiled.network.steps)
-    return dataclasses.replace(
+    return msgspec.structs.replace(
         compiled,
-        tenant=dataclasses.replace(compiled.tenant, steps=changed(compiled.tenant.steps)),
-        setup=dataclasses.replace(compiled.setup, steps=setup, landlock=landlock),
-        network=dataclasses.replace(compiled.network, steps=network),
+        tenant=msgspec.structs.replace(compiled.tenant, steps=changed(compiled.tenant.steps)),
+        setup=msgspec.structs.replace(compiled.setup, steps=setup, landlock=landlock),
+        network=msgspec.structs.replace(compiled.network, steps=network),
     )
 
 
@@ -270,8 +269,8 @@ def without_namespace(name: str) -> Change:
 
     def change(compiled: Compiled) -> Compiled:
         flags = compiled.setup.namespaces & ~plan.NAMESPACES[name]
-        setup = dataclasses.replace(compiled.setup, namespaces=flags)
-        return dataclasses.replace(compiled, setup=setup)
+        setup = msgspec.structs.replace(compiled.setup, namespaces=flags)
+        return msgspec.structs.replace(compiled, setup=setup)
 
     return change
 
@@ -281,7 +280,7 @@ def without_attribute(attribute: Attributes, target: str) -> Change:
 
     def step_without(step: plan.Step) -> plan.Step:
         if isinstance(step, plan.Attach) and step.target.endswith(target):
-            return dataclasses.replace(step, attributes=step.attributes & ~attribute)
+            return msgspec.structs.replace(step, attributes=step.attributes & ~attribute)
         return step
 
     return lambda compiled: with_steps(compiled, step_without)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import dataclasses
 import os
 from pathlib import Path
 from typing import Any
@@ -358,7 +357,7 @@ def with_inotify(name: str) -> Policy:
 def without_shares(compiled: Compiled) -> Compiled:
     def step_without(step: plan.Step) -> plan.Step | None:
         if isinstance(step, plan.LeafUserNamespace):
-            return dataclasses.replace(step, quotas=step.quotas[:1])
+            return msgspec.structs.replace(step, quotas=step.quotas[:1])
         return None if isinstance(step, plan.WriteFile) and "inotify" in step.path else step
 
     return with_steps(compiled, step_without)

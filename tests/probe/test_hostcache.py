@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import stat
 import subprocess
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from sandboxd.cgroup.ladder import climbed
@@ -29,7 +29,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def claim(path: Path, why: str) -> None:
     """Make the cache say, under its own key, that overlays do not work."""
     kept = json.loads(path.read_text())
-    kept["outcomes"]["overlay"] = dataclasses.asdict(Outcome(why=why))
+    kept["outcomes"]["overlay"] = msgspec.structs.asdict(Outcome(why=why))
     path.write_text(json.dumps(kept))
 
 
@@ -93,7 +93,7 @@ def test_another_tool_is_another_key(tmp_path: Path) -> None:
     tool = tmp_path / "fuse-overlayfs"
     tool.write_text("#!/bin/sh\necho no such luck >&2\nexit 1\n")
     tool.chmod(0o755)
-    found = dataclasses.replace(Tools.in_path(), fuse_overlayfs=str(tool))
+    found = msgspec.structs.replace(Tools.in_path(), fuse_overlayfs=str(tool))
     first = hostcache.key(found, None)
     os.utime(tool, ns=(1, 1))
     assert hostcache.key(found, None) != first

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import signal
 from typing import Any
 
+import msgspec
 import pytest
 
 from sandboxd.messages import Ended
@@ -24,7 +24,7 @@ CODE = 256
 
 
 def ended(status: int | None = 0, **more: int) -> Ended:
-    values: dict[str, Any] = {one.name: 0 for one in dataclasses.fields(Ended)}
+    values: dict[str, Any] = {one.name: 0 for one in msgspec.structs.fields(Ended)}
     values |= {"disk_free": 1, "inodes": 10, "inodes_free": 1, "disk_size": 2, "disk_block": 4096}
     return Ended(**(values | {"wait_status": status} | more))
 
