@@ -18,6 +18,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequen
 from contextlib import ExitStack, asynccontextmanager, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import trio
 
@@ -74,6 +75,14 @@ class Settings:
     """Bytes of results that are kept."""
 
 
+class Stored(Protocol):
+    """Files of callers."""
+
+    def total(self) -> int: ...
+
+    def stored(self, caller: str) -> int: ...
+
+
 class Book:
     """All jobs that are not over, and the way to those that are. Made by `open_book`."""
 
@@ -86,8 +95,8 @@ class Book:
         self.metrics = Metrics()
         self.endings = Endings()
         self.files = Files(settings.state / "files", settings.quotas.stored)
-        self.stores = [self.files.total]
-        """What is stored, in bytes, wherever."""
+        self.stores: list[Stored] = [self.files]
+        """Where callers have something stored."""
         self.share = Share(runner.slots, settings.room, settings.quotas.running)
         self.spending = Spending(settings.quotas)
         self.lookout = lookout
@@ -109,7 +118,10 @@ class Book:
 
     def stored(self) -> int:
         """Bytes of files of all callers."""
-        return sum(total() for total in self.stores)
+        return sum(one.total() for one in self.stores)
+
+    def stored_of(self, caller: str) -> int:
+        return sum(one.stored(caller) for one in self.stores)
 
     # -- taking on
 
@@ -119,7 +131,7 @@ class Book:
             self.check(caller, asked.wanted)
             return await self._submit(caller, asked)
         except Refusal as refusal:
-            self.metrics.refused.add(why=refusal.kind)
+            self.metrics.of(caller.name).refused.add(why=refusal.kind)
             raise
 
     async def _submit(self, caller: Caller, asked: Asked) -> tuple[Live | Row, bool]:
@@ -201,7 +213,7 @@ class Book:
                     await trio.lowlevel.checkpoint()
             return await self._take_on_all(caller, asked, batch, hears)
         except Refusal as refusal:
-            self.metrics.refused.add(len(asked), why=refusal.kind)
+            self.metrics.of(caller.name).refused.add(len(asked), why=refusal.kind)
             raise
 
     async def _take_on_all(
@@ -226,7 +238,7 @@ class Book:
         for live in cases:
             live.job = live.job if live.size <= SMALL else None
             self.enqueue(live)
-        self.metrics.accepted.add(len(cases))
+        self.metrics.of(caller.name).accepted.add(len(cases))
         return cases
 
     async def _take_on(self, caller: Caller, asked: Asked, job_id: str) -> Live:
@@ -246,7 +258,7 @@ class Book:
             raise
         live.held = held
         self.enqueue(live)
-        self.metrics.accepted.add()
+        self.metrics.of(caller.name).accepted.add()
         return live
 
     def make(self, caller: Caller, asked: Asked, job_id: str, held: ExitStack) -> Live:
@@ -321,7 +333,7 @@ class Book:
         self.guests[guest.id] = guest
         self._queue[guest.waiting] = guest
         self.share.add(guest.waiting)
-        self.metrics.accepted.add(max(1, len(lives)))
+        self.metrics.of(name).accepted.add(max(1, len(lives)))
         self.changed()
 
     def leave(self, guest: Guest, seconds: float) -> None:

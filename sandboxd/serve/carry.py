@@ -63,7 +63,8 @@ async def carry_out(book: Book, live: Live) -> None:
         await trio.lowlevel.checkpoint_if_cancelled()  # else the journal would have it as started
         live.started = time.time()
         live.attempts += 1
-        book.metrics.queue_time.observe(max(0.0, live.started - live.created))
+        counts = book.metrics.of(live.caller.name)
+        counts.queue_time.observe(max(0.0, live.started - live.created))
         found = await _run(book, live)
         live.ended = time.time()
         book.ending += 1
@@ -212,7 +213,7 @@ async def end(book: Book, live: Live, found: Result | SandboxError) -> None:
 
 
 def _count(book: Book, live: Live, result: Result | None) -> None:
-    metrics = book.metrics
+    metrics = book.metrics.of(live.caller.name)
     metrics.ended.add(status=live.status or "error")
     if result is not None:
         usage = result.usage

@@ -469,7 +469,8 @@ class Routes(Together):
         return Reply(body=b"ok\n", kind=TEXT)
 
     async def metrics(self, call: Call) -> Reply:
-        return Reply(body=self.book.metrics.text(), kind=TEXT)
+        whose = None if call.caller.oversees else call.caller.name
+        return Reply(body=self.book.metrics.text(whose), kind=TEXT)
 
     async def openapi(self, call: Call) -> Reply:
         return Reply(body=self._openapi)

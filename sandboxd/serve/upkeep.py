@@ -57,10 +57,10 @@ async def recover(book: Book) -> None:
 async def _retried(book: Book, row: Row, wanted: Submission) -> bool:
     """Whether a job that ran is to run once more; else it is over."""
     if wanted.on_lost == "retry" and row.attempts < MOST_ATTEMPTS:
-        book.metrics.retried.add()
+        book.metrics.of(row.caller).retried.add()
         await trio.to_thread.run_sync(remove, book.folder(row.caller, row.id))
         return True
-    book.metrics.lost.add()
+    book.metrics.of(row.caller).lost.add()
     logger.warning("job lost", extra={"caller": row.caller, "job": row.id})
     await _close(book, row, LOST)
     return False

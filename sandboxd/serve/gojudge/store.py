@@ -131,5 +131,10 @@ class Store:
             await trio.sleep(min(age, EXPIRE_EVERY))
             await trio.to_thread.run_sync(self.expire, age)
 
+    def stored(self, caller: str) -> int:
+        """Bytes that a caller has here."""
+        return self._sizes.get(caller, 0)
+
     def total(self) -> int:
+        """Of all of them."""
         return sum(self._sizes.values())
