@@ -39,6 +39,7 @@ from sandboxd.cli.submit import _content, _files, _text
 from sandboxd.errors import JobError, SandboxError
 
 if TYPE_CHECKING:
+    from sandboxd.job import Job
     from sandboxd.serve.plain import Plain
 
 NDJSON = "application/x-ndjson"
@@ -53,30 +54,46 @@ def wanted(args: argparse.Namespace) -> bool:
     return bool(args.host or os.environ.get("SANDBOXD_HOST"))
 
 
-def run(args: argparse.Namespace) -> Ending:
+def described(args: argparse.Namespace) -> Job | None:
+    """The job that a bundle describes, which is read here; JobError for what cannot go there."""
+    _check(args, remote.daemon(args))
+    return flags.described(args)[1] if args.bundle is not None or args.strict else None
+
+
+def run(args: argparse.Namespace, meant: Job | None) -> Ending:
     """Have it run; SandboxError is what could not be done."""
     daemon = remote.daemon(args)
-    _check(args, daemon)
-    live = args.tty and args.interactive
+    live = _on_terminal(args, meant) and _is_fed(args, meant)
     with attach.raw_terminal() if live else contextlib.nullcontext():
         here = _Here(args, daemon)
         with here.obeying():
-            _carry_out(args, daemon, here)
+            _carry_out(args, daemon, here, meant)
     return here.ending
 
 
-def _carry_out(args: argparse.Namespace, daemon: Plain, here: _Here) -> None:
+def _on_terminal(args: argparse.Namespace, meant: Job | None) -> bool:
+    return args.tty or (meant is not None and meant.terminal is not None)
+
+
+def _is_fed(args: argparse.Namespace, meant: Job | None) -> bool:
+    """Whether what is typed goes there; to the terminal of a bundle by itself."""
+    if args.tty or meant is None or meant.terminal is None:
+        return bool(args.interactive)
+    return args.stdin is None
+
+
+def _carry_out(args: argparse.Namespace, daemon: Plain, here: _Here, meant: Job | None) -> None:
     given = flags.policy_flags(args)
-    submission = _submission(args, daemon, given)
+    submission, feeder = _submission(args, daemon, given, meant), _feeder(args, meant)
     try:
-        here.follow(submission, _feeder(args))
+        here.follow(submission, feeder)
     except SandboxError as error:
         # Our own daemon takes a policy of ours; another's takes lower limits.
         if getattr(error, "kind", "") != "denied" or isinstance(submission["policy"], str):
             raise
-        if set(given) - {"limits"}:
+        if set(given) - {"limits"} or meant is not None:
             raise
-        here.follow({**submission, **_tightened(args)}, _feeder(args))
+        here.follow({**submission, **_tightened(args)}, feeder)
     record = here.record
     if record is None:
         return
@@ -119,8 +136,6 @@ def _check(args: argparse.Namespace, daemon: Plain) -> None:
         "--cgroup": args.cgroup,
         "--keep": args.keep,
         "--commit": args.commit,
-        "--bundle": args.bundle,
-        "--strict": args.strict,
         "--built": args.built,
         "--files-from": args.files_from,
         "--collect-optional": args.collect_optional,
@@ -130,8 +145,10 @@ def _check(args: argparse.Namespace, daemon: Plain) -> None:
         if value:
             raise JobError(f"{flag}: not by the daemon at {daemon.address}", hint=HERE)
     others = set(flags.policy_flags(args)) - {"limits"}
-    if isinstance(daemon.address, Tcp) and (others or _is_path(args.policy)):
+    own = bool(others) or _is_path(args.policy) or args.bundle is not None
+    if isinstance(daemon.address, Tcp) and own:
         flag = min(others, default="--policy FILE")
+        flag = "--bundle" if args.bundle is not None else flag
         hint = f"there a policy is named, and limits are lowered; {HERE}"
         raise JobError(f"{flag}: not by a daemon on TCP", hint=hint)
 
@@ -140,27 +157,33 @@ def _is_path(policy: str | None) -> bool:
     return policy is not None and ("/" in policy or policy.endswith(".toml"))
 
 
-def _submission(args: argparse.Namespace, daemon: Plain, given: dict[str, Any]) -> dict[str, Any]:
+def _submission(
+    args: argparse.Namespace, daemon: Plain, given: dict[str, Any], meant: Job | None
+) -> dict[str, Any]:
     from sandboxd.serve.address import Unix
 
     found: dict[str, Any] = {"policy": args.policy or "base", "overflow": "stall"}
     words = [os.fsencode(word) for word in flags.words(args)]
     if given and not isinstance(daemon.address, Unix):
         found |= _tightened(args)
-    elif given or _is_path(args.policy):
+    elif given or _is_path(args.policy) or meant is not None:
         import msgspec
 
-        base, _ = flags.described(args)
-        policy = flags.policy(args, base)
-        words = flags.argv(args, policy.root)
+        if meant is None:
+            policy = flags.policy(args, flags.described(args)[0])
+            words = flags.argv(args, policy.root)
+        else:
+            assert not isinstance(meant.policy, str)
+            policy = flags.policy(args, meant.policy)
+            words = [os.fsencode(word) for word in meant.argv]
         found["policy"] = msgspec.to_builtins(policy)
     if not words:
         raise flags.no_program()
     found["argv"] = [_text(word) for word in words]
     found["keep"] = args.keep_output
     found["collect"] = args.collect
-    found |= _surroundings(args)
-    found |= _inputs(args, daemon)
+    found |= _surroundings(args, meant)
+    found |= _inputs(args, daemon, _is_fed(args, meant))
     return found
 
 
@@ -173,12 +196,18 @@ def _tightened(args: argparse.Namespace) -> dict[str, Any]:
     return {"policy": args.policy or "base", "limits": limits}
 
 
-def _surroundings(args: argparse.Namespace) -> dict[str, Any]:
+def _surroundings(args: argparse.Namespace, meant: Job | None) -> dict[str, Any]:
     found: dict[str, Any] = {}
     env = inputs.environment(args.env_file, args.env, os.environb)
     if args.tty:
-        found["terminal"] = flags.window()
         env.setdefault(b"TERM", os.environb.get(b"TERM", b"xterm"))
+    if _on_terminal(args, meant):
+        found["terminal"] = flags.window()
+    if meant is not None:
+        env = {**meant.env, **env}
+        found |= {"ignored": meant.ignored}
+        if meant.cwd is not None:
+            found["cwd"] = _text(os.fsencode(meant.cwd))
     found["env"] = {os.fsdecode(key): _text(os.fsencode(value)) for key, value in env.items()}
     for name in found["env"]:
         if not name.isprintable() or not _is_text(name):
@@ -200,11 +229,11 @@ def _is_text(name: str) -> bool:
     return True
 
 
-def _inputs(args: argparse.Namespace, daemon: Plain) -> dict[str, Any]:
+def _inputs(args: argparse.Namespace, daemon: Plain, fed: bool) -> dict[str, Any]:
     if args.stdin is not None and args.interactive:
         raise JobError("--stdin and --interactive exclude each other", hint="leave one of them out")
     found: dict[str, Any] = {"files": {}}
-    if args.interactive:
+    if fed:
         found["interactive"] = True
     elif args.stdin is not None:
         found["stdin"] = _content(daemon, args.stdin, f"--stdin {args.stdin}")
@@ -341,14 +370,14 @@ class _Here:
 # -- stdin -----------------------------------------------------------------------------------
 
 
-def _feeder(args: argparse.Namespace) -> Feeder | None:
+def _feeder(args: argparse.Namespace, meant: Job | None) -> Feeder | None:
     """Forwards our stdin to its end, in a thread; a job may have closed its own before."""
-    if not args.interactive:
+    if not _is_fed(args, meant):
         return None
 
     def feed(daemon: Plain, target: str) -> None:
         with contextlib.suppress(SandboxError, OSError):
-            pieces = _typed(args.tty)
+            pieces = _typed(_on_terminal(args, meant))
             with daemon.asking("POST", f"{target}/stdin?eof=1", pieces) as answer:
                 answer.body()
 

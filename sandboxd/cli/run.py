@@ -138,7 +138,10 @@ def _run(args: argparse.Namespace) -> int:
     if args.usage_every is not None and args.json != "stream":
         raise JobError("--usage-every without --json=stream", hint="only its events have usage")
     if away.wanted(args):
-        return _end(args, away.run(args))
+        meant = away.described(args)
+        ignored = () if meant is None else meant.ignored
+        _tell(args, ignored)
+        return _end(args, away.run(args, meant), ignored)
     base, meant = flags.described(args)
     wanted = flags.policy(args, base)
     if args.commit is not None:
@@ -147,15 +150,19 @@ def _run(args: argparse.Namespace) -> int:
     if collected:
         more |= {"collect": inputs.patterns(args), "collect_to": args.collect_to}
     job = flags.job(args, wanted, more, meant)
-    for what, why in () if args.quiet or args.json else job.ignored:
-        say(f"not done: {what} ({why})")
+    _tell(args, job.ignored)
     import trio
 
     beyond = attach.Wanted(args.cgroup, args.usage_every)
     return _end(args, trio.run(attach.attached, job, _output(args), beyond), job.ignored)
 
 
-def _end(args: argparse.Namespace, ending: Ending, ignored: Ignored = ()) -> int:
+def _tell(args: argparse.Namespace, ignored: Ignored) -> None:
+    for what, why in () if args.quiet or args.json else ignored:
+        say(f"not done: {what} ({why})")
+
+
+def _end(args: argparse.Namespace, ending: Ending, ignored: Ignored) -> int:
     if ending.result is None:
         return _hurried(args, ending)
     return _finish(args, ending, ending.result, ignored)

@@ -14,26 +14,25 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import ExitStack, asynccontextmanager, closing
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import ExitStack, asynccontextmanager, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
+from typing import Protocol
 
-import msgspec
 import trio
 
 from sandboxd.errors import SandboxError
 from sandboxd.job import Job
 from sandboxd.policy import Policy
-from sandboxd.result import SCHEMA, error_json
-from sandboxd.serve import carry
+from sandboxd.result import error_json
+from sandboxd.serve import carry, upkeep
 from sandboxd.serve.callers import Caller
 from sandboxd.serve.files import Files
 from sandboxd.serve.guests import Guest
 from sandboxd.serve.journal import BatchRow, Journal, Row
 from sandboxd.serve.live import About, Asked, Batch, Live
-from sandboxd.serve.log import Log, remove
+from sandboxd.serve.log import Log
 from sandboxd.serve.lookout import Lookout
 from sandboxd.serve.metrics import Metrics
 from sandboxd.serve.overview import Endings
@@ -43,28 +42,17 @@ from sandboxd.serve.wire import (
     Refusal,
     Submission,
     digests,
-    encode,
     job_of,
     refusal_of,
-    submission,
     words,
 )
 from sandboxd.supervise.policies import is_path
 from sandboxd.supervise.runner import Runner
 
-MOST_ATTEMPTS = 3
 TURN = 50
 """Cases of a batch that are looked at before others have their turn."""
 SMALL = 4096
 """Bytes of a request that is kept in memory while its job waits; a larger one is read again."""
-EXPIRE_EVERY = 60.0
-LOST = MappingProxyType(
-    {
-        "kind": "lost",
-        "message": "the daemon ended while the job ran",
-        "hint": 'submit it again; with "on_lost": "retry" the daemon does so itself',
-    }
-)
 
 logger = logging.getLogger("sandboxd.serve")
 
@@ -87,6 +75,14 @@ class Settings:
     """Bytes of results that are kept."""
 
 
+class Stored(Protocol):
+    """Files of callers."""
+
+    def total(self) -> int: ...
+
+    def stored(self, caller: str) -> int: ...
+
+
 class Book:
     """All jobs that are not over, and the way to those that are. Made by `open_book`."""
 
@@ -99,8 +95,8 @@ class Book:
         self.metrics = Metrics()
         self.endings = Endings()
         self.files = Files(settings.state / "files", settings.quotas.stored)
-        self.stores = [self.files.total]
-        """What is stored, in bytes, wherever."""
+        self.stores: list[Stored] = [self.files]
+        """Where callers have something stored."""
         self.share = Share(runner.slots, settings.room, settings.quotas.running)
         self.spending = Spending(settings.quotas)
         self.lookout = lookout
@@ -122,7 +118,10 @@ class Book:
 
     def stored(self) -> int:
         """Bytes of files of all callers."""
-        return sum(total() for total in self.stores)
+        return sum(one.total() for one in self.stores)
+
+    def stored_of(self, caller: str) -> int:
+        return sum(one.stored(caller) for one in self.stores)
 
     # -- taking on
 
@@ -132,7 +131,7 @@ class Book:
             self.check(caller, asked.wanted)
             return await self._submit(caller, asked)
         except Refusal as refusal:
-            self.metrics.refused.add(why=refusal.kind)
+            self.metrics.of(caller.name).refused.add(why=refusal.kind)
             raise
 
     async def _submit(self, caller: Caller, asked: Asked) -> tuple[Live | Row, bool]:
@@ -214,7 +213,7 @@ class Book:
                     await trio.lowlevel.checkpoint()
             return await self._take_on_all(caller, asked, batch, hears)
         except Refusal as refusal:
-            self.metrics.refused.add(len(asked), why=refusal.kind)
+            self.metrics.of(caller.name).refused.add(len(asked), why=refusal.kind)
             raise
 
     async def _take_on_all(
@@ -238,11 +237,13 @@ class Book:
             held.pop_all()
         for live in cases:
             live.job = live.job if live.size <= SMALL else None
-            self._enqueue(live)
-        self.metrics.accepted.add(len(cases))
+            self.enqueue(live)
+        self.metrics.of(caller.name).accepted.add(len(cases))
         return cases
 
     async def _take_on(self, caller: Caller, asked: Asked, job_id: str) -> Live:
+        if self.draining:  # since the journal was asked
+            raise carry.going_down()
         self.spending.check(caller.name, self.share)
         self.spending.check_bodies(self._bodies[caller.name] + len(asked.body))
         held = ExitStack()
@@ -256,8 +257,8 @@ class Book:
             held.close()
             raise
         live.held = held
-        self._enqueue(live)
-        self.metrics.accepted.add()
+        self.enqueue(live)
+        self.metrics.of(caller.name).accepted.add()
         return live
 
     def make(self, caller: Caller, asked: Asked, job_id: str, held: ExitStack) -> Live:
@@ -295,7 +296,8 @@ class Book:
         name = hashlib.sha256(f"{caller}\0{job_id}".encode()).hexdigest()[:40]
         return self.settings.state / "logs" / name
 
-    def _enqueue(self, live: Live) -> None:
+    def enqueue(self, live: Live) -> None:
+        """A job that was taken on waits for its slot."""
         self._enter(live)
         self._queue[live.waiting] = live
         self.share.add(live.waiting)
@@ -331,7 +333,7 @@ class Book:
         self.guests[guest.id] = guest
         self._queue[guest.waiting] = guest
         self.share.add(guest.waiting)
-        self.metrics.accepted.add(max(1, len(lives)))
+        self.metrics.of(name).accepted.add(max(1, len(lives)))
         self.changed()
 
     def leave(self, guest: Guest, seconds: float) -> None:
@@ -400,57 +402,22 @@ class Book:
         if self._jobs is not None:
             self._jobs.start_soon(work, *what)
 
-    # -- before and after
+    # -- the end
 
-    async def recover(self) -> None:
-        """Go on where the last daemon stopped."""
-        await trio.to_thread.run_sync(self.files.open)
-        for row in await self.journal.unfinished():
-            caller = Caller(row.caller)
-            try:
-                wanted = submission(row.request or b"")
-            except Refusal as refusal:  # a newer sandboxd takes it no more
-                await self._close(row, _told(refusal))
-                continue
-            retry = wanted.on_lost == "retry" and row.attempts < MOST_ATTEMPTS
-            if row.state == "running" and not retry:
-                self.metrics.lost.add()
-                logger.warning("job lost", extra={"caller": row.caller, "job": row.id})
-                await self._close(row, LOST)
-                continue
-            if row.state == "running":
-                self.metrics.retried.add()
-                folder = self.folder(row.caller, row.id)
-                await trio.to_thread.run_sync(remove, folder)
-            try:
-                with ExitStack() as held:
-                    trace = msgspec.json.decode(row.about, type=About).traceparent
-                    asked = Asked(
-                        wanted, row.request or b"", key=row.key, digest=row.body, traceparent=trace
-                    )
-                    live = self.make(caller, asked, row.id, held)
-                    live.held = held.pop_all()
-            except Refusal as refusal:  # its policy has gone, or its files
-                await self._close(row, _told(refusal))
-                continue
-            live.created, live.attempts, live.job = row.created, row.attempts, None
-            self._enqueue(live)
+    @contextmanager
+    def reply(self) -> Iterator[None]:
+        """Somebody waits for a reply meanwhile: who goes down lets it be sent."""
+        self.replying += 1
+        try:
+            yield
+        finally:
+            self.sent()
 
-    async def _close(self, row: Row, error: Mapping[str, str]) -> None:
-        """A job of the last daemon's that ends here, without having run."""
-        record = {"schema": SCHEMA, "status": "error", "error": dict(error)}
-        data = encode(record)
-        ended = msgspec.structs.replace(row, status="error", result=data, ended=time.time())
-        await self.journal.finish(ended, len(data), known=True)
-
-    async def _expire(self) -> None:
-        while True:
-            settings = self.settings
-            while gone := await self.journal.expire(settings.age, settings.size):
-                for caller, job_id in gone:
-                    await trio.to_thread.run_sync(remove, self.folder(caller, job_id))
-            await trio.to_thread.run_sync(self.files.expire, settings.age)
-            await trio.sleep(EXPIRE_EVERY)
+    def sent(self) -> None:
+        """A reply that was counted in `replying` is sent, or cannot be."""
+        self.replying -= 1
+        if self.draining:
+            self.changed()
 
     async def replied(self) -> None:
         """Returns when no request waits for its reply any more."""
@@ -475,19 +442,14 @@ class Book:
         return not (self.share.running or self.ending)
 
 
-def _told(refusal: Refusal) -> dict[str, str]:
-    """A refusal that comes too late to be an answer."""
-    return {"kind": refusal.kind, "message": str(refusal), "hint": refusal.hint}
-
-
 @asynccontextmanager
 async def open_book(runner: Runner, journal: Journal, settings: Settings) -> AsyncIterator[Book]:
     """The book, going on where the last daemon stopped; leaving it cancels what runs."""
     with closing(Lookout()) as lookout:
         book = Book(runner, journal, settings, lookout)
-        await book.recover()
+        await upkeep.recover(book)
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(book._expire)
+            nursery.start_soon(upkeep.keep_small, book)
             nursery.start_soon(lookout.work)
             book._jobs = nursery
             book.changed()

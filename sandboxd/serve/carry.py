@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import trio
 
-from sandboxd.errors import InternalError, SandboxError
+from sandboxd.errors import HostError, InternalError, SandboxError
 from sandboxd.job import Job
 from sandboxd.result import Artifact, ArtifactError, Event, Result, encoded, failure_json
 from sandboxd.serve.lines import tell
@@ -37,21 +37,18 @@ def going_down() -> Refusal:
 async def carry_here(book: Book, live: Live, handle: int | None) -> None:
     """A job with a `turn`, in the task of its caller, who hangs up at the end of `handle`."""
     assert live.turn is not None
-    if handle is not None:
-        book.lookout.watch(handle, functools.partial(book.soon, live))
     try:
-        await live.turn.wait()
-        if not live.done.is_set():
-            await carry_out(book, live)
+        with book.lookout.watching(handle, functools.partial(book.soon, live)):
+            await live.turn.wait()
+            if not live.done.is_set():
+                await carry_out(book, live)
     finally:
-        if handle is not None:
-            book.lookout.forget(handle)
         if not live.done.is_set():
             _never_begun(book, live)
 
 
 def _never_begun(book: Book, live: Live) -> None:
-    """Whose task was cancelled while it waited, or when it had its slot and did not know yet."""
+    """Whose task ended while it waited, or when it had its slot and did not know yet."""
     if not book.withdraw(live) and live.slotted is None:
         return  # who cancelled it is about to say so
     live.refused = going_down()
@@ -66,7 +63,8 @@ async def carry_out(book: Book, live: Live) -> None:
         await trio.lowlevel.checkpoint_if_cancelled()  # else the journal would have it as started
         live.started = time.time()
         live.attempts += 1
-        book.metrics.queue_time.observe(max(0.0, live.started - live.created))
+        counts = book.metrics.of(live.caller.name)
+        counts.queue_time.observe(max(0.0, live.started - live.created))
         found = await _run(book, live)
         live.ended = time.time()
         book.ending += 1
@@ -171,16 +169,23 @@ async def kept(book: Book, live: Live, result: Result) -> Result:
     """What was collected is a file of the caller's now, or the result says why not."""
     problems = []
     for artifact in result.artifacts:
-        if not await trio.to_thread.run_sync(_save, book, live, artifact):
-            reason = "not kept: the caller's files take up too much"
-            problems.append(ArtifactError(path=artifact.path, reason=reason))
+        reason = await trio.to_thread.run_sync(_save, book, live, artifact)
+        if reason:
+            problems.append(ArtifactError(path=artifact.path, reason=f"not kept: {reason}"))
     if not problems:
         return result
     return msgspec.structs.replace(result, artifact_errors=(*result.artifact_errors, *problems))
 
 
-def _save(book: Book, live: Live, artifact: Artifact) -> bool:
-    return book.files.save(live.caller.name, artifact.sha256, artifact.data)
+def _save(book: Book, live: Live, artifact: Artifact) -> str:
+    """In a thread: why it could not be."""
+    try:
+        book.files.save(live.caller.name, artifact.sha256, artifact.data)
+    except Refusal:
+        return "the caller's files take up too much"
+    except HostError as error:
+        return str(error)
+    return ""
 
 
 async def end(book: Book, live: Live, found: Result | SandboxError) -> None:
@@ -195,10 +200,10 @@ async def end(book: Book, live: Live, found: Result | SandboxError) -> None:
     kept = None if events is None else b"\n".join(events)
     row = live.row(None, data, kept)
     size = len(data) + (len(kept) if kept is not None else book.settings.events)
-    try:
-        await book.journal.finish(row, size, known=not live.asked.attached)
-    except SandboxError as error:  # who waits for it shall have it nevertheless
-        logger.error("result not written", extra={"job": live.id, "why": str(error)})
+    if live.asked.attached:
+        await book.journal.enter(row, size)
+    else:  # as long as there is no room for it, nobody is told
+        await book.journal.close(row, size, insist=True)
     live.record, live.state = data, "done"
     said = found.message if isinstance(found, Result) else f"{found}"
     book.endings.note(live.caller.name, live.id, live.about, (live.status, said))
@@ -208,7 +213,7 @@ async def end(book: Book, live: Live, found: Result | SandboxError) -> None:
 
 
 def _count(book: Book, live: Live, result: Result | None) -> None:
-    metrics = book.metrics
+    metrics = book.metrics.of(live.caller.name)
     metrics.ended.add(status=live.status or "error")
     if result is not None:
         usage = result.usage

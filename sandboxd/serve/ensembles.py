@@ -147,7 +147,7 @@ class Ensembles:
                     raise _taken(f"there is a job {one!r}")
             return self._take_on(caller, wanted, (name, ids), asked[1])
         except Refusal as refusal:
-            self._book.metrics.refused.add(len(ids), why=refusal.kind)
+            self._book.metrics.of(caller.name).refused.add(len(ids), why=refusal.kind)
             raise
         finally:
             self._book.coming -= coming

@@ -10,7 +10,7 @@ import trio
 
 from sandboxd.serve import api
 from sandboxd.serve.book import Book
-from sandboxd.serve.http import Reply, Request
+from sandboxd.serve.http import Gone, Reply, Request
 from sandboxd.serve.journal import Row
 from sandboxd.serve.live import Live
 from sandboxd.serve.log import TooOld, first_of_finished, read_finished
@@ -75,11 +75,14 @@ async def _formed(
 ) -> AsyncGenerator[bytes, None]:
     form = sse if kind == api.SSE else ndjson
     async with aclosing(pieces):
-        async for lines in pieces:
-            if lines:
-                yield b"".join(map(form, lines))
-            elif kind == api.SSE:
-                yield COMMENT
+        try:
+            async for lines in pieces:
+                if lines:
+                    yield b"".join(map(form, lines))
+                elif kind == api.SSE:
+                    yield COMMENT
+        except TooOld:  # what comes next is gone: breaking off is all that can be said now
+            raise Gone from None
 
 
 async def _finished(book: Book, row: Row, following: int) -> AsyncGenerator[list[bytes], None]:
@@ -97,8 +100,9 @@ async def _finished(book: Book, row: Row, following: int) -> AsyncGenerator[list
                 yield [line for line in lines if place(line)[0] >= following]
     if last + 1 >= following:
         whole = await book.journal.find(row.caller, row.id)
-        if whole is not None and whole.result is not None:
-            yield [last_line(last + 1, whole.result)]
+        if whole is None or whole.result is None:
+            raise TooOld(last + 1)
+        yield [last_line(last + 1, whole.result)]
 
 
 def _gone(first: int) -> Refusal:

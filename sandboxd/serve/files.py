@@ -7,6 +7,7 @@ that it exists. A file that is older than the age, and that no waiting job names
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import tempfile
@@ -15,9 +16,11 @@ import time
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Collection, Iterator
 from pathlib import Path
+from typing import IO
 
 import trio
 
+from sandboxd.errors import HostError
 from sandboxd.serve.callers import Caller
 from sandboxd.serve.wire import Refusal
 
@@ -35,7 +38,7 @@ class Files:
         self._pinned: Counter[tuple[str, str]] = Counter()
         self._coming: Counter[str] = Counter()
         """Caller -> bytes that are on their way."""
-        self._counting = threading.Lock()
+        self._counting = threading.RLock()
 
     def open(self) -> None:
         """Make it, forget what was half-written, and count what is there."""
@@ -71,9 +74,10 @@ class Files:
     @contextlib.contextmanager
     def _pinning(self, caller: str, digests: Collection[str]) -> Iterator[None]:
         keys = [(caller, digest) for digest in digests]
-        for key in keys:
-            os.utime(self.path(*key))
-        self._pinned.update(keys)
+        with self._counting:  # what is being removed at this moment is there, or is not
+            for key in keys:
+                os.utime(self.path(*key))
+            self._pinned.update(keys)
         try:
             yield
         finally:
@@ -83,66 +87,94 @@ class Files:
                     del self._pinned[key]
 
     async def put(self, caller: Caller, digest: str, pieces: AsyncIterator[bytes]) -> int:
-        """Take a file; Refusal if it is not what its digest says, or one too many. Its size."""
-        handle, name = tempfile.mkstemp(dir=self._top / PARTIAL)
-        found, size = hashlib.sha256(), 0
+        """Take a file; Refusal if it is not what its digest says, or one too many, HostError if it
+        cannot be written. Its size."""
+        found, size, coming = hashlib.sha256(), 0, 0
         try:
-            with os.fdopen(handle, "wb") as file:
+            with self._partial() as (file, name):
                 buffer = bytearray()
                 async for piece in pieces:
-                    size += len(piece)
-                    self._coming[caller.name] += len(piece)
-                    self._check_room(caller.name)
+                    self._reserve(caller.name, len(piece))
+                    coming = size = size + len(piece)
                     found.update(piece)
                     buffer += piece
                     if len(buffer) >= PIECE:
                         await trio.to_thread.run_sync(file.write, bytes(buffer))
                         buffer.clear()
                 file.write(buffer)
-                await trio.to_thread.run_sync(_to_disk, file.flush, file.fileno())
-            if found.hexdigest() != digest:
-                raise Refusal(422, "file", f"its SHA-256 is {found.hexdigest()}")
-            self._keep(caller.name, digest, Path(name), size)
+                await trio.to_thread.run_sync(_to_disk, file)
+                if found.hexdigest() != digest:
+                    raise Refusal(422, "file", f"its SHA-256 is {found.hexdigest()}")
+                self._keep(caller.name, digest, name, size)
+                coming = 0
         finally:
-            self._coming[caller.name] -= size
-            if not self._coming[caller.name]:
-                del self._coming[caller.name]
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(name)
+            self._give_back(caller.name, coming)
         return size
 
-    def save(self, caller: str, digest: str, data: bytes) -> bool:
-        """In a thread: keep what a job left; False if it is one too many."""
+    def save(self, caller: str, digest: str, data: bytes) -> None:
+        """In a thread: keep what a job left; Refusal if it is one too many, HostError if it cannot
+        be written."""
         target = self._top / _folder(caller) / digest
-        if target.exists():
+        with self._counting, contextlib.suppress(FileNotFoundError):
             os.utime(target)
-            return True
-        if self.stored(caller) + len(data) > self._most:
-            return False
-        handle, name = tempfile.mkstemp(dir=self._top / PARTIAL)
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            _to_disk(file.flush, file.fileno())
-        self._keep(caller, digest, Path(name), len(data))
-        return True
+            return
+        self._reserve(caller, len(data))
+        coming = len(data)
+        try:
+            with self._partial() as (file, name):
+                file.write(data)
+                _to_disk(file)
+                self._keep(caller, digest, name, len(data))
+                coming = 0
+        finally:
+            self._give_back(caller, coming)
 
-    def _check_room(self, caller: str) -> None:
-        if self.stored(caller) + self._coming[caller] > self._most:
-            raise Refusal(
-                413,
-                "quota",
-                f"more than the {self._most} bytes that a caller may store",
-                hint="files go when they are old; or ask for a larger --quota-stored",
-            )
+    @contextlib.contextmanager
+    def _partial(self) -> Iterator[tuple[IO[bytes], Path]]:
+        """A file that is gone afterwards, unless it got a name of its own."""
+        try:
+            handle, name = tempfile.mkstemp(dir=self._top / PARTIAL)
+            try:
+                with os.fdopen(handle, "wb") as file:
+                    yield file, Path(name)
+            finally:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(name)
+        except OSError as error:
+            why = error.strerror or str(error)
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            hint = "make room on the daemon's disk" if full else "the daemon's log may say more"
+            raise HostError("files", f"a file cannot be kept: {why}", hint=hint) from error
+
+    def _reserve(self, caller: str, size: int) -> None:
+        """Room for so many bytes that are on their way; Refusal if there is none."""
+        with self._counting:
+            if self.stored(caller) + self._coming[caller] + size > self._most:
+                raise Refusal(
+                    413,
+                    "quota",
+                    f"more than the {self._most} bytes that a caller may store",
+                    hint="files go when they are old; or ask for a larger --quota-stored",
+                )
+            self._coming[caller] += size
+
+    def _give_back(self, caller: str, size: int) -> None:
+        with self._counting:
+            self._coming[caller] -= size
+            if not self._coming[caller]:
+                del self._coming[caller]
 
     def _keep(self, caller: str, digest: str, partial: Path, size: int) -> None:
+        """It is there, and on its way no more."""
         folder = self._top / _folder(caller)
         folder.mkdir(exist_ok=True, mode=0o700)
         target = folder / digest
         with self._counting:
-            if not target.exists():
-                self._stored[folder.name] = self._stored.get(folder.name, 0) + size
+            new = not target.exists()
             os.replace(partial, target)
+            if new:
+                self._stored[folder.name] = self._stored.get(folder.name, 0) + size
+            self._give_back(caller, size)
 
     def expire(self, age: float) -> int:
         """In a thread: remove what is older than `age` seconds and not needed. How many."""
@@ -150,14 +182,23 @@ class Files:
         pinned = {(_folder(caller), digest) for caller, digest in list(self._pinned)}
         for folder in self._top.iterdir():
             for file in folder.iterdir() if folder.name != PARTIAL else ():
-                found = file.stat()
-                if found.st_mtime < oldest and (folder.name, file.name) not in pinned:
-                    with self._counting:
-                        file.unlink()
-                        left = self._stored.get(folder.name, 0) - found.st_size
-                        self._stored[folder.name] = max(0, left)
+                if (folder.name, file.name) not in pinned and self._expired(file, oldest):
                     gone += 1
         return gone
+
+    def _expired(self, file: Path, oldest: float) -> bool:
+        """Whether it was removed. Who asks for a file makes it new, so none that is asked for at
+        this moment goes."""
+        gone = self._top / PARTIAL / f"{file.parent.name}-{file.name}"
+        with self._counting:
+            found = file.stat()
+            if found.st_mtime >= oldest:
+                return False
+            os.replace(file, gone)
+            left = self._stored.get(file.parent.name, 0) - found.st_size
+            self._stored[file.parent.name] = max(0, left)
+        gone.unlink()  # takes long where it is large
+        return True
 
 
 def _folder(caller: str) -> str:
@@ -165,9 +206,9 @@ def _folder(caller: str) -> str:
     return hashlib.sha256(caller.encode()).hexdigest()[:32]
 
 
-def _to_disk(flush: object, handle: int) -> None:
-    flush()  # type: ignore[operator]
-    os.fsync(handle)
+def _to_disk(file: IO[bytes]) -> None:
+    file.flush()
+    os.fsync(file.fileno())
 
 
 async def pieces_of(path: Path) -> AsyncGenerator[bytes, None]:

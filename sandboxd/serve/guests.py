@@ -85,7 +85,8 @@ def admit(book: Book, guest: Guest) -> None:
     try:
         book.admit(guest)
     except Refusal as refusal:
-        book.metrics.refused.add(max(1, len(guest.lives)), why=refusal.kind)
+        counts = book.metrics.of(guest.caller.name)
+        counts.refused.add(max(1, len(guest.lives)), why=refusal.kind)
         raise
 
 
@@ -100,8 +101,9 @@ async def placed(book: Book, guest: Guest) -> AsyncIterator[None]:
         if not guest.given.is_set():
             raise Cancelled
         guest.started = time.time()
+        counts = book.metrics.of(guest.caller.name)
         for _ in guest.lives or (None,):
-            book.metrics.queue_time.observe(max(0.0, guest.started - guest.created))
+            counts.queue_time.observe(max(0.0, guest.started - guest.created))
         began = time.monotonic()
         yield
     finally:
@@ -110,7 +112,7 @@ async def placed(book: Book, guest: Guest) -> AsyncIterator[None]:
 
 def count(book: Book, guest: Guest, status: str, result: Result | None) -> None:
     """What a run of a guest's used, and how it ended."""
-    metrics = book.metrics
+    metrics = book.metrics.of(guest.caller.name)
     metrics.ended.add(status=status)
     message = "" if result is None else result.message
     book.endings.note(guest.caller.name, guest.id, guest.about, (status, message))

@@ -16,14 +16,16 @@ import contextlib
 import dataclasses
 import fcntl
 import itertools
+import logging
+import math
 import os
 import sqlite3
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import trio
@@ -34,6 +36,8 @@ from sandboxd.serve.wire import State
 VERSION = 1
 PAUSE = 0.2
 """Seconds in which notes are gathered; what somebody waits for is written at once."""
+AGAIN = 1.0
+"""Seconds after which what could not be written, and must be, is tried again."""
 TOGETHER = 32
 """Rows of one statement."""
 MOST_AT_ONCE = 512
@@ -67,9 +71,14 @@ _ACCEPT = """INSERT INTO jobs(caller, id, state, about, request, key, body, crea
  size) VALUES(?,?,?,?,?,?,?,?,0,?)"""
 _ACCEPT_BATCH = """INSERT INTO batches(caller, id, key, body, cases, stop, created)
  VALUES(?,?,?,?,?,?,?)"""
+_FORGET_BATCHES = """DELETE FROM batches WHERE created < ? AND NOT EXISTS (SELECT 1 FROM jobs
+ WHERE jobs.caller=batches.caller AND jobs.id>=batches.id||'.' AND jobs.id<batches.id||'/')"""
 _BATCH = "SELECT caller, id, key, body, cases, stop, created FROM batches WHERE caller=? AND "
 _BRIEF = """number, caller, id, state, about, NULL, key, body, created, started, ended,
  attempts, status, NULL, NULL"""
+
+
+logger = logging.getLogger("sandboxd.serve")
 
 
 class Row(msgspec.Struct, frozen=True):
@@ -109,13 +118,26 @@ class BatchRow:
         return [f"{self.id}.{number}" for number in range(self.cases)]
 
 
+class Expired(NamedTuple):
+    """A job that is over and is to be kept no longer."""
+
+    number: int
+    caller: str
+    id: str
+
+
+Statement = tuple[str, tuple[Any, ...]]
+
+
 @dataclass(slots=True)
 class _Change:
-    statements: tuple[tuple[str, tuple[Any, ...]], ...]
+    statements: tuple[Statement, ...]
     """All of them, or none."""
     written: trio.Event | None
     """For who waits for it."""
-    error: Exception | None = None
+    insists: bool = False
+    """It is tried again until it is written."""
+    error: sqlite3.Error | None = None
 
 
 class Journal:
@@ -125,75 +147,69 @@ class Journal:
         self._database = database
         self._using = trio.CapacityLimiter(1)
         self._waiting: list[_Change] = []
+        self._overdue: list[_Change] = []
+        """What could not be written up to now, and when it is tried again."""
+        self._again = math.inf
+        self._troubled = False
         self._more = trio.Event()
         self._urgent = trio.Event()
         self._committing = False
 
     # -- writing
 
-    async def write(self, sql: str, *values: Any) -> None:
-        """Returns when it is on disk; HostError if that cannot be had."""
-        await self._write((sql, values))
+    async def write(self, *statements: Statement, insist: bool = False) -> None:
+        """All of them or none: returns when they are on disk; HostError if that cannot be had.
 
-    async def _write(self, *statements: tuple[str, tuple[Any, ...]]) -> None:
+        Who insists gets no error: it takes as long as there is no room.
+        """
         written = trio.Event()
-        change = self._add(statements, written)
+        change = self._add(_Change(statements, written, insist))
         self._urgent.set()
         await written.wait()
         if change.error is not None:
-            raise HostError(
-                "journal",
-                f"the journal cannot be written: {change.error}",
-                hint="is there room on its disk?",
-            ) from change.error
+            raise _failed("written", change.error) from change.error
 
     async def note(self, sql: str, *values: Any) -> None:
-        """It will be on disk in a moment; waits only while too much is on its way there."""
+        """It will be on disk in a moment; waits only while too much is on its way there.
+
+        What cannot be written then is told in the log: nobody was promised it.
+        """
         written = trio.Event() if len(self._waiting) >= MOST_AT_ONCE else None
-        self._add(((sql, values),), written)
+        self._add(_Change(((sql, values),), written))
         if written is not None:
             self._urgent.set()
             await written.wait()
 
-    def _add(
-        self, statements: tuple[tuple[str, tuple[Any, ...]], ...], written: trio.Event | None
-    ) -> _Change:
-        change = _Change(statements, written)
+    def _add(self, change: _Change) -> _Change:
         self._waiting.append(change)
         self._more.set()
         return change
 
     async def accept(self, *rows: Row, batch: BatchRow | None = None) -> None:
         """All of them or none: HostError."""
-        statements: list[tuple[str, tuple[Any, ...]]] = []
+        statements: list[Statement] = []
         for row in rows:
             values = (row.caller, row.id, row.state, row.about, row.request, row.key, row.body)
             statements.append((_ACCEPT, (*values, row.created, len(row.request or b""))))
         if batch is not None:
             statements.append((_ACCEPT_BATCH, dataclasses.astuple(batch)))
-        await self._write(*statements)
+        await self.write(*statements)
 
     async def start(self, caller: str, job: str, attempts: int) -> None:
-        await self.write(
-            "UPDATE jobs SET state='running', started=?, attempts=? WHERE caller=? AND id=?",
-            time.time(),
-            attempts,
-            caller,
-            job,
-        )
+        """Takes as long as there is no room: an accepted job is not lost for a full disk."""
+        sql = "UPDATE jobs SET state='running', started=?, attempts=? WHERE caller=? AND id=?"
+        await self.write((sql, (time.time(), attempts, caller, job)), insist=True)
 
-    async def finish(self, row: Row, size: int, *, known: bool) -> None:
-        """The end of a job; one that is not `known` here yet is only noted."""
-        end = (row.started, row.ended, row.attempts, row.status, row.result, row.events, size)
-        if known:
-            await self.write(
-                "UPDATE jobs SET state='done', request=NULL, started=?, ended=?, attempts=?,"
-                " status=?, result=?, events=?, size=? WHERE caller=? AND id=?",
-                *end,
-                row.caller,
-                row.id,
-            )
-            return
+    async def close(self, row: Row, size: int, *, insist: bool) -> None:
+        """The end of a job that was accepted."""
+        sql = (
+            "UPDATE jobs SET state='done', request=NULL, started=?, ended=?, attempts=?,"
+            " status=?, result=?, events=?, size=? WHERE caller=? AND id=?"
+        )
+        await self.write((sql, (*_end(row, size), row.caller, row.id)), insist=insist)
+
+    async def enter(self, row: Row, size: int) -> None:
+        """The end of a job that is not known here yet: it is only noted."""
         await self.note(
             "INSERT INTO jobs(caller, id, state, about, created, started, ended, attempts, status,"
             " result, events, size) VALUES(?,?,'done',?,?,?,?,?,?,?,?,?)",
@@ -201,18 +217,21 @@ class Journal:
             row.id,
             row.about,
             row.created,
-            *end,
+            *_end(row, size),
         )
 
     async def flush(self) -> None:
-        """Everything noted up to now is on disk."""
-        await self.write("SELECT 1")
+        """Everything noted up to now is on disk, or cannot get there."""
+        await self.write()
 
     async def _write_all(self) -> None:
         while True:
-            await self._more.wait()
-            with trio.move_on_after(PAUSE):
-                await self._urgent.wait()
+            with trio.move_on_at(self._again):
+                await self._more.wait()
+                with trio.move_on_after(PAUSE):
+                    await self._urgent.wait()
+            if trio.current_time() >= self._again:
+                self._waiting[:0], self._overdue, self._again = self._overdue, [], math.inf
             batch, self._waiting = self._waiting[:MOST_AT_ONCE], self._waiting[MOST_AT_ONCE:]
             if not self._waiting:
                 self._more, self._urgent = trio.Event(), trio.Event()
@@ -220,9 +239,28 @@ class Journal:
             with trio.CancelScope(shield=True):
                 await trio.to_thread.run_sync(self._commit, batch, limiter=self._using)
             self._committing = False
-            for change in batch:
-                if change.written is not None:
-                    change.written.set()
+            self._tell(batch)
+
+    def _tell(self, batch: list[_Change]) -> None:
+        """Who waits hears of it; what must be written is kept for another try."""
+        self._note_trouble([change for change in batch if change.error is not None])
+        for change in batch:
+            if change.error is not None and change.insists:
+                change.error = None
+                self._overdue.append(change)
+                self._again = trio.current_time() + AGAIN
+            elif change.written is not None:
+                change.written.set()
+
+    def _note_trouble(self, failed: list[_Change]) -> None:
+        """In the log, once: nobody else hears why notes are not there, or jobs do not go on."""
+        unheard = [change for change in failed if change.insists or change.written is None]
+        if unheard and not self._troubled:
+            why = f"{unheard[0].error}: is there room on its disk?"
+            logger.error("the journal cannot be written", extra={"why": why})
+        if self._troubled and not failed:
+            logger.warning("the journal is written again")
+        self._troubled = bool(unheard) or (self._troubled and bool(failed))
 
     def _commit(self, batch: list[_Change]) -> None:
         """All of them at once; where that fails each alone, so that one takes no other with it."""
@@ -236,12 +274,12 @@ class Journal:
                     change.error = error
 
     def _apply(self, batch: list[_Change]) -> None:
+        statements = [one for change in batch for one in change.statements]
+        if not statements:  # of who only wants to be sure that all before is written
+            return
         try:
             self._database.execute("BEGIN IMMEDIATE")
-            statements = (one for change in batch for one in change.statements)
             for sql, same in itertools.groupby(statements, lambda one: one[0]):
-                if sql.startswith("SELECT"):  # to be sure that all before it is written
-                    continue
                 self._execute(sql, [values for _, values in same])
             self._database.execute("COMMIT")
         except sqlite3.Error:
@@ -265,12 +303,15 @@ class Journal:
     # -- reading
 
     async def select(self, sql: str, *values: Any) -> list[Any]:
-        """What was written or noted before is seen."""
+        """What was written or noted before is seen. HostError if it cannot be read."""
         if self._waiting or self._committing:
             await self.flush()
 
         def look() -> list[Any]:
-            return self._database.execute(sql, values).fetchall()
+            try:
+                return self._database.execute(sql, values).fetchall()
+            except sqlite3.Error as error:
+                raise _failed("read", error) from error
 
         return await trio.to_thread.run_sync(look, limiter=self._using)
 
@@ -302,10 +343,13 @@ class Journal:
         names = set(batch.names)
         return {job: (state, status) for job, state, status in found if job in names}
 
-    async def unfinished(self) -> list[Row]:
-        """What a daemon that is gone left, oldest first."""
-        sql = f"SELECT {_COLUMNS} FROM jobs WHERE state IN ('queued', 'running') ORDER BY number"
-        return [Row(*one) for one in await self.select(sql)]
+    async def unfinished(self) -> AsyncGenerator[Row, None]:
+        """What a daemon that is gone left, oldest first; one at a time, for they may be large."""
+        which = "SELECT number FROM jobs WHERE state IN ('queued', 'running') ORDER BY number"
+        for (number,) in await self.select(which):
+            sql = f"SELECT {_COLUMNS} FROM jobs WHERE number=?"
+            for one in await self.select(sql, number):
+                yield Row(*one)
 
     async def page(
         self, caller: str, state: str | None, before: int | None, most: int
@@ -320,24 +364,37 @@ class Journal:
 
     # -- getting rid of what is old
 
-    async def expire(self, age: float, most: int) -> list[tuple[str, str]]:
-        """Forget results older than `age` seconds, and the oldest above `most` bytes in all."""
-        oldest = time.time() - age
+    async def expired(self, age: float, most: int) -> list[Expired]:
+        """Results older than `age` seconds, and the oldest above `most` bytes in all; not all of
+        them at once."""
         doomed = await self.select(
             "SELECT number, caller, id FROM (SELECT number, caller, id, ended,"
             " SUM(size) OVER (ORDER BY ended DESC, number DESC) AS so_far FROM jobs"
             " WHERE state='done') WHERE ended < ? OR so_far > ? LIMIT ?",
-            oldest,
+            time.time() - age,
             most,
             MOST_AT_ONCE,
         )
-        await self.note("DELETE FROM batches WHERE created < ?", oldest)
-        for number, _, _ in doomed:
-            await self.note("DELETE FROM jobs WHERE number=?", number)
-        if doomed:
-            await self.flush()
-            await self.select("PRAGMA incremental_vacuum")
-        return [(caller, job) for _, caller, job in doomed]
+        return [Expired(*one) for one in doomed]
+
+    async def forget(self, doomed: Iterable[Expired]) -> None:
+        """HostError if that cannot be written: then they are all there still."""
+        await self.write(*(("DELETE FROM jobs WHERE number=?", (one.number,)) for one in doomed))
+        await self.select("PRAGMA incremental_vacuum")
+
+    async def forget_batches(self, age: float) -> None:
+        """Those older than `age` seconds of whose jobs none is left."""
+        await self.write((_FORGET_BATCHES, (time.time() - age,)))
+
+
+def _end(row: Row, size: int) -> tuple[Any, ...]:
+    return (row.started, row.ended, row.attempts, row.status, row.result, row.events, size)
+
+
+def _failed(what: str, error: sqlite3.Error) -> HostError:
+    return HostError(
+        "journal", f"the journal cannot be {what}: {error}", hint="is there room on its disk?"
+    )
 
 
 @asynccontextmanager
@@ -357,6 +414,7 @@ async def open_journal(folder: Path) -> AsyncIterator[Journal]:
                 yield journal
             finally:
                 with trio.CancelScope(shield=True):
+                    journal._waiting += journal._overdue
                     await journal.flush()
                 writing.cancel()
 

@@ -12,6 +12,7 @@ say, and no longer waits for anybody (`hurry`).
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import shutil
 from collections import deque
@@ -32,8 +33,13 @@ SEGMENTS = 8
 LAST_WORDS = 4 << 20
 """Bytes above the bound that a job in a hurry may still add before readers lose the oldest."""
 BLOCK = 64 << 10
+AGAIN = 1.0
+"""Seconds after which what could not be written is tried again."""
 QUIET = 15.0
 """Seconds after which a reader learns that nothing has happened."""
+
+
+logger = logging.getLogger("sandboxd.serve")
 
 
 class TooOld(Exception):
@@ -111,8 +117,9 @@ class Log:
         return self._open_size < CHUNK
 
     async def make_room(self) -> None:
-        """Waits while there is none."""
-        await self._seal()
+        """Waits while there is none; also on a disk that is full."""
+        self._seal()
+        await self._write(patiently=False)
         while self._size > self._most and self._sealed and not self._give_up_oldest():
             if self._hurried:
                 break
@@ -125,8 +132,10 @@ class Log:
 
     async def settle(self) -> None:
         """What the job said is complete; if some of it is in files, all of it shall be."""
-        if self.spilled and self._open:
-            await self._seal()
+        if self.folder is not None and self._sealed:
+            if self._open:
+                self._seal()
+            await self._write(patiently=True)
 
     def finish(self, seq: int, line: bytes) -> None:
         """The last event; it always has room."""
@@ -144,28 +153,46 @@ class Log:
             if self.heard is not None:
                 self.heard()
 
-    async def _seal(self) -> None:
-        lines, size = self._open, self._open_size
-        chunk = _Chunk(self._first_open, self.last, size, lines)
-        self._sealed.append(chunk)
-        self._size += size
+    def _seal(self) -> None:
+        self._sealed.append(_Chunk(self._first_open, self.last, self._open_size, self._open))
+        self._size += self._open_size
         self._open, self._open_size = [], 0
-        if self.folder is not None:
-            await trio.to_thread.run_sync(self._spill, chunk)
 
-    def _spill(self, chunk: _Chunk) -> None:
+    async def _write(self, *, patiently: bool) -> None:
+        """What is sealed, to files. Where that cannot be it is tried again, but not in a hurry,
+        unless `patiently`."""
+        failed = False
+        while self.folder is not None:
+            try:
+                await trio.to_thread.run_sync(self._spill)
+                return
+            except OSError as error:
+                if not failed:
+                    logger.error("events cannot be written", extra={"why": str(error)})
+                failed = True
+            if self._hurried and not patiently:
+                return
+            await trio.sleep(AGAIN)
+
+    def _spill(self) -> None:
         """In a thread: a disk that is slow must hold up nobody else."""
         assert self.folder is not None
-        assert chunk.lines is not None
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        before = self._sealed[-2] if len(self._sealed) > 1 else None
+        before = None
+        for chunk in list(self._sealed):
+            if chunk.lines is not None:
+                self._append(chunk, chunk.lines, before)
+            before = chunk
+
+    def _append(self, chunk: _Chunk, lines: list[bytes], before: _Chunk | None) -> None:
+        assert self.folder is not None
         segment = before.segment if before else 0
         offset = before.offset + before.size if before else 0
         if offset >= self._most // SEGMENTS:
             segment, offset = segment + 1, 0
         with open(self.folder / f"{segment:08}", "ab") as file:
-            file.truncate(offset)
-            file.write(b"".join(line + b"\n" for line in chunk.lines))
+            file.truncate(offset)  # half of a piece may be there
+            file.write(b"".join(line + b"\n" for line in lines))
         chunk.segment, chunk.offset, chunk.lines = segment, offset, None
 
     def _give_up_oldest(self) -> bool:
@@ -262,8 +289,11 @@ class Log:
 
     def _load(self, chunk: _Chunk) -> list[bytes]:
         assert self.folder is not None
-        with open(self.folder / f"{chunk.segment:08}", "rb") as file:
-            return os.pread(file.fileno(), chunk.size, chunk.offset).splitlines()
+        try:
+            with open(self.folder / f"{chunk.segment:08}", "rb") as file:
+                return os.pread(file.fileno(), chunk.size, chunk.offset).splitlines()
+        except FileNotFoundError:  # it is over, and was kept long enough
+            raise TooOld(chunk.last + 1) from None
 
 
 async def read_finished(folder: Path) -> AsyncGenerator[list[bytes], None]:

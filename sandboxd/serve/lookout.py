@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import select
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import trio
 
@@ -17,6 +18,18 @@ class Lookout:
     def __init__(self) -> None:
         self._ears = select.epoll()
         self._calls: dict[int, Callable[[], None]] = {}
+
+    @contextmanager
+    def watching(self, handle: int | None, call: Callable[[], None]) -> Iterator[None]:
+        """Meanwhile; where there is no socket, nobody hangs up."""
+        if handle is None:
+            yield
+            return
+        self.watch(handle, call)
+        try:
+            yield
+        finally:
+            self.forget(handle)
 
     def watch(self, handle: int, call: Callable[[], None]) -> None:
         """Once, until `forget`; in a moment if it happened before. EPOLLRDHUP of epoll_ctl(2)."""

@@ -40,6 +40,7 @@ class Case(Message, frozen=True):
     artifacts: Artifacts | msgspec.UnsetType | None = msgspec.UNSET
     limits: Limits | msgspec.UnsetType | None = msgspec.UNSET
     keep: Annotated[int, Meta(ge=0, le=MOST_KEPT)] | msgspec.UnsetType = msgspec.UNSET
+    ignored: tuple[tuple[str, str], ...] | msgspec.UnsetType = msgspec.UNSET
 
 
 class BatchSubmission(Message, frozen=True):

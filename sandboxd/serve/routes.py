@@ -78,6 +78,11 @@ class Budget:
     def give_back(self, size: int) -> None:
         self._left += size
 
+    def keep(self, size: int, body: bytes) -> int:
+        """Of what was taken for a body what it has turned out to need; the rest is given back."""
+        self.give_back(size - len(body))
+        return len(body)
+
     @contextlib.contextmanager
     def hold(self, size: int) -> Iterator[None]:
         self.take(size)
@@ -149,14 +154,9 @@ class Routes(Together):
             reply = await self._answer(request)
         finally:
             if reply is None:
-                self._replied()
-        reply.replied = self._replied
+                self.book.sent()
+        reply.replied = self.book.sent
         return reply
-
-    def _replied(self) -> None:
-        self.book.replying -= 1
-        if self.book.draining:
-            self.book.changed()
 
     async def _answer(self, request: Request) -> Reply:
         try:
@@ -211,6 +211,7 @@ class Routes(Together):
         self.budget.take(size)
         try:
             body = await request.body(most)
+            size = self.budget.keep(size, body)
             asked = Asked(
                 submission(body),
                 body,
@@ -364,21 +365,23 @@ class Routes(Together):
         raise Refusal(409, "closed", "the job is over")
 
     async def stdin(self, call: Call) -> Reply:
-        _, run = await self._begun(call)
+        found, run = await self._begun(call)
         if run.stdin is None:
             raise Refusal(
                 409, "state", "the job is not interactive", hint='submit "interactive": true'
             )
+        over = found.done.until()
         try:
-            async with contextlib.aclosing(call.request.chunks(MOST_STDIN, patient=True)) as pieces:
-                async for piece in pieces:
-                    await run.stdin.send_all(piece)
-            if call.flag("eof"):
-                await run.stdin.aclose()
+            with over:
+                await _feed(call, run.stdin)
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             raise Refusal(409, "closed", "the program has closed its stdin") from None
         except trio.BusyResourceError:
             raise Refusal(409, "conflict", "somebody else feeds it at this moment") from None
+        finally:
+            found.done.forget(over)
+        if over.cancelled_caught and not call.request.body_read:
+            raise Refusal(409, "closed", "the job is over")
         return Reply(204)
 
     async def signal(self, call: Call) -> Reply:
@@ -466,7 +469,8 @@ class Routes(Together):
         return Reply(body=b"ok\n", kind=TEXT)
 
     async def metrics(self, call: Call) -> Reply:
-        return Reply(body=self.book.metrics.text(), kind=TEXT)
+        whose = None if call.caller.oversees else call.caller.name
+        return Reply(body=self.book.metrics.text(whose), kind=TEXT)
 
     async def openapi(self, call: Call) -> Reply:
         return Reply(body=self._openapi)
@@ -477,6 +481,15 @@ def _key(request: Request) -> str | None:
     if key is not None and not re.fullmatch(api.KEY, key):
         raise Refusal(400, "request", "Idempotency-Key: 1 to 255 characters of ASCII")
     return key
+
+
+async def _feed(call: Call, stdin: trio.abc.SendStream) -> None:
+    pieces = call.request.chunks(MOST_STDIN, patient=True)
+    async with contextlib.aclosing(pieces):
+        async for piece in pieces:
+            await stdin.send_all(piece)
+    if call.flag("eof"):
+        await stdin.aclose()
 
 
 def _digest(call: Call) -> str:

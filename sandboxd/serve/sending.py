@@ -52,6 +52,8 @@ async def submission_of(job: Job, store: Store) -> dict[str, Any]:
         found["terminal"] = {"rows": job.terminal.rows, "columns": job.terminal.columns}
     if job.id is not None:
         found["id"] = job.id
+    if job.ignored:
+        found["ignored"] = job.ignored
     found |= await _stdin(job.stdin, store)
     found["files"] = {
         _name(key): await _file(value, f"files[{key!r}]", store) for key, value in job.files.items()

@@ -35,6 +35,7 @@ from sandboxd.serve.gojudge.server import GoJudge
 from sandboxd.serve.gojudge.store import Store
 from sandboxd.serve.http import HEAD_TIME, Conversation, converse, peer_of
 from sandboxd.serve.journal import open_journal
+from sandboxd.serve.metrics import Gauge
 from sandboxd.serve.routes import Bounds, Budget, Routes
 from sandboxd.serve.tls import Shown, name_of, of_daemon
 from sandboxd.serve.wires import SocketWire, Wire
@@ -213,12 +214,17 @@ def most_connections(slots: int) -> int:
 
 def _gauges(book: Book, connections: Connections) -> None:
     metrics, share, runner = book.metrics, book.share, book.runner
-    metrics.gauge("sandboxd_jobs_running", "jobs that have a slot", lambda: share.running)
-    metrics.gauge("sandboxd_jobs_queued", "jobs that wait for one", lambda: share.queued)
-    metrics.gauge("sandboxd_slots", "jobs that may run at once", lambda: runner.slots)
-    metrics.gauge("sandboxd_spares", "sandboxes made ahead", lambda: runner.statistics().spares)
-    metrics.gauge("sandboxd_connections", "connections", lambda: connections.count)
-    metrics.gauge("sandboxd_stored_bytes", "files of all callers", book.stored)
+    for one in (
+        Gauge("sandboxd_jobs_running", "jobs that have a slot", lambda: share.running,
+              share.running_of),
+        Gauge("sandboxd_jobs_queued", "jobs that wait for one", lambda: share.queued,
+              share.queued_of),
+        Gauge("sandboxd_stored_bytes", "files that are stored", book.stored, book.stored_of),
+        Gauge("sandboxd_slots", "jobs that may run at once", lambda: runner.slots, told=True),
+        Gauge("sandboxd_spares", "sandboxes made ahead", lambda: runner.statistics().spares),
+        Gauge("sandboxd_connections", "connections", lambda: connections.count),
+    ):  # fmt: skip
+        metrics.gauge(one)
 
 
 @contextlib.asynccontextmanager
@@ -232,7 +238,7 @@ async def _gojudge(
     settings, bounds = options.settings, options.bounds
     store = Store(settings.state / "go-judge", settings.quotas.stored)
     await trio.to_thread.run_sync(store.open)
-    book.stores.append(store.total)
+    book.stores.append(store)
     runs = Runs(book, store, options.gojudge.local)
     handler = GoJudge(runs, options.callers, bounds.body, Budget(bounds.bodies))
     connections = Connections(handler, most_connections(book.runner.slots))

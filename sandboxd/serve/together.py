@@ -62,6 +62,7 @@ class Together:
         self.budget.take(size)
         try:
             body = await request.body(most)
+            size = self.budget.keep(size, body)
             trace = traceparent(request.headers.get("traceparent"))
             found = await self.ensembles.submit(kind, call.caller, (body, trace))
             accepted = events.wanted(request)

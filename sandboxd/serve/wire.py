@@ -108,6 +108,8 @@ class Submission(Message, frozen=True):
     overflow: Literal["drop", "stall"] = "drop"
     """What happens when there are more events than are kept and nobody reads them."""
     usage_every: Annotated[float, Meta(ge=FASTEST, le=86400)] | None = None
+    ignored: tuple[tuple[str, str], ...] = ()
+    """What was asked for where the job was read from, and is not done, and why."""
 
 
 class SignalRequest(Message, frozen=True):
@@ -294,6 +296,7 @@ def job_of(
             terminal=None if size is None else Terminal(rows=size.rows, columns=size.columns),
             id=job_id,
             domain=domain,
+            ignored=wanted.ignored,
         )
     except UnicodeEncodeError:  # half a pair of UTF-16
         raise JobError("text that is no UTF-8", hint='send {"b64": ...}') from None

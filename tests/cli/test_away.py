@@ -221,10 +221,58 @@ def test_killed_it_takes_its_job_with_it(served: Process) -> None:
         time.sleep(0.01)
 
 
+CONFIG: dict[str, Any] = {
+    "ociVersion": "1.0.2",
+    "root": {"path": "rootfs"},
+    "mounts": [{"destination": "/proc", "type": "proc", "source": "proc"}],
+    "process": {
+        "args": ["sh", "-c", "pwd; echo $A; read x; echo $x"],
+        "cwd": "/tmp",
+        "env": ["PATH=/usr/bin", "A=a"],
+        "capabilities": {"bounding": ["CAP_KILL"]},
+    },
+    "hooks": {"prestart": [{"path": "/bin/true"}]},
+}
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    (tmp_path / "rootfs").mkdir()
+    for name in ("bin", "lib", "lib64"):
+        (tmp_path / "rootfs" / name).symlink_to(f"usr/{name}")
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    return tmp_path
+
+
+@pytest.mark.needs("overlay")
+@pytest.mark.parametrize(
+    "more", [[], ["-q"], ["--strict"], ["-e", "A=b", "--", "env"], ["--json"], ["-m", "1G"]]
+)
+def test_a_bundle_and_what_of_it_is_not_done(
+    served: Process, bundle: Path, more: list[str]
+) -> None:
+    flags = ["--bundle", str(bundle), "-v", "/usr:/usr:ro", *more]
+    here, away = (run(one, *flags, input=b"in\n") for one in (None, served))
+    if more == ["--json"]:
+        degraded = [json.loads(done.stdout)["degraded"] for done in (here, away)]
+        assert degraded[0] == degraded[1]
+        assert {
+            "what": "config.json: hooks",
+            "why": "hooks are programs of the host, and are never run",
+        } in degraded[0]
+    else:
+        assert away.stdout == here.stdout
+    assert plain(away.stderr) == plain(here.stderr)
+    assert away.returncode == here.returncode
+    told = b"sandboxd: not done: config.json: hooks (" in away.stderr
+    assert told == (more not in (["-q"], ["--json"], ["--strict"]))
+    assert away.returncode == (125 if more == ["--strict"] else 0)
+
+
 REFUSED = [
     ["--keep"], ["--commit", "x"], ["--built", "aabb"], ["--files-from", "x.tar"],
     ["--collect-optional", "x", "--collect-to", "y"], ["--cgroup", "none"],
-    ["--collect-required", "x", "--collect-to", "y"], ["--bundle", "x"], ["--strict"],
+    ["--collect-required", "x", "--collect-to", "y"],
 ]  # fmt: skip
 
 

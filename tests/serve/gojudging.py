@@ -140,7 +140,14 @@ class Talk:
 @asynccontextmanager
 async def talking(socket: Path, path: str) -> AsyncIterator[Talk]:
     """A WebSocket that was accepted."""
-    async with await trio.open_unix_socket(str(socket)) as stream:
+    async with talked(await trio.open_unix_socket(str(socket)), path) as talk:
+        yield talk
+
+
+@asynccontextmanager
+async def talked(stream: trio.SocketStream, path: str) -> AsyncIterator[Talk]:
+    """The same on a connection that there is."""
+    async with stream:
         talk = Talk(stream)
         await stream.send_all(talk.machine.send(ws.Request(host="localhost", target=path)))
         assert isinstance(await talk.event(), ws.AcceptConnection)

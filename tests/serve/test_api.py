@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import AsyncIterator
 
+import h11
 import pytest
 import trio
 
 import sandboxd
 from sandboxd.errors import Busy, JobError, PolicyError, SandboxError
 from sandboxd.serve.api import ROUTES, openapi
+from sandboxd.serve.routes import Bounds
 from tests.serve.serving import TRUE, daemon
 
 
@@ -226,3 +229,43 @@ async def test_a_full_queue_says_when_to_ask_again() -> None:
             await served.submit(argv=["true"])
         await served.ask("DELETE", f"/v1/jobs/{job}")
         await served.submit(argv=["true"])
+
+
+async def test_small_requests_in_chunks_take_what_they_are() -> None:
+    """And not what a request may be at most: they would be refused as too many large ones."""
+
+    async def chunks() -> AsyncIterator[bytes]:
+        yield b'{"argv": ["sleep", "1000"]}'
+
+    bounds = Bounds(body=1 << 20, bodies=3 << 20)
+    async with daemon(bounds=bounds, slots=8) as served, trio.open_nursery() as nursery:
+
+        async def ask(target: str) -> None:
+            async with served.links.asking("POST", target, chunks()):
+                raise AssertionError("it sleeps")
+
+        for _ in range(4):
+            nursery.start_soon(ask, "/v1/jobs?wait=1")
+        while served.book.share.running < 4:
+            await trio.testing.wait_all_tasks_blocked(0.01)
+        nursery.cancel_scope.cancel()
+
+
+async def test_nobody_feeds_a_job_that_is_over() -> None:
+    """Whoever feeds it hears so at once, and not when the next word is said."""
+    async with daemon() as served:
+        job = await served.submit(argv=["sh", "-c", "head -c 1; sleep 0.2"], interactive=True)
+        while (await served.ask("GET", f"/v1/jobs/{job}"))["state"] != "running":
+            pass
+        link = await served.links._open()
+        async with link.stream:
+            head = h11.Request(
+                method="POST", target=f"/v1/jobs/{job}/stdin",
+                headers=[("Host", "localhost"), ("Transfer-Encoding", "chunked")],
+            )  # fmt: skip
+            await link.stream.send_all(link.machine.send(head) or b"")
+            await link.stream.send_all(link.machine.send(h11.Data(data=b"x")) or b"")
+            answer = await link.event()
+            assert answer.status_code == 409
+            assert b"the job is over" in b"".join([piece async for piece in link.pieces()])
+        assert (await served.ended(job))["result"]["streams"]["stdout"]["data"] == "x"

@@ -55,6 +55,20 @@ async def test_streams_exit_code_and_the_rest_of_the_record(where: str) -> None:
 
 
 @BOTH
+async def test_what_was_asked_for_and_is_not_done(where: str) -> None:
+    notes = (("config.json: hooks", "there are none"), ("config.json: x", "what is that?"))
+    job = Job(argv=["true"], policy=policy(), ignored=notes)
+    async with opened(where) as either:
+        results = [await either.run(job)]
+        if isinstance(either, sandboxd.Client):
+            async with either.batch([job]) as every:
+                results += [one async for one in every if isinstance(one, sandboxd.Result)]
+    for result in results:
+        assert [(one.what, one.why) for one in result.degraded][-2:] == list(notes)
+    assert len(results) == (1 if where == "runner" else 2)
+
+
+@BOTH
 async def test_words_that_are_no_text(where: str) -> None:
     async with opened(where) as either:
         argv = [b"sh", b"-c", b'printf %s "$0$X$PWD"', b"\xff"]

@@ -9,12 +9,12 @@ import pytest
 
 from sandboxd.errors import HostError, SandboxError
 from sandboxd.policy import Policy
-from sandboxd.serve.address import Tcp
+from sandboxd.serve.address import Tcp, Unix
 from sandboxd.serve.callers import Callers, is_loopback, read_tokens
 from sandboxd.serve.http import Peer
 from sandboxd.serve.link import Links
 from sandboxd.serve.wire import Refusal
-from tests.serve.serving import daemon
+from tests.serve.serving import daemon, folder
 
 LONG = "0123456789abcdef"
 
@@ -145,3 +145,43 @@ def free_port() -> int:
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         return int(one.getsockname()[1])
+
+
+async def test_metrics_are_ones_own_and_an_overseers_everybodys() -> None:
+    port = free_port()
+    with folder() as place:
+        known = read_tokens(tokens(place, f"ann {LONG}\nbob {LONG}b\neve {LONG}e\n"))
+        me = frozenset({os.getuid()})
+        callers = Callers(uids=me, tokens=known, overseers=frozenset({"eve"}))
+        async with daemon(
+            place, addresses=[Unix(place / "s"), Tcp("127.0.0.1", port)], callers=callers
+        ) as served:
+
+            async def metrics(links: Links) -> set[str]:
+                async with links.asking("GET", "/metrics") as answer:
+                    return set((await answer.body()).decode().splitlines())
+
+            by_name = {
+                name: Links(Tcp("127.0.0.1", port), token)
+                for name, token in (("ann", LONG), ("bob", f"{LONG}b"), ("eve", f"{LONG}e"))
+            }
+            body = b'{"argv": ["true"]}'
+            for name in ("ann", "ann", "bob"):
+                async with by_name[name].asking("POST", "/v1/jobs?wait=1", body) as answer:
+                    await answer.body()
+            told = {name: await metrics(links) for name, links in by_name.items()}
+            told["me"] = await metrics(served.links)
+            for links in by_name.values():
+                await links.close()
+    for name, count in (("ann", 2), ("bob", 1), ("eve", 3), ("me", 3)):
+        assert f'sandboxd_jobs_ended_total{{status="ok"}} {count}' in told[name]
+        assert f"sandboxd_queue_seconds_count {count}" in told[name]
+        assert "sandboxd_slots 2" in told[name]
+        for line in (
+            'sandboxd_caller_jobs_ended_total{caller="token:ann",status="ok"} 2',
+            'sandboxd_caller_jobs_running{caller="token:bob"} 0',
+            "# TYPE sandboxd_http_requests_total counter",
+            "# TYPE sandboxd_spares gauge",
+        ):
+            assert (line in told[name]) == (name in ("eve", "me"))
+    assert not any("caller" in line for line in told["ann"] | told["bob"])

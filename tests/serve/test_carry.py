@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
+import pytest
 import trio
 
 from sandboxd import open_runner
@@ -14,13 +17,13 @@ from sandboxd.serve.journal import open_journal
 from sandboxd.serve.live import Asked, Live
 from sandboxd.serve.quotas import Quotas
 from sandboxd.serve.share import Need
-from sandboxd.serve.wire import Submission
+from sandboxd.serve.wire import Refusal, Submission
 
 ME = Caller("me", operator=True)
 
 
-async def taken_on(book: Book) -> Live:
-    asked = Asked(Submission(argv=("true",)), b"{}", attached=True, here=True)
+async def taken_on(book: Book, name: str | None = None) -> Live:
+    asked = Asked(Submission(argv=("true",), id=name), b"{}", attached=True, here=True)
     live, new = await book.submit(ME, asked)
     assert new
     assert isinstance(live, Live)
@@ -32,13 +35,43 @@ def nothing_is_held(book: Book) -> bool:
     return not (share.running or share.queued or book.live or share.running_of("me"))
 
 
-async def test_cancelled_with_a_slot_and_while_it_waits(tmp_path: Path) -> None:
-    settings = Settings(state=tmp_path, quotas=Quotas(), room=Need(cpus=8.0, memory=1 << 40))
+@asynccontextmanager
+async def opened(place: Path) -> AsyncIterator[Book]:
+    settings = Settings(state=place, quotas=Quotas(), room=Need(cpus=8.0, memory=1 << 40))
     async with (
-        open_journal(tmp_path) as journal,
+        open_journal(place) as journal,
         open_runner(slots=1) as runner,
         open_book(runner, journal, settings) as book,
     ):
+        yield book
+
+
+async def test_nobody_can_look_out_for_its_caller(tmp_path: Path) -> None:
+    """EBADF here; ENOSPC where the user has too many (max_user_watches of epoll(7))."""
+    async with opened(tmp_path) as book:
+        live = await taken_on(book)
+        with pytest.raises(OSError, match="descriptor"):
+            await carry_here(book, live, 1 << 20)
+        assert live.done.is_set()
+        assert nothing_is_held(book)
+
+
+async def test_the_daemon_goes_down_while_an_id_is_looked_up(tmp_path: Path) -> None:
+    async with opened(tmp_path) as book, trio.open_nursery() as nursery:
+
+        async def ask() -> None:
+            with pytest.raises(Refusal, match="going down"):
+                await taken_on(book, "mine")
+
+        nursery.start_soon(ask)
+        while not book.coming:
+            await trio.lowlevel.checkpoint()
+        await book.drain(0.0)
+    assert nothing_is_held(book)
+
+
+async def test_cancelled_with_a_slot_and_while_it_waits(tmp_path: Path) -> None:
+    async with opened(tmp_path) as book:
         for waits_first in (False, True):
             has_slot, waits = await taken_on(book), await taken_on(book)
             assert (book.share.running, book.share.queued) == (1, 1)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import random
 import signal
 import socket
 import sys
+import tracemalloc
 from collections import Counter
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from h11 import RemoteProtocolError
 
 from sandboxd.errors import Busy, HostError, SandboxError
 from sandboxd.policy import Identity, Limits, Mount
+from sandboxd.serve import upkeep
 from sandboxd.serve.journal import Row, open_journal
 from sandboxd.serve.link import Links
 from sandboxd.serve.wire import FIRST_OF_ATTEMPT
@@ -210,14 +213,68 @@ async def test_what_is_old_or_too_much_is_forgotten() -> None:
         for job in jobs:
             await served.ended(job)
         book = served.book
-        assert await book.journal.expire(1000.0, 100_000)
+        await upkeep.expire(book)
         kept = [one["id"] for one in (await served.ask("GET", "/v1/jobs"))["jobs"]]
         assert 0 < len(kept) < 8
         assert set(kept) < set(jobs)
-        assert await book.journal.expire(-1.0, 1 << 40)
+        book.settings = dataclasses.replace(book.settings, age=-1.0)
+        await upkeep.expire(book)
         assert (await served.ask("GET", "/v1/jobs"))["jobs"] == []
         with pytest.raises(SandboxError, match="no such job"):
             await served.ask("GET", f"/v1/jobs/{jobs[-1]}")
+
+
+async def test_a_batch_is_kept_as_long_as_a_job_of_it() -> None:
+    batch = {"id": "b", "job": {"argv": ["true"]}, "cases": [{}]}
+    async with daemon(slots=1, age=-1.0) as served:
+        runs = await served.submit(argv=["sleep", "1000"])
+        await wait_state(served, runs, "running")
+        await served.ask("POST", "/v1/batches", batch, {"Idempotency-Key": "k"})
+        await upkeep.expire(served.book)
+        assert (await served.ask("GET", "/v1/batches/b"))["state"] == "running"
+        again = await served.ask("POST", "/v1/batches", batch, {"Idempotency-Key": "k"})
+        assert again["id"] == "b"
+        await served.ask("DELETE", f"/v1/jobs/{runs}")
+        await served.ended("b.0")
+        await upkeep.expire(served.book)
+        with pytest.raises(SandboxError, match="no such batch"):
+            await served.ask("GET", "/v1/batches/b")
+
+
+async def test_what_waits_is_taken_up_one_by_one(tmp_path: Path) -> None:
+    size, count = 1 << 20, 64
+
+    def row(number: int) -> Row:
+        nothing = (None, None, 0, None, None, None)
+        return Row(0, "c", f"{number}", "queued", b"{}", bytes(size), None, None, 0.0, *nothing)
+
+    async with open_journal(tmp_path) as journal:
+        for number in range(count):
+            await journal.accept(row(number))
+        tracemalloc.start()
+        try:
+            async with aclosing(journal.unfinished()) as rows:
+                assert [one.id async for one in rows] == [str(number) for number in range(count)]
+            _, most = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert most < 8 * size
+
+
+async def test_events_that_get_too_old_while_they_are_read(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A reader who is slow is cut off, and nobody takes that for a bug."""
+    async with daemon(age=-1.0) as served:
+        job = await served.submit(argv=["seq", "200000"], overflow="stall")
+        async with served.links.asking("GET", f"/v1/jobs/{job}/events") as answer:
+            await anext(answer.pieces)
+            while (await served.ask("GET", f"/v1/jobs/{job}"))["state"] != "done":
+                pass
+            await upkeep.expire(served.book)
+            with pytest.raises(RemoteProtocolError):
+                await answer.body()
+    assert caplog.text == ""
 
 
 async def test_a_journal_of_another_version_is_left_alone(tmp_path: Path) -> None:
@@ -249,7 +306,8 @@ async def test_a_change_that_fails_takes_no_other_with_it(tmp_path: Path) -> Non
         assert failed == ["a"]
         others = [one.id for one in await journal.page("c", None, None, 9)][-2::-1]
         assert sorted(others) == ["b", "c"]
-        assert [one.id for one in await journal.unfinished()] == ["a", *others]
+        async with aclosing(journal.unfinished()) as rows:
+            assert [one.id async for one in rows] == ["a", *others]
 
 
 # -- killed at any moment --------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import socket
 import subprocess
 import sys
@@ -12,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
 
-from tests.serve.gojudging import STDERR, STDOUT, cmd
+from sandboxd.serve.link import Links
+from tests.serve.gojudging import STDERR, STDOUT, cmd, sh, talked
 from tests.serve.serving import ROOT, folder, process
 
 
@@ -88,3 +91,27 @@ def test_flags_that_cannot_be(flags: list[str], said: str) -> None:
         )  # fmt: skip
     assert done.returncode != 0
     assert said in done.stderr
+
+
+@pytest.mark.needs("userns")
+async def test_what_ran_is_answered_when_the_daemon_goes_down() -> None:
+    port = free_port()
+    asked = {"requestId": "a", "cmd": [sh("sleep 1; echo x > out", copyOutCached=["out"])]}
+    with folder() as place:
+        flags = ("--compat", f"go-judge=127.0.0.1:{port}", "--drain", "30")
+        with process(place, *flags) as served:
+            links = await served.links()
+            stream = await trio.open_tcp_stream("127.0.0.1", port)
+            async with talked(stream, "/ws") as talk:
+                await talk.say(asked)
+                while (await overview(links))["running"] == 0:
+                    pass
+                served.process.send_signal(signal.SIGTERM)
+                assert (await talk.hear_json())["results"][0]["status"] == "Accepted"
+            await links.close()
+            assert await trio.to_thread.run_sync(served.process.wait) == 0
+
+
+async def overview(links: Links) -> dict[str, Any]:
+    async with links.asking("GET", "/v1/overview") as answer:
+        return dict(await answer.json())

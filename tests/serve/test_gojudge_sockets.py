@@ -239,3 +239,17 @@ async def test_a_slow_listener_slows_the_program_and_nobody_else() -> None:
         while (data := await talk.hear())[0] == 2:
             count += len(data) - 2
         assert count == 3_000_000
+
+
+async def test_who_hangs_up_while_the_program_takes_no_input() -> None:
+    asked = {"cmd": [sh("sleep 60", files=STREAMS)]}
+    async with judge() as served:
+        async with talking(served.socket, "/stream") as talk:
+            await talk.say(b"\1" + json.dumps(asked).encode())
+            while not any(one.runs for one in served.daemon.book.guests.values()):
+                await trio.testing.wait_all_tasks_blocked()
+            for _ in range(8):  # more than a pipe holds
+                await talk.say(b"\3\0" + bytes(32768))
+            await trio.testing.wait_all_tasks_blocked(0.05)
+        with trio.fail_after(20):
+            await idle(served)

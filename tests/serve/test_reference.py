@@ -65,5 +65,10 @@ def test_every_field_of_the_overview_is_there() -> None:
 async def test_every_metric_is_there() -> None:
     async with daemon() as served:
         names = set(re.findall(r"^# TYPE (\w+)", served.book.metrics.text().decode(), re.MULTILINE))
+        own = set(
+            re.findall(r"^# TYPE (\w+)", served.book.metrics.text("x").decode(), re.MULTILINE)
+        )
+        more = set(re.findall(r"`(\w+)[{`]", SECTIONS["Metrics"].partition("And for those")[2]))
+        assert own == names - more
     assert {one.partition("{")[0] for one in first_cells("Metrics")} == names
     assert Metrics().text()

@@ -10,7 +10,7 @@ from types import MappingProxyType
 
 from msgspec import UNSET
 
-from sandboxd.errors import JobError, SandboxError
+from sandboxd.errors import HostError, JobError, SandboxError
 from sandboxd.result import Output, Result, Status
 from sandboxd.serve.gojudge.orders import NANO, Collected, Order
 from sandboxd.serve.gojudge.store import Store
@@ -161,8 +161,8 @@ def _hand_over(
             found.stored[wanted.name] = store.save(caller, wanted.name, data)
         else:
             found.stored[wanted.name] = store.link(caller, wanted.name, data)
-    except Refusal as refusal:
-        _fault(found, wanted, "CopyOutCopyContent", str(refusal))
+    except (Refusal, HostError) as error:
+        _fault(found, wanted, "CopyOutCopyContent", str(error))
 
 
 def _file(

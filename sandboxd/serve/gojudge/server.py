@@ -97,27 +97,38 @@ class GoJudge:
 
     async def _run(self, request: Request, caller: Caller) -> Reply:
         size = self.most if request.length is None else min(request.length, self.most)
-        with self._budget.hold(size):
-            asked = wire.request(await request.body(self.most))
-            if not asked.cmd:
-                raise Refusal(400, "request", "no cmd provided")
-            made = self.runs.prepare(caller, asked)
-            guest = self.runs.guest(caller, made, traceparent(request.headers.get("traceparent")))
-            self.book.replying += 1
-            try:
-                async with request.until_gone() as scope:
-                    found = await self.runs.carry_out(guest, made)
-                if scope.cancelled_caught:
-                    raise Gone
-            except Cancelled:
-                raise Refusal(500, "cancelled", "request cancelled before execute") from None
-            finally:
-                self.book.replying -= 1
-                if self.book.draining:
-                    self.book.changed()
-        size = sum(len(text) for one in found for text in (one.files or {}).values())
-        body = await trio.to_thread.run_sync(encode, found) if size > LARGE else encode(found)
-        return Reply(body=body, kind="application/json; charset=utf-8")
+        self._budget.take(size)
+        self.book.replying += 1
+        reply = None
+        try:
+            body = await request.body(self.most)
+            size = self._budget.keep(size, body)
+            found = await self._carry_out(request, caller, wire.request(body))
+            large = sum(len(text) for one in found for text in (one.files or {}).values()) > LARGE
+            data = await trio.to_thread.run_sync(encode, found) if large else encode(found)
+            reply = Reply(body=data, kind="application/json; charset=utf-8")
+        finally:
+            self._budget.give_back(size)
+            if reply is None:
+                self.book.sent()
+        reply.replied = self.book.sent
+        return reply
+
+    async def _carry_out(
+        self, request: Request, caller: Caller, asked: wire.Request
+    ) -> list[wire.CmdResult]:
+        if not asked.cmd:
+            raise Refusal(400, "request", "no cmd provided")
+        made = self.runs.prepare(caller, asked)
+        guest = self.runs.guest(caller, made, traceparent(request.headers.get("traceparent")))
+        try:
+            async with request.until_gone() as scope:
+                found = await self.runs.carry_out(guest, made)
+        except Cancelled:
+            raise Refusal(500, "cancelled", "request cancelled before execute") from None
+        if scope.cancelled_caught:
+            raise Gone
+        return found
 
     async def _ws(self, request: Request, caller: Caller) -> Reply:
         await sockets.many(self.runs, caller, request, self.most)

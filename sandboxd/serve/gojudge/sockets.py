@@ -88,9 +88,10 @@ class _Many:
         nursery.start_soon(self._answer, name, made)
 
     async def _answer(self, name: str, made: Orders) -> None:
-        response = await respond(self._runs, self._guests[name], made)
-        del self._guests[name]
-        await self._say(response)
+        with self._runs.book.reply():
+            response = await respond(self._runs, self._guests[name], made)
+            del self._guests[name]
+            await self._say(response)
 
     async def _say(self, response: wire.Response) -> None:
         await self._socket.send(msgspec.json.encode(response).decode())
@@ -101,6 +102,7 @@ class _Many:
 
 async def one(runs: Runs, caller: Caller, request: Request, most: int) -> None:
     """One request, then what is typed and what is printed, then its result."""
+    book = runs.book
     trace = traceparent(request.headers.get("traceparent"))
     with one_error():
         async with accepted(request, most) as socket, trio.open_nursery() as nursery:
@@ -115,9 +117,12 @@ async def one(runs: Runs, caller: Caller, request: Request, most: int) -> None:
                 async def output(index: int, fd: int, data: bytes) -> None:
                     await socket.send(wire.output(index, fd, data))
 
-                response = await respond(runs, guest, made, output)
-                await socket.send(wire.result(msgspec.structs.replace(response, request_id="")))
-                await socket.close()
+                # Who takes in what nobody reads hears of nothing else.
+                with book.lookout.watching(request.handle, guest.kill), book.reply():
+                    response = await respond(runs, guest, made, output)
+                    response = msgspec.structs.replace(response, request_id="")
+                    await socket.send(wire.result(response))
+                    await socket.close()
             except Refusal as refusal:
                 await socket.close(WRONG, str(refusal))
             except Gone:

@@ -7,16 +7,20 @@ to be on disk. Each caller sees its own.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import secrets
 import shutil
+import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import trio
 
+from sandboxd.errors import HostError
 from sandboxd.serve.wire import Refusal
 
 EXPIRE_EVERY = 60.0
@@ -40,6 +44,8 @@ class Store:
         self._most = most
         self._files: dict[tuple[str, str], Stored] = {}
         self._sizes: Counter[str] = Counter()
+        """Caller -> bytes, those on their way included."""
+        self._counting = threading.Lock()
 
     def open(self) -> None:
         """In a thread: forget what an earlier daemon had."""
@@ -51,34 +57,45 @@ class Store:
         return self._top / f"run-{secrets.token_hex(8)}"
 
     def save(self, caller: str, name: str, data: bytes) -> str:
-        """In a thread: keep these bytes; Refusal 413 if the caller has too much. Its id."""
-        self._check_room(caller, len(data))
-        key = secrets.token_hex(8)
-        path = self._top / key
-        path.write_bytes(data)
-        return self._keep(caller, key, name, len(data))
+        """In a thread: keep these bytes. Its id; Refusal 413 if the caller has too much, HostError
+        if it cannot be written."""
+        return self._keep(caller, name, len(data), lambda path: path.write_bytes(data))
 
     def link(self, caller: str, name: str, source: Path) -> str:
-        """In a thread: keep this file, which nobody writes to any more."""
-        size = source.stat().st_size
-        self._check_room(caller, size)
+        """In a thread: keep this file, which nobody writes to any more; as `save`."""
+        return self._keep(caller, name, source.stat().st_size, functools.partial(os.link, source))
+
+    def _keep(self, caller: str, name: str, size: int, make: Callable[[Path], object]) -> str:
         key = secrets.token_hex(8)
-        os.link(source, self._top / key)
-        return self._keep(caller, key, name, size)
-
-    def _check_room(self, caller: str, size: int) -> None:
-        if self._sizes[caller] + size > self._most:
-            raise Refusal(
-                413,
-                "quota",
-                f"more than the {self._most} bytes that a caller may store",
-                hint="delete files, or ask for a larger --quota-stored",
-            )
-
-    def _keep(self, caller: str, key: str, name: str, size: int) -> str:
-        self._files[caller, key] = Stored(name, self._top / key, size, time.monotonic())
-        self._sizes[caller] += size
+        path = self._top / key
+        self._reserve(caller, size)
+        try:
+            make(path)
+        except OSError as error:
+            path.unlink(missing_ok=True)
+            self._give_back(caller, size)
+            why = error.strerror or str(error)
+            hint = "is there room on the daemon's disk?"
+            raise HostError("files", f"a file cannot be kept: {why}", hint=hint) from error
+        self._files[caller, key] = Stored(name, path, size, time.monotonic())
         return key
+
+    def _reserve(self, caller: str, size: int) -> None:
+        with self._counting:
+            if self._sizes[caller] + size > self._most:
+                raise Refusal(
+                    413,
+                    "quota",
+                    f"more than the {self._most} bytes that a caller may store",
+                    hint="delete files, or ask for a larger --quota-stored",
+                )
+            self._sizes[caller] += size
+
+    def _give_back(self, caller: str, size: int) -> None:
+        with self._counting:
+            self._sizes[caller] -= size
+            if not self._sizes[caller]:
+                del self._sizes[caller]
 
     def find(self, caller: str, key: str) -> Stored | None:
         found = self._files.get((caller, key))
@@ -96,8 +113,8 @@ class Store:
         found = self._files.pop((caller, key), None)
         if found is None:
             return False
-        self._sizes[caller] -= found.size
-        with contextlib.suppress(FileNotFoundError):
+        self._give_back(caller, found.size)
+        with contextlib.suppress(OSError):  # the next daemon finds none anyway
             found.path.unlink()
         return True
 
@@ -114,5 +131,10 @@ class Store:
             await trio.sleep(min(age, EXPIRE_EVERY))
             await trio.to_thread.run_sync(self.expire, age)
 
+    def stored(self, caller: str) -> int:
+        """Bytes that a caller has here."""
+        return self._sizes.get(caller, 0)
+
     def total(self) -> int:
+        """Of all of them."""
         return sum(self._sizes.values())
