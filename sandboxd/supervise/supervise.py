@@ -14,6 +14,7 @@ import os
 import select
 import socket
 from collections.abc import Awaitable, Callable, Collection
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import cast
 
@@ -374,7 +375,10 @@ async def share_files(run: Conduct, box: Sandbox, image: Image, fds: Descriptors
     if not (run.job.files or run.job.collect):
         return None
     await trio.lowlevel.wait_readable(box.socket)
-    data, received, _, _ = socket.recv_fds(box.socket, len(FILES), 1, socket.MSG_CMSG_CLOEXEC)
+    try:
+        data, received, _, _ = socket.recv_fds(box.socket, len(FILES), 1, socket.MSG_CMSG_CLOEXEC)
+    except ConnectionResetError:  # it was killed before it read what was sent
+        data, received = b"", []
     for fd in received:
         fds.own(fd)
     if data == FILES and not received:
@@ -393,7 +397,8 @@ async def share_files(run: Conduct, box: Sandbox, image: Image, fds: Descriptors
             await budgets.check_room(box.area, run.compiled.policy.limits)
         if giving_up.cancelled_caught:
             raise GivenUp
-        box.socket.send(GO)
+        with suppress(BrokenPipeError, ConnectionResetError):  # its end will be noticed
+            box.socket.send(GO)
     return received[0]
 
 
