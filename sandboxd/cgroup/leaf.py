@@ -221,8 +221,15 @@ class Leaf(msgspec.Struct):
         return "frozen 1" in (self.read("cgroup.events") or "")
 
     def freeze(self, *, frozen: bool) -> None:
-        """Stop, or let go on, every process in it; it takes effect a moment later (Linux 5.2)."""
-        self.write("cgroup.freeze", "1" if frozen else "0")
+        """Stop, or let go on, every process in it; it takes effect a moment later (Linux 5.2).
+
+        The file stays open: to let go on what was stopped needs no descriptor more.
+        """
+        name = "cgroup.freeze"
+        fd = self._open.get(name)
+        if fd is None:
+            fd = self._open[name] = os.open(name, os.O_WRONLY | os.O_CLOEXEC, dir_fd=self.fd)
+        os.write(fd, b"1" if frozen else b"0")
 
     def kill(self) -> None:
         """SIGKILL for every process in it at once (cgroup.kill, Linux 5.14).

@@ -31,6 +31,7 @@ from sandboxd.cgroup import systemd
 from sandboxd.cgroup.leaf import Leaf
 from sandboxd.errors import HostError
 from sandboxd.host import CgroupSubtree
+from sandboxd.linux.descriptors import SCARCE
 
 PREFIX = "sandboxd-"
 ANY = "any"
@@ -111,8 +112,12 @@ class Cgroups:
         self._made += 1
         path = self._place(cpus) / str(self._made)
         self._mkdir(path)
-        leaf = Leaf(path, os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC), dict(files),
-                    cpus, controllers=self.subtree.controllers)  # fmt: skip
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError:
+            path.rmdir()
+            raise
+        leaf = Leaf(path, fd, dict(files), cpus, controllers=self.subtree.controllers)
         for name, value in files.items():
             try:
                 for line in value.splitlines():  # io.max takes one device at a time
@@ -122,6 +127,9 @@ class Cgroups:
                     continue
                 self._refuse(leaf, f"{path} has no {name}: another kernel is needed")
             except OSError as error:
+                if error.errno in SCARCE:
+                    self._remove(leaf)
+                    raise
                 self._refuse(leaf, f"{path}/{name} = {value}: {error.strerror}")
         return leaf
 
@@ -143,7 +151,11 @@ class Cgroups:
                     raise HostError("cgroup", f"{path}/cpuset.cpus = {cpus}: {error.strerror}",
                                     hint="these CPUs are not ours: see cpuset.cpus.effective of "
                                     f"{self.subtree.path}") from None  # fmt: skip
-            enable(path, self.subtree.controllers - {"cpuset"})
+            try:
+                enable(path, self.subtree.controllers - {"cpuset"})
+            except OSError:
+                path.rmdir()  # or the next one would find it
+                raise
             self._places.add(name)
         return path
 

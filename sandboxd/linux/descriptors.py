@@ -9,7 +9,8 @@ from typing import Self
 
 from sandboxd.errors import HostError
 
-SCARCE = (errno.EMFILE, errno.ENFILE)
+SCARCE = (errno.EMFILE, errno.ENFILE, errno.ETOOMANYREFS)
+"""The last: more are on their way in sockets than the limit of open files (unix(7))."""
 
 
 def told(error: OSError, what: str = "") -> Exception:

@@ -21,7 +21,8 @@ from sandboxd.compile import pieces, rootfs
 from sandboxd.errors import LaunchError
 from sandboxd.linux.descriptors import Descriptors, no_room
 from sandboxd.script.command import area_command
-from sandboxd.supervise.processes import reap
+from sandboxd.supervise.porter import Porter
+from sandboxd.supervise.processes import reap, starting
 from sandboxd.supervise.tenants import PACKAGE_PARENT, Prepared, Tenant
 
 if TYPE_CHECKING:
@@ -90,13 +91,13 @@ class Area(msgspec.Struct):
         if self.process.poll() is None:
             self.process.kill()
 
-    def hand_over(self) -> Callable[[], Awaitable[None]] | None:
+    def hand_over(self) -> Callable[[Callable[[], Awaitable[Porter]]], Awaitable[None]] | None:
         """What removes its directory, which outlives it from now on; None if it has none."""
-        directory, uppers = self.directory, self.uppers
-        if directory is None or uppers is None:
+        if self.directory is None or self.uppers is None:
             return None
+        remove = self.uppers.hand_over(self.directory)
         self.directory = None
-        return lambda: uppers.remove(directory)
+        return remove
 
     async def close(self) -> None:
         """End its processes and wait for that."""
@@ -155,7 +156,8 @@ async def _open_area(tenant: Tenant, prepared: Prepared, directory: Path | None)
         with theirs:
             ours.setblocking(False)
             command = area_command(PACKAGE_PARENT, theirs.fileno(), namespace, words)
-            process = start(command, (theirs.fileno(), namespace))
+            with starting("area", "start its sidecar"):
+                process = start(command, (theirs.fileno(), namespace))
     received: list[int] = []
     try:
         await trio.lowlevel.wait_readable(ours)

@@ -82,11 +82,12 @@ class Building:
     def __init__(self) -> None:
         self.locks: dict[str, tuple[trio.Lock, int]] = {}
         self._held: dict[str, int] = {}
+        self._closed = False
 
     def hold(self, store: Store, key: str) -> None:
         """Keep this one; of too many the one asked for longest ago is let go."""
         held = self._held.pop(key, None)
-        if held is None:
+        if held is None and not self._closed:
             held = store.hold(key)
         if held is not None:
             self._held[key] = held
@@ -94,6 +95,7 @@ class Building:
             os.close(self._held.pop(next(iter(self._held))))
 
     def close(self) -> None:
+        self._closed = True
         while self._held:
             os.close(self._held.popitem()[1])
 

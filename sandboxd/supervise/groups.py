@@ -249,6 +249,7 @@ async def open_group(
             first = next(iter(every))
             seats = {name: Seat(layout.place(name), None, live._gate(name)) for name in every}
             ground = runner._known.ready(every[first].job, None, seats[first]).home
+            stack.enter_context(ground.in_use())  # also while none of its own members runs
             for seat in seats.values():
                 seat.ground = ground
             ways = _ways_out(runner, group, seats)

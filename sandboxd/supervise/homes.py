@@ -6,12 +6,14 @@ Everything is started when it is first needed, and anew when it has died.
 from __future__ import annotations
 
 import os
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING
 
 import trio
 
 from sandboxd.cgroup.leaves import Cgroups
+from sandboxd.errors import LaunchError
 from sandboxd.host import Host
 from sandboxd.linux.descriptors import Descriptors
 from sandboxd.plan import TenantPlan
@@ -44,6 +46,8 @@ class Home:
         """Of this moment."""
         self.used = 0.0
         """When the last of them ended, by trio's clock."""
+        self.over = False
+        """Nothing more is started in it."""
         self._prepared = prepared
         self._host = host
         self._cgroups = cgroups
@@ -51,6 +55,17 @@ class Home:
         self._uppers: Uppers | None = None
         self._lock = trio.Lock()
         self._stack = AsyncExitStack()
+        self._carrying = AsyncExitStack()
+        """The netkeeper, within that."""
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """As by a run: meanwhile nobody ends it because it is idle."""
+        self.runs += 1
+        try:
+            yield
+        finally:
+            self.runs -= 1
 
     async def tenant(self) -> Tenant:
         """The tenant; LaunchError or HostError if it cannot be started."""
@@ -59,6 +74,9 @@ class Home:
             assert self.living is not None
             return self.living
         async with self._lock:
+            if self.over:
+                raise LaunchError("tenant", 0, 0, "nobody is to be started any more",
+                                  hint="the runner was closed")  # fmt: skip
             if self.living is not None and not self._lives(beside):
                 await self.leave()
             if self.living is None:
@@ -85,20 +103,30 @@ class Home:
             self._stack.enter_context(using(image))
         self._stack.enter_context(volumes.using(compiled.policy, self._host))
         opened = open_tenant(compiled, self._host, self._cgroups, self._beside)
-        return await self._stack.enter_async_context(opened)
+        tenant = await self._stack.enter_async_context(opened)
+        self._carrying = await self._stack.enter_async_context(AsyncExitStack())
+        return tenant
+
+    @asynccontextmanager
+    async def _with_tenant(self) -> AsyncIterator[Tenant]:
+        """The tenant, while nobody else starts or ends anything here."""
+        while True:
+            tenant = await self.tenant()
+            async with self._lock:
+                if tenant is self.living:  # and has not ended while we waited
+                    yield tenant
+                    return
 
     async def porter(self) -> Porter:
         """The process that carries files for this tenant's sandboxes."""
-        tenant = await self.tenant()
-        async with self._lock:
+        async with self._with_tenant() as tenant:
             if self._porter is None:
                 self._porter = await self._open_porter(tenant)
             return self._porter
 
     async def uppers(self) -> Uppers:
         """Where the directories are that this tenant's sandboxes write to."""
-        tenant = await self.tenant()
-        async with self._lock:
+        async with self._with_tenant() as tenant:
             if self._uppers is None:
                 from sandboxd.supervise.uppers import open_uppers
 
@@ -111,14 +139,14 @@ class Home:
 
     async def netkeeper(self) -> Netkeeper:
         """What makes networks with a way out for this tenant."""
-        tenant = await self.tenant()
-        async with self._lock:
+        async with self._with_tenant() as tenant:
             if self.living_netkeeper is None or self.living_netkeeper.dead:
                 from sandboxd.supervise.netkeeper import open_netkeeper
 
+                await self._carrying.aclose()  # what it had made ahead is of no use any more
                 with Descriptors() as fds:
                     opened = open_netkeeper(_namespace(tenant, fds))
-                    self.living_netkeeper = await self._stack.enter_async_context(opened)
+                    self.living_netkeeper = await self._carrying.enter_async_context(opened)
             return self.living_netkeeper
 
     async def _open_porter(self, tenant: Tenant) -> Porter:
@@ -145,6 +173,13 @@ class Home:
                     await kept.forget()
                 await stack.aclose()
 
+    async def close(self) -> None:
+        """End all of it for good: who asks for its tenant gets a LaunchError."""
+        self.over = True
+        with trio.CancelScope(shield=True):
+            async with self._lock:
+                await self.leave()
+
     async def leave(self) -> None:
         """End all of it."""
         with trio.CancelScope(shield=True):
@@ -167,6 +202,8 @@ class Kept:
         self.prepared = prepared
         self.home = home
         self.kind = record.Kind.of(prepared.compiled)
+        self.used = trio.current_time()
+        """When the last run of it ended, or else it was made."""
         self.spares: list[Sandbox] = []
         self.ahead: Area | None = None
         """Of the next sandbox, where one needs a sidecar's."""

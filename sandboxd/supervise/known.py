@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
+from contextlib import AsyncExitStack
 
 import msgspec
 import trio
@@ -28,6 +29,8 @@ _Key = tuple[bytes, bool, Inputs | None, str | None, Place | None, Home | None]
 MOST = 256
 MOST_LIVING = 64
 """Tenants that live while nobody uses them."""
+MOST_AHEAD = 32
+"""Policies that have something made ahead."""
 ATTACHED = 32
 """Sets of references whose sandboxes are made ready once, and have spares."""
 
@@ -43,6 +46,8 @@ class Known:
         self._kept: dict[_Key, Kept] = {}
         self._recent: dict[tuple[int, bool, Inputs | None, str | None], Kept] = {}
         self._homes: dict[tuple[plan.TenantPlan, str | None, Home | None], Home] = {}
+        self._ahead: dict[Kept, None] = {}
+        """Those for which something was made ahead, the last one last."""
         self.domains = Domains(host)
 
     @property
@@ -76,9 +81,9 @@ class Known:
         place, ground = (seat.place, seat.ground) if seat is not None else (None, None)
         key = (msgspec.msgpack.encode(policy), keep, attached, domain, place, ground)
         if key not in self._kept:
-            self._forget()
             prepared = self._prepare(job, policy, attached, place)
             self._kept[key] = Kept(policy, prepared, self._home(prepared, domain, ground))
+            self._forget()
         kept = self._kept[key]
         if kept.policy is policy and seat is None:  # so that the id stays this policy's
             self._recent[recent] = kept
@@ -115,9 +120,10 @@ class Known:
             compiled = msgspec.structs.replace(compiled, degraded=noted)
         return Prepared.of(compiled, host)
 
-    def used(self, home: Home) -> None:
+    def used(self, kept: Kept) -> None:
         """A run of its is over; where too many tenants live, one that nobody uses need not."""
-        home.used = trio.current_time()
+        home = kept.home
+        kept.used = home.used = trio.current_time()
         if len(self._homes) <= MOST_LIVING:
             return
         living = [one for one in self._homes.values() if one.living is not None]
@@ -125,30 +131,51 @@ class Known:
         if len(living) > MOST_LIVING and idle:
             self._nursery.start_soon(min(idle, key=lambda one: one.used).retire)
 
+    def makes_ahead(self, kept: Kept) -> None:
+        """Something will be made ahead for it; what was for those used long ago goes."""
+        self._ahead.pop(kept, None)
+        self._ahead[kept] = None
+        for old in list(self._ahead)[:-MOST_AHEAD]:
+            if not old.refilling:
+                del self._ahead[old]
+                self._end_ahead(old)
+
+    def end_ahead(self) -> None:
+        """All that was made ahead, in a moment: it has descriptors that are needed."""
+        for kept in self._ahead:
+            self._end_ahead(kept)
+
+    def _end_ahead(self, kept: Kept) -> None:
+        if kept.has_some_ahead and not kept.refilling:
+            self._nursery.start_soon(kept.forget)
+
     def _forget(self) -> None:
-        """Leave room for another policy: who asks for a new one each time must not fill memory."""
-        for key, kept in list(self._kept.items()):
-            if len(self._kept) < MOST:
-                break
-            if not kept.has_some_ahead:
-                self._drop(key)
+        """Who asks for a new policy each time must not fill memory: those used long ago go."""
+        while len(self._kept) > MOST:
+            oldest = min(self._kept, key=lambda key: self._kept[key].used)
+            self._end_ahead(self._drop(oldest))
+        for where, home in list(self._homes.items()):
+            if not home.kept and not home.runs:
+                home.over = True
+                del self._homes[where]
+                self._nursery.start_soon(home.close)
 
     def _forget_attached(self) -> None:
         """The last sets of references are kept; what was made ahead for an older one goes."""
         attached = [key for key in self._kept if key[2] is not None]
         for key in attached[:-ATTACHED]:
-            kept = self._drop(key)
-            if kept.has_some_ahead and not kept.refilling:
-                self._nursery.start_soon(kept.forget)
+            self._end_ahead(self._drop(key))
 
     def _drop(self, key: _Key) -> Kept:
         kept = self._kept.pop(key)
         kept.over = True
         self._recent.pop((id(kept.policy), *key[1:4]), None)
+        self._ahead.pop(kept, None)
         kept.home.kept.remove(kept)
         return kept
 
     async def close(self) -> None:
-        """End what was made ahead, and all tenants."""
-        for home in self._homes.values():
-            await home.leave()
+        """End what was made ahead, and all tenants, for good."""
+        async with AsyncExitStack() as stack:  # each, whatever becomes of the others
+            for home in self._homes.values():
+                stack.push_async_callback(home.close)

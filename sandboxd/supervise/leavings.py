@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 import trio
 
 from sandboxd.errors import InternalError, SandboxError
+from sandboxd.linux import packets
 from sandboxd.linux.packets import DESCRIPTORS
 from sandboxd.result import Artifact
 from sandboxd.supervise import artifacts
@@ -44,7 +45,7 @@ class Leavings:
         self,
         box: int,
         porter: Callable[[], Awaitable[Porter]],
-        remove: Callable[[], Awaitable[None]] | None,
+        remove: Callable[[Callable[[], Awaitable[Porter]]], Awaitable[None]] | None,
     ) -> None:
         self._box = os.dup(box)
         self._porter = porter
@@ -58,6 +59,9 @@ class Leavings:
     async def reopen(self, names: list[bytes]) -> Contents:
         porter = await self._porter()
         opened = await porter.reopen(self._box, names)
+        if self.closed:  # meanwhile, and nobody would close these
+            packets.close(number for _, number in opened.values() if number is not None)
+            raise left()
         self._open |= {number for _, number in opened.values() if number is not None}
         return {name: (entry.content, number) for name, (entry, number) in opened.items()}
 
@@ -74,7 +78,11 @@ class Leavings:
         self._box = -1
         if self._remove is not None:
             with trio.CancelScope(shield=True):
-                await self._remove()
+                await self._remove(self._porter)
+
+
+def left() -> SandboxError:
+    return SandboxError("the run was left", hint="read its artifacts inside the block")
 
 
 class OpenArtifact:
@@ -140,7 +148,7 @@ class OpenArtifacts:
 
     def _check_open(self) -> None:
         if self.leavings is None or self.leavings.closed:
-            raise SandboxError("the run was left", hint="read its artifacts inside the block")
+            raise left()
 
     async def _more(self, left: deque[Artifact]) -> None:
         records = [left.popleft() for _ in range(min(DESCRIPTORS, len(left)))]

@@ -23,9 +23,9 @@ class Maker:
     async def spare(self, kept: Kept) -> Sandbox | None:
         while kept.spares:
             box = kept.spares.pop()
-            if not box.is_dead() and not (box.area and box.area.is_lost()):
+            if not (box.is_dead() or box.is_forsaken()):
                 return box
-            await box.end()  # it died with its tenant
+            await box.end()  # it died with its tenant, or what serves it did
         return None
 
     async def new(self, kept: Kept, seat: Seat | None) -> Sandbox:

@@ -15,6 +15,7 @@ import subprocess
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from errno import ETIMEDOUT
 from ipaddress import IPv4Address, IPv6Address
 from itertools import count
 from typing import Any
@@ -39,9 +40,9 @@ from sandboxd.compile.egress import Egress, IPAddress
 from sandboxd.errors import LaunchError
 from sandboxd.host import Place
 from sandboxd.linux import packets
-from sandboxd.linux.descriptors import Descriptors
+from sandboxd.linux.descriptors import SCARCE, Descriptors, told
 from sandboxd.script.command import netkeeper_command
-from sandboxd.supervise.processes import reap
+from sandboxd.supervise.processes import reap, starting
 from sandboxd.supervise.tenants import PACKAGE_PARENT
 
 TIMEOUT = 20.0
@@ -277,7 +278,10 @@ class Netkeeper:
         except OSError as error:
             what = "ask for the addresses of this host"
             raise LaunchError("network", 0, error.errno or 0, what) from None
-        made, received = await self._ask({"make": name, "group": group}, "made", name)
+        try:
+            made, received = await self._ask({"make": name, "group": group}, "made", name)
+        except OSError as error:
+            raise told(error, "a network") from error
         if "why" in made or len(received) != 6:
             packets.close(received)
             raise LaunchError("network", 0, 0, f"no network namespace: {made.get('why')}")
@@ -370,7 +374,9 @@ class Netkeeper:
                 with suppress(BlockingIOError):
                     return packets.send(self._link, content, fds)
                 await trio.lowlevel.wait_writable(self._link)
-        except (OSError, trio.ClosedResourceError):
+        except (OSError, trio.ClosedResourceError) as error:
+            if isinstance(error, OSError) and error.errno in SCARCE:
+                raise  # it was not asked, and lives
             raise self._died() from None
 
     async def _hear(self, kinds: tuple[str, ...]) -> tuple[dict[str, Any], list[int]] | None:
@@ -379,7 +385,9 @@ class Netkeeper:
             if not self._lost:
                 await trio.lowlevel.wait_readable(self._link)
             data, received = packets.receive(self._link)
-        except (OSError, trio.ClosedResourceError):
+        except (OSError, trio.ClosedResourceError) as error:
+            if isinstance(error, OSError) and error.errno in SCARCE:
+                raise  # what it has brought is lost, and no more
             data, received = b"", []
         if not data:
             self._lost = True
@@ -445,12 +453,15 @@ def start(link: int, user_namespace: int) -> subprocess.Popen[bytes]:
 async def open_netkeeper(user_namespace: int) -> AsyncIterator[Netkeeper]:
     """A netkeeper in this user namespace; leaving ends all that it made."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with theirs:
+    with theirs, starting("network", "start the netkeeper"):
         ours.setblocking(False)
         process = start(theirs.fileno(), user_namespace)
     keeper = Netkeeper(process, ours)
     try:
-        heard = await keeper._hear(("ready", "failed"))
+        with trio.move_on_after(TIMEOUT) as waiting:
+            heard = await keeper._hear(("ready", "failed"))
+        if waiting.cancelled_caught:
+            raise LaunchError("network", 0, ETIMEDOUT, "start the netkeeper")
         if heard is None or "ready" not in heard[0]:
             why = heard[0].get("failed", "") if heard else "it ended at once"
             raise LaunchError("network", 0, 0, f"netkeeper: {why}")

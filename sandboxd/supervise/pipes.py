@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import termios
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +13,7 @@ import msgspec
 from sandboxd.errors import JobError
 from sandboxd.job import Job, Terminal
 from sandboxd.linux import memfd
-from sandboxd.linux.descriptors import Descriptors
+from sandboxd.linux.descriptors import SCARCE, Descriptors
 
 LARGE_STDIN = 64 << 20
 """Bytes; a file larger than this goes through a pipe instead of a copy in memory."""
@@ -69,11 +70,20 @@ def open_stdin(job: Job, pipes: Pipes) -> int:
 
 
 def open_input(path: Path, fds: Descriptors) -> int:
-    """The file, to be copied from: a job that had its descriptor could open it for writing."""
+    """The file, to be copied from: a job that had its descriptor could open it for writing.
+
+    Of what is no file the end may never come, and who opens a FIFO waits for its writer.
+    """
     try:
-        return fds.own(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+        opened = fds.own(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC))
     except OSError as error:
+        if error.errno in SCARCE:
+            raise
         raise JobError(f"stdin: {path}: {error.strerror}") from None
+    if not stat.S_ISREG(os.fstat(opened).st_mode):
+        raise JobError(f"stdin: {path} is no regular file",
+                       hint="stdin=None, and feed it to Runner.start")  # fmt: skip
+    return opened
 
 
 def open_terminal(terminal: Terminal, pipes: Pipes) -> Pipes:

@@ -288,10 +288,7 @@ class Porter:
         try:
             yield porter
         finally:
-            if self._closed:
-                await self._end(porter)
-                self._turns.release()  # for who waits, to learn it
-            elif porter.owes or porter.process.poll() is not None:
+            if self._closed or porter.owes or porter.process.poll() is not None:
                 await self._end(porter)
             else:
                 self._give_back(porter)
@@ -308,7 +305,9 @@ class Porter:
                     return self._new()
                 continue
             if self._closed:
-                self._turns.release()
+                self._turns.release()  # for the next who waits
+                continue
+            if not self._idle:  # one has ended: there is room for another
                 continue
             porter = self._idle.pop()
             if porter.process.poll() is None:
@@ -326,12 +325,13 @@ class Porter:
 
     async def _end(self, porter: _Process) -> None:
         self._processes.remove(porter)
+        if self._turns.statistics().tasks_waiting:  # there may be no other that he waits for
+            self._turns.release()
         await porter.stop()
 
     async def _stop(self) -> None:
         """All that are idle; one that is not yet ends with its request."""
         while self._idle:
-            self._turns.acquire_nowait()
             await self._end(self._idle.pop())
 
 

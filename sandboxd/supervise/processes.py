@@ -4,11 +4,30 @@ from __future__ import annotations
 
 import os
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import trio
 
+from sandboxd.errors import LaunchError
+from sandboxd.linux.descriptors import SCARCE
+
 PATIENCE = 5.0
 """Seconds a process that has been told to end by closing its socket gets for that."""
+
+
+@contextmanager
+def starting(stage: str, what: str) -> Iterator[None]:
+    """LaunchError for what the kernel refuses meanwhile, or who was started does not live to see.
+
+    Where there are no descriptors left, that is still what is said.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in SCARCE:
+            raise
+        raise LaunchError(stage, 0, error.errno or 0, what) from error
 
 
 async def reap(process: subprocess.Popen[bytes], patience: float = PATIENCE) -> None:

@@ -13,7 +13,7 @@ import trio
 
 from sandboxd.cgroup.leaves import Cgroups, open_cgroups, slots_within
 from sandboxd.compile.load import tighten_artifacts
-from sandboxd.errors import JobError, SandboxError
+from sandboxd.errors import JobError, LaunchError
 from sandboxd.host import Host
 from sandboxd.job import Job, Pipe
 from sandboxd.linux.descriptors import SCARCE, Descriptors, told
@@ -40,6 +40,10 @@ from sandboxd.supervise.supervise import (
     supervise,
 )
 from sandboxd.supervise.undertaker import Undertaker
+from sandboxd.supervise.wound_up import Begun, closed, drained, unforeseen
+
+PATIENCE = 20.0
+"""Seconds in which the runs of other tasks end when the runner is left."""
 
 if TYPE_CHECKING:
     from sandboxd import plan
@@ -87,6 +91,7 @@ class Runner:
         self._closing = trio.CapacityLimiter(2 * slots + 8)
         self._finished = 0
         self._closed = False
+        self._begun = Begun()
         self._undertaker = Undertaker(cgroups.tidy if cgroups else lambda: None)
         self._known = Known(host, cgroups, nursery)
         self._building: builds.Building | None = None
@@ -192,6 +197,7 @@ class Runner:
             try:
                 with one_error():
                     async with trio.open_nursery() as nursery:
+                        self._begun.add(run, nursery.cancel_scope)
                         nursery.start_soon(self._conduct, job, run, pipes, seat)
                         try:
                             yield run
@@ -200,7 +206,10 @@ class Runner:
                             run.kill()
                             nursery.cancel_scope.cancel()
             finally:
-                await run._let_go()
+                try:
+                    await run._let_go()
+                finally:
+                    self._begun.remove(run)
                 if stdin is not None:
                     with trio.CancelScope(shield=True):
                         await stdin.aclose()
@@ -268,7 +277,7 @@ class Runner:
         self, job: Job, run: Hands | None, pipes: Pipes | None = None, seat: Seat | None = None
     ) -> Result:
         if self._closed:
-            raise SandboxError("the runner is closed", hint="use it inside `async with`")
+            raise closed()
         asked = trio.current_time()
         check_place(job)
         token = seat or object()
@@ -278,6 +287,8 @@ class Runner:
         if not await self._take_slot(token, run, policy, lent):
             return self._never_started(job, asked, run, seat)
         try:
+            if self._closed:
+                raise closed()
             queued = trio.current_time() - asked
             attached = lent.enter_context(inputs.held(split.attached)) if lent else None
             kept = self._known.ready(job, attached, seat)
@@ -288,12 +299,11 @@ class Runner:
                     result = await self._in_sandbox(kept, asking, (asked, queued), seat)
             except GivenUp:
                 return self._never_started(job, asked, run, seat)
-            except OSError as error:
-                self._tell_scarce(error)
-                raise
+            except (OSError, LaunchError) as error:
+                raise self._told(error) from error
             finally:
                 kept.home.runs -= 1
-                self._known.used(kept.home)
+                self._known.used(kept)
             self._finished += 1
             kept.runs += 1
             if seat is None:
@@ -307,16 +317,24 @@ class Runner:
     def _make_ahead(self, kept: Kept) -> None:
         if not kept.refilling and self._maker.lacks(kept):
             kept.refilling = True
+            self._known.makes_ahead(kept)
             self._nursery.start_soon(self._maker.refill, kept)
         if self._maker.weighs(kept):
             self._nursery.start_soon(self._maker.weigh, kept)
 
-    def _tell_scarce(self, error: OSError) -> None:
-        """HostError where there were no descriptors; those that are only kept are given up."""
-        if error.errno in SCARCE:
-            if self._cgroups is not None:
-                self._cgroups.shrink()
-            raise told(error, "a run") from error
+    def _told(self, error: OSError | LaunchError) -> Exception:
+        """As the caller is to hear it. Where there were no descriptors, those that are only kept
+        are given up."""
+        if self._closed:
+            return closed()
+        if not isinstance(error, OSError):
+            return error
+        if error.errno not in SCARCE:
+            return unforeseen(error)
+        if self._cgroups is not None:
+            self._cgroups.shrink()
+        self._known.end_ahead()
+        return told(error, "a run")
 
     def _never_started(
         self, job: Job, asked: float, run: Hands | None = None, seat: Seat | None = None
@@ -450,6 +468,15 @@ class Runner:
             conduct.on_start = await asking.lent.enter_async_context(watched)
         return conduct
 
+    async def _end_runs(self) -> None:
+        """Those that are still under way in other tasks, and who waits for a slot."""
+        self._closed = True
+        with trio.CancelScope(shield=True), trio.move_on_after(PATIENCE):
+            await self._begun.end()
+            if self._limiter.borrowed_tokens:
+                await self._known.close()
+                await drained(self._limiter)
+
     async def _close(self) -> None:
         if self._building is not None:
             self._building.close()
@@ -491,5 +518,5 @@ async def open_runner(
                 try:
                     yield runner
                 finally:
-                    runner._closed = True
+                    await runner._end_runs()
                     nursery.cancel_scope.cancel()

@@ -7,7 +7,6 @@ init, and with it the whole PID namespace, is dead.
 
 from __future__ import annotations
 
-import os
 import select
 import signal
 import socket
@@ -85,8 +84,8 @@ class Sandbox(msgspec.Struct):
     def freeze(self) -> None:
         """Stop all of it, init too, until it is thawed or killed; it needs a leaf."""
         if self.leaf is not None and not self.ended:
-            self.frozen = True
             self.leaf.freeze(frozen=True)
+            self.frozen = True
 
     def is_crowded(self) -> bool:
         """Whether it is pinned to CPUs that another run is on, too."""
@@ -112,6 +111,13 @@ class Sandbox(msgspec.Struct):
     def is_served(self) -> bool:
         """Whether a sidecar must live for it to work."""
         return self.area is not None and self.area.is_served
+
+    def is_forsaken(self) -> bool:
+        """Whether what served it has ended: its sidecar, or who carries its packets."""
+        if self.area is not None and self.area.is_lost():
+            return True
+        way_out = self.way_out
+        return way_out is not None and way_out.is_carried and not way_out.is_alive()
 
     async def check_served(self) -> None:
         """LaunchError if its sidecar has failed it."""
@@ -150,15 +156,17 @@ class Sandbox(msgspec.Struct):
         """Kill it and wait: afterwards it is dead, or could not be killed."""
         self.socket.close()
         if self.reported and not self.dead:
-            with trio.CancelScope(shield=True, deadline=trio.current_time() + PATIENCE):
-                await self.wait_dead()
+            await self._wait_gone(PATIENCE)
         if not self.dead:
             self.kill()
-            with trio.CancelScope(shield=True, deadline=trio.current_time() + DEAD_TIMEOUT):
-                try:
-                    await self.wait_dead()
-                except LaunchError:  # it was never born
-                    self.dead = True
+            await self._wait_gone(DEAD_TIMEOUT)
+
+    async def _wait_gone(self, seconds: float) -> None:
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + seconds):
+            try:
+                await self.wait_dead()
+            except LaunchError:  # it was never born, or went with its tenant before we knew of it
+                self.dead = True
 
     async def release(self) -> bool:
         """What it had goes, or goes back, if it is dead."""
@@ -169,8 +177,10 @@ class Sandbox(msgspec.Struct):
                     if sidecar is not None:
                         sidecars.push_async_callback(sidecar.close)
         finally:
-            if self.dead:  # else in D state: nothing it had may be used again
+            if self.dead:
                 self._give_back()
+            elif self.leaf is not None:  # in D state: nothing it had may be used again
+                self.leaf.close()
         return self.dead
 
     def is_gone(self) -> bool:
@@ -184,8 +194,7 @@ class Sandbox(msgspec.Struct):
 
     def _close(self) -> None:
         self.ended = True
-        if self.clone.pidfd >= 0:
-            os.close(self.clone.pidfd)
+        self.clone.let_go()
 
     def _give_back(self) -> None:
         again = self.network_serves_again

@@ -7,6 +7,7 @@ import math
 import trio
 
 from sandboxd.errors import HostError, SandboxError
+from sandboxd.linux.descriptors import told
 from sandboxd.result import Status, Usage
 from sandboxd.supervise import account
 from sandboxd.supervise.sandboxes import PATIENCE, Sandbox
@@ -76,8 +77,13 @@ class Control:
                             hint="`sandboxd doctor` says how to get one delegated")  # fmt: skip
         if self.stops.dead or self.stops.cause is not None:
             raise SandboxError("the run is over", hint="it can be paused while it goes on")
+        try:
+            self._box.freeze()
+            leaf.is_frozen()
+        except OSError as error:
+            self.resume()
+            raise told(error, "pause a run") from error
         self.watcher.pause(trio.current_time())
-        self._box.freeze()
         with trio.move_on_after(FREEZE_TIMEOUT):
             # In a moment: a process that is in an uninterruptible sleep freezes when it wakes.
             while not (  # noqa: ASYNC110  told by POLLPRI alone, which trio does not wait for

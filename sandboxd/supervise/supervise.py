@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Awaitable, Callable, Collection
+from contextlib import suppress
 from typing import TYPE_CHECKING, cast
 
 import msgspec
@@ -326,7 +327,10 @@ async def share_files(run: Conduct, box: Sandbox, image: Image, fds: Descriptors
     if not (run.job.files or run.job.collect):
         return None
     await trio.lowlevel.wait_readable(box.socket)
-    data, received, _, _ = socket.recv_fds(box.socket, len(FILES), 1, socket.MSG_CMSG_CLOEXEC)
+    try:
+        data, received, _, _ = socket.recv_fds(box.socket, len(FILES), 1, socket.MSG_CMSG_CLOEXEC)
+    except ConnectionResetError:  # it was killed before it read what was sent
+        data, received = b"", []
     for fd in received:
         fds.own(fd)
     if data == FILES and not received:
@@ -345,7 +349,8 @@ async def share_files(run: Conduct, box: Sandbox, image: Image, fds: Descriptors
             await budgets.check_room(box.area, run.compiled.policy.limits)
         if giving_up.cancelled_caught:
             raise GivenUp
-        box.socket.send(GO)
+        with suppress(BrokenPipeError, ConnectionResetError):  # its end will be noticed
+            box.socket.send(GO)
     return received[0]
 
 

@@ -14,11 +14,13 @@ from __future__ import annotations
 import os
 import resource
 import select
+import signal
 import socket
 import subprocess
 from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from errno import EMFILE
 from pathlib import Path
 
 import msgspec
@@ -30,7 +32,7 @@ from sandboxd.compile.build import Compiled
 from sandboxd.errors import HostError, LaunchError
 from sandboxd.host import Host
 from sandboxd.linux import memfd
-from sandboxd.linux.descriptors import Descriptors, no_room
+from sandboxd.linux.descriptors import SCARCE, Descriptors, no_room
 from sandboxd.messages import FILES, GO, MAPS, READY, CloneReply, CloneRequest, Failure
 from sandboxd.plan import ExecPlan, IdMap, OpenTree, SetupPlan, Step
 from sandboxd.script import elf
@@ -39,7 +41,7 @@ from sandboxd.script.init import network_image, setup_image
 from sandboxd.script.lower import FIRST_DESCRIPTOR, FIRST_SLOT
 from sandboxd.script.record import Image
 from sandboxd.script.zygote import CLONE_INTO_CGROUP, CLONE_PIDFD, MEMORY, tenant_image
-from sandboxd.supervise.processes import reap
+from sandboxd.supervise.processes import reap, starting
 
 START_TIMEOUT = 30.0
 """Seconds; a tenant takes milliseconds, the executor on a loaded machine a second."""
@@ -79,7 +81,10 @@ class Tenant:
         self._uids: deque[int] = beside._uids if beside else deque(range(first, last))
 
     def user_namespace(self) -> str:
-        """The path of the tenant's user namespace, as long as the tenant lives."""
+        """The path of the tenant's user namespace; LaunchError when the tenant was left, for the
+        pid may be another's then."""
+        if self._closed:
+            raise self._died(0)
         return f"/proc/{self.pid}/ns/user"
 
     # -- what sandboxes borrow
@@ -130,28 +135,32 @@ class Tenant:
         self._lent.clear()
 
     async def _make_network(self) -> int:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        image = network_image(self.host.arch, self.compiled.network)
+        with ours:
+            ours.setblocking(False)
+            with theirs:
+                asked = await self.clone(self.compiled.network, image.content, [theirs.fileno()])
+            try:
+                return await self._receive_network(asked, ours, image)
+            finally:
+                asked.let_go()
+
+    async def _receive_network(self, asked: Clone, ours: socket.socket, image: Image) -> int:
+        pidfd = await asked.wait()
+        await trio.lowlevel.wait_readable(ours)
         with Descriptors() as fds:
-            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-            image = network_image(self.host.arch, self.compiled.network)
-            with ours:
-                with theirs:
-                    made, offered = self.compiled.network, [theirs.fileno()]
-                    asked = await self.clone(made, image.content, offered)
-                with trio.CancelScope(shield=True):  # the answer would come to nobody
-                    pidfd = fds.own(await asked.wait())
-                ours.setblocking(False)
-                await trio.lowlevel.wait_readable(ours)
-                data, received, _, _ = socket.recv_fds(ours, MESSAGE, 1, socket.MSG_CMSG_CLOEXEC)
-                for fd in received:
-                    fds.own(fd)
-                if data == FILES and not received:
-                    raise no_room("a network namespace")
-                if data != FILES or len(received) != 1:
-                    raise failure(data, image, self.compiled.network.steps)
-                await trio.lowlevel.wait_readable(pidfd)
-                if self._closed:
-                    raise self._died(0)
-                return os.dup(received[0])
+            data, received, _, _ = socket.recv_fds(ours, MESSAGE, 1, socket.MSG_CMSG_CLOEXEC)
+            for fd in received:
+                fds.own(fd)
+            if data == FILES and not received:
+                raise no_room("a network namespace")
+            if data != FILES or len(received) != 1:
+                raise failure(data, image, self.compiled.network.steps)
+            await trio.lowlevel.wait_readable(pidfd)
+            if self._closed:
+                raise self._died(0)
+            return os.dup(received[0])
 
     # -- sandboxes
 
@@ -161,6 +170,8 @@ class Tenant:
         The descriptors arrive in the order of `setup.descriptors`. The answer is not waited for:
         a short job is over before anybody has to know its pidfd.
         """
+        if self._closed:
+            raise self._died(0)
         flags = setup.namespaces | CLONE_PIDFD
         cgroup = 0
         if setup.cgroup:
@@ -173,15 +184,25 @@ class Tenant:
                 socket.send_fds(self.control, parts, fds)
             except BlockingIOError:
                 await self._send_later(parts, fds)
-        except OSError as error:
+        except (OSError, trio.ClosedResourceError) as error:
             asked.make_room()
-            raise self._died(error.errno or 0) from None
+            raise self._refused(error) from None
         except BaseException:
             asked.make_room()
             raise
         self.ring()
         self._asked.append(asked)
         return asked
+
+    def _refused(self, error: OSError | trio.ClosedResourceError) -> Exception:
+        """Why it was not asked: it is gone; or it is there, and there is no room for a message."""
+        errno = (error.errno or 0) if isinstance(error, OSError) else 0
+        gone = (BrokenPipeError, ConnectionResetError, trio.ClosedResourceError)
+        if self._closed or isinstance(error, gone):
+            return self._died(errno)
+        if errno in SCARCE:
+            return error
+        return LaunchError("clone", 0, errno, "ask the zygote for a process")
 
     def ring(self) -> None:
         """Wake the zygote, which looks out for a request for a moment."""
@@ -191,6 +212,8 @@ class Tenant:
         """The zygote is behind; only one task may wait for a descriptor."""
         async with self._sending:
             while True:
+                if self._closed:  # while we waited for our turn
+                    raise self._died(0)
                 await trio.lowlevel.wait_writable(self.control)
                 with suppress(BlockingIOError):
                     socket.send_fds(self.control, parts, fds)
@@ -239,6 +262,7 @@ class Tenant:
 
     def abandon(self) -> None:
         """Nobody will be answered any more: say so to who waits, before the socket closes."""
+        self._closed = True
         self._answer_no_more()
         trio.lowlevel.notify_closing(self.control)
 
@@ -283,9 +307,16 @@ class Clone:
         self.error: LaunchError | None = None
         self._flags = flags
         self._place = os.dup(tenant.control.fileno())
+        self._wanted = True
 
     def make_room(self) -> None:
         os.close(self._place)
+
+    def let_go(self) -> None:
+        """Nobody wants it any more; one that comes later is killed."""
+        self._wanted = False
+        if self.pidfd >= 0:
+            os.close(self.pidfd)
 
     @property
     def known(self) -> bool:
@@ -295,8 +326,15 @@ class Clone:
         if result < 0:
             self.error = LaunchError("clone", 0, -result, plan.describe_namespaces(self._flags),
                                      hint=clone_hint(-result))  # fmt: skip
+        elif not received:  # a thread of ours took the place: nobody can end it but the tenant
+            self.tenant.dead = True
+            self.error = LaunchError("clone", 0, EMFILE, "receive the pidfd of a process")
         else:
             self.pidfd = received[0]
+            if not self._wanted:
+                with suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+                os.close(self.pidfd)
 
     async def wait(self) -> int:
         """The pidfd, or LaunchError."""
@@ -360,11 +398,11 @@ async def open_tenant(
         ours.setblocking(False)
         flags = os.EFD_NONBLOCK | os.EFD_CLOEXEC
         doorbell = fds.own(os.eventfd(0, flags))
-        with theirs:
+        with theirs, starting("tenant", "start it"):
             process = start(image, theirs.fileno(), doorbell, host, beside)
         tenant = Tenant(compiled, host, ours, doorbell, process.pid, beside)
         try:
-            with trio.fail_after(START_TIMEOUT):
+            with trio.fail_after(START_TIMEOUT), starting("tenant", "set it up"):
                 await _boot(tenant, image, cgroups)
             yield tenant
         except trio.TooSlowError:

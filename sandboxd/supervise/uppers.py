@@ -15,7 +15,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -44,10 +44,12 @@ def own_place() -> Path:
 class Uppers:
     """The directories of one runner. Made by open_uppers()."""
 
-    def __init__(self, folder: Path, porter: Porter) -> None:
+    def __init__(self, folder: Path, lock: int, porter: Porter) -> None:
         self.porter = porter
         self._folder = folder
+        self._lock = lock
         self._made = 0
+        self._closed = False
 
     def make(self, ids: IdMap, limits: Limits) -> Path:
         """An empty directory that belongs to the root of the tenant; HostError without room."""
@@ -67,6 +69,25 @@ class Uppers:
         except OSError as error:
             raise unusable(path, error) from error
         return path
+
+    def hand_over(self, path: Path) -> Callable[[Callable[[], Awaitable[Porter]]], Awaitable[None]]:
+        """What removes one that outlives its sandbox, and perhaps these: with a porter of the next
+        tenant then. It is nobody else's to remove meanwhile, for the lock is held."""
+        lock = os.dup(self._lock)
+
+        async def remove_later(porter: Callable[[], Awaitable[Porter]]) -> None:
+            try:
+                if not self._closed:
+                    await self.remove(path)
+                    return
+                with suppress(OSError, SandboxError):
+                    await remove(path, await porter())
+            finally:
+                os.close(lock)
+            with suppress(OSError, SandboxError):  # the last one, if nobody else reads
+                await _sweep_one(self._folder, await porter())
+
+        return remove_later
 
     async def remove(self, path: Path) -> None:
         """What cannot be removed now is left to the next runner."""
@@ -99,10 +120,12 @@ async def remove(path: Path, porter: Porter) -> None:
 async def open_uppers(porter: Porter, ids: IdMap) -> AsyncIterator[Uppers]:
     """A place for a runner's directories; what dead runners left goes first."""
     folder, lock = _make(own_place(), ids)
+    found = Uppers(folder, lock, porter)
     try:
         await sweep(folder.parent, porter)
-        yield Uppers(folder, porter)
+        yield found
     finally:
+        found._closed = True
         os.close(lock)
         with trio.CancelScope(shield=True):
             await _sweep_one(folder, porter)

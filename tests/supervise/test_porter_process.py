@@ -216,6 +216,59 @@ async def test_a_long_request_is_not_in_the_way(tenant: Tenant) -> None:
 
 
 @pytest.mark.needs("subuid")
+async def test_all_are_given_up_while_somebody_waits(tenant: Tenant) -> None:
+    """Each given up costs its process: who waits for one of them gets another."""
+    async with (
+        open_porter(tenant.namespace) as porter,
+        trio.open_nursery() as nursery,
+        trio.open_nursery() as given_up,
+    ):
+        async with stopped(porter, tenant):
+            for number in range(1, PROCESSES + 1):
+                given_up.start_soon(porter.collect, tenant.box, ["again"])
+                while len(porter._processes) < number or porter._idle:  # noqa: ASYNC110
+                    await trio.sleep(0.001)
+                os.kill(porter._processes[-1].process.pid, signal.SIGSTOP)
+        for _ in range(PROCESSES + 2):
+            nursery.start_soon(goes_well, porter, tenant)
+        await trio.testing.wait_all_tasks_blocked()
+        given_up.cancel_scope.cancel()
+
+
+@pytest.mark.needs("subuid")
+async def test_left_when_it_was_somebodys_turn(tenant: Tenant) -> None:
+    """One has become free for him, and he has not yet come to take it."""
+    tenant.run("open('large', 'wb').write(bytes(100_000))")
+    sinks = [Slow() for _ in range(PROCESSES)]
+    refused: list[str] = []
+
+    async def comes_too_late() -> None:
+        with pytest.raises(LaunchError) as caught:
+            await porter.collect(tenant.box, ["large"])
+        refused.append(caught.value.stage)
+
+    async def go_on(sink: Slow) -> None:
+        while not sink.asked:  # noqa: ASYNC110
+            await trio.sleep(0.01)
+        nursery.start_soon(comes_too_late)
+        await trio.testing.wait_all_tasks_blocked()
+        sink.go.set()
+
+    async with trio.open_nursery() as nursery:
+        async with open_porter(tenant.namespace) as porter:
+            *others, ours = sinks
+            for sink in others:
+                nursery.start_soon(porter.collect, tenant.box, ["large"], DEFAULT, sink)
+                while not sink.asked:  # noqa: ASYNC110
+                    await trio.sleep(0.01)
+            nursery.start_soon(go_on, ours)
+            await porter.collect(tenant.box, ["large"], DEFAULT, ours)
+        for sink in others:
+            sink.go.set()
+    assert refused == ["porter"]
+
+
+@pytest.mark.needs("subuid")
 async def test_left_while_it_is_asked(tenant: Tenant) -> None:
     """Who has it gets the answer, who waits for his turn learns that there is none any more."""
     tenant.run("open('large', 'wb').write(bytes(100_000))")

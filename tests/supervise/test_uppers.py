@@ -21,7 +21,7 @@ from sandboxd.supervise import uppers
 from sandboxd.supervise.runner import open_runner
 from tests.supervise.overlays import DRIVERS, PRELUDE, PYTHON, lower
 from tests.supervise.overlays import policy as overlay_policy
-from tests.supervise.test_lifecycle import all_end, descendants
+from tests.supervise.test_lifecycle import all_end, children, descendants
 from tests.supervise.variants import hosts, policy, without
 
 pytestmark = pytest.mark.needs("userns")
@@ -88,6 +88,35 @@ async def test_collected_files_outlive_the_sandbox(spares: int, read: bool, plac
                 async for _ in run.events:
                     pass
                 raise KeyError
+
+
+@hosts("nothing", "subuid")
+@pytest.mark.parametrize("how", ["retired", "killed"])
+async def test_collected_files_outlive_the_tenant(host: str, how: str, place: Path) -> None:
+    """Whose other directories go with it; this one when it has been read."""
+    job = Job(
+        argv=["sh", "-c", "echo one > /box/a; head -c 3M /dev/zero > /box/b"],
+        policy=policy(LIMITS, DIRECTORY), collect=["*"], collect_to="stream",
+    )  # fmt: skip
+    async with open_runner(host=without(host), slots=1) as runner:
+        async with runner.start(job) as run:
+            async for _ in run.events:
+                pass
+            assert (await run.wait()).ok
+            (home,) = runner._known.homes
+            if how == "retired":
+                await home.retire()
+            else:
+                assert home.living is not None
+                (zygote,) = children(home.living.pid)
+                with all_end([zygote]):
+                    os.kill(zygote, signal.SIGKILL)
+                assert (await runner.run(Job(argv=["true"], policy=job.policy))).ok
+            found = {one.record.path: len([part async for part in one])
+                     async for one in run.artifacts()}  # fmt: skip
+            assert found == {"a": 1, "b": 3}
+        assert (await runner.run(Job(argv=["true"], policy=job.policy))).ok
+        assert len(os.listdir(place)) == 1, "of the tenant that there is now"
 
 
 @pytest.mark.parametrize("driver", ["kernel", "none"])
