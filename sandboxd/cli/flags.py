@@ -16,13 +16,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from sandboxd.cli import inputs, mounts, subtree, users
+from sandboxd.cli import inputs, mounts, networks, subtree, users
 from sandboxd.cli.quantities import count, cpus, or_unlimited, size, time
 from sandboxd.errors import JobError
 
 if TYPE_CHECKING:  # nothing of it is needed where a daemon does the work
     from sandboxd.job import Job
-    from sandboxd.policy import Mount, Network, Policy, Root, Section
+    from sandboxd.policy import Mount, Policy, Root, Section
 
 Table = TypeVar("Table", bound="Section")
 
@@ -178,18 +178,7 @@ def _add_surroundings(group: argparse._ArgumentGroup) -> None:
         help="the ids seen inside; `caller` or `isolated`: whose they are outside",
     )  # fmt: skip
     group.add_argument("--hostname", type=_hostname, metavar="NAME", help="the host name inside")
-    group.add_argument(
-        "--network", type=_network, metavar="none|user",
-        help="none: loopback and nothing else; user: a way out, to what is allowed",
-    )  # fmt: skip
-    group.add_argument(
-        "--allow", action="append", default=[], metavar="WHO:PORT",
-        help="who may be reached: NAME, *.NAME, ADDRESS[/BITS] or *; --network user with it",
-    )  # fmt: skip
-    group.add_argument(
-        "--publish", action="append", default=[], metavar="[ADDRESS:]PORT:INSIDE[/udp]",
-        help="a port of this machine that leads inside; at 127.0.0.1 if nothing is said",
-    )  # fmt: skip
+    networks.add(group)
 
 
 def _job_name(text: str) -> str:
@@ -202,35 +191,6 @@ def _hostname(text: str) -> str:
     if not _HOSTNAME.fullmatch(text):
         raise argparse.ArgumentTypeError(f"{text!r}: up to 63 letters, digits, dots and hyphens")
     return text
-
-
-def _network(text: str) -> str:
-    if text not in ("none", "user"):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither `none` nor `user`")
-    return text
-
-
-def _way_out(args: argparse.Namespace, base: Network) -> tuple[dict[str, Network], dict[str, str]]:
-    """A [network] that differs; what is allowed comes on top of the policy's."""
-    wanted: dict[str, Any] = {
-        key: (*getattr(base, key), *getattr(args, key))
-        for key in ("allow", "publish")
-        if getattr(args, key)
-    }
-    if wanted and args.network == "none":
-        raise JobError("--network none lets nobody be reached", hint="leave --network out")
-    mode = "user" if wanted else args.network
-    if mode is not None and mode != base.mode:
-        wanted["mode"] = mode
-    if not wanted:
-        return {}, {}
-    from sandboxd.compile.egress import problems
-
-    network = _changed(base, **wanted)
-    if found := problems(network):
-        raise found[0]
-    flags = {key: "--network" if key == "mode" else f"--{key}" for key in wanted}
-    return {"network": network}, {f"network.{key}": flag for key, flag in flags.items()}
 
 
 def _ulimit(text: str) -> tuple[str, float | None]:
@@ -295,7 +255,7 @@ def policy(args: argparse.Namespace, base: Policy) -> Policy:
     if identity := users.identity(args, base, changes.get("root", base.root)):
         changes["identity"] = _changed(base.identity, **identity)
         origins |= {f"identity.{key}": users.flag(args, key) for key in identity}
-    network, flags = _way_out(args, base.network)
+    network, flags = networks.changed(args, base.network)
     changes |= network
     origins |= flags
     if not changes:
@@ -321,6 +281,7 @@ def policy_flags(args: argparse.Namespace) -> dict[str, Any]:
         "--network": args.network,
         "--allow": args.allow,
         "--publish": args.publish,
+        "--network-connections, --network-bytes, --network-rate": networks.caps(args),
     }
     return {flag: value for flag, value in given.items() if value}
 

@@ -94,7 +94,8 @@ def never_started(asked: float, why: str = "") -> tuple[Observed, tuple[float, f
 def make(job: Job, kept: Kind, seen: Observed, host: Host, waited: tuple[float, float]) -> Result:
     """The whole record of one run. `waited`: when it was asked for, and for how long it queued."""
     asked, queued = waited
-    words = classify(seen.facts, kept.compiled.policy.limits)
+    policy = kept.compiled.policy
+    words = classify(seen.facts, policy.limits, policy.network)
     now, clock = time.time(), trio.current_time()
     return Result(
         job=job.id or new_id(),
@@ -111,11 +112,7 @@ def make(job: Job, kept: Kind, seen: Observed, host: Host, waited: tuple[float, 
         streams={name: capture.output() for name, capture in seen.captures.items()},
         limits=words.limits,
         violations=(
-            *(
-                violations(seen.facts, kept.compiled.policy)
-                if "syscall_denied" in words.causes
-                else ()
-            ),
+            *(violations(seen.facts, policy) if "syscall_denied" in words.causes else ()),
             *seen.refused,
         ),
         artifacts=seen.artifacts,

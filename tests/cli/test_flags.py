@@ -149,6 +149,8 @@ def test_what_flags_did_not_set_keeps_its_origin() -> None:
         (["--ulimit", "core=0"], "is not NAME=N, NAME being as, cpu, fsize, nofile, nproc, stack"),
         (["--ulimit", "nofile=5:9"], "soft and hard differ, and sandboxd has one value: write"),
         (["--network", "host"], "argument --network: 'host' is neither `none` nor `user`"),
+        (["--network-connections", "1000001"], "'1000001' is not a number from 1 to 1000000"),
+        (["--network-rate", "1000"], "argument --network-rate: '1000' is not from 1K to 8G"),
         (["--hostname", "-x"], "argument --hostname"),
         (["--hostname", "a b"], "letters, digits, dots and hyphens"),
         (["--name", "a/b"], "argument --name: 'a/b': letters, digits"),
@@ -420,12 +422,24 @@ def test_who_may_be_reached() -> None:
         (("--allow", "a.example"), "network.allow[0]: 'a.example' says no port"),
         (("--publish", "80"), "network.publish[0]: '80' is not [ADDRESS:]PORT:PORT_INSIDE"),
         (("--network", "none", "--allow", "*"), "--network none lets nobody be reached"),
+        (("--network-bytes", "1M"), "--network-bytes without a way out"),
+        (("--network", "none", "--network-rate", "1M"), "--network-rate without a way out"),
     ],
 )
 def test_who_cannot_be_meant(words: tuple[str, ...], said: str) -> None:
     with pytest.raises(SandboxError) as caught:
         policy_of(*words)
     assert said in str(caught.value)
+
+
+def test_how_much_may_go_out() -> None:
+    base = Policy(network=Network(mode="user", connections=5, bytes=100))
+    words = ("--network-connections", "9", "--network-bytes", "unlimited", "--network-rate", "1M")
+    found = policy_of(*words, base=base)
+    assert found.network == Network(mode="user", connections=9, bytes=None, rate=1 << 20)
+    assert found.origin("network.rate") == "command line: --network-rate"
+    alone = policy_of("--allow", "*:443", "--network-bytes", "1M")
+    assert alone.network == Network(mode="user", allow=("*:443",), bytes=1 << 20)
 
 
 def test_the_rest_of_a_policy_stays() -> None:
