@@ -7,12 +7,14 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from sandboxd.compile import bridge, netlink, nftables
+from sandboxd.compile.carrying import INTERFACE
 from sandboxd.compile.egress import Caps
 from sandboxd.compile.egress import parse as parse_allowed
 from sandboxd.plan import IdMap
@@ -71,9 +73,11 @@ def attempt(
     tools: Tools,
     cgroup: str | None = None,
     place: Callable[[int], None] = lambda _: None,
+    carriers: Mapping[str, Sequence[str]] = MappingProxyType({}),
 ) -> dict[str, Outcome]:
     """One outcome a trial, whatever happens to the prober.
 
+    `carriers`: the argv of each kind that is to be tried.
     `place` gets its pid before it has anything to do, and may move it into another cgroup.
     """
     names = tuple(trials)
@@ -85,6 +89,8 @@ def attempt(
         "cgroup": cgroup,
         "bridge": [message.hex() for message in bridge.trial()],
         "namespace": bridge.TRIAL_NAMESPACE,
+        "carriers": dict(carriers),
+        "interface": INTERFACE,
         **_network(),
     }
     try:
