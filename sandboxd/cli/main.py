@@ -15,10 +15,17 @@ import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import NoReturn, TypeAlias
+from typing import Any, NoReturn, TypeAlias
 
 from sandboxd.cli import exitcodes
-from sandboxd.errors import ImageError, JobError, PolicyError, PolicyErrors, SandboxError
+from sandboxd.errors import (
+    ImageError,
+    InternalError,
+    JobError,
+    PolicyError,
+    PolicyErrors,
+    SandboxError,
+)
 
 COMMANDS: Mapping[str, str] = MappingProxyType(
     {
@@ -125,8 +132,9 @@ def main(argv: Sequence[str]) -> int:
         # Names may be any bytes and a terminal may know ASCII only: neither is a reason to fail.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    asked = argparse.Namespace()
     try:
-        status = _main(argv, name)
+        status = _main(argv, name, asked)
         sys.stdout.flush()
     except KeyboardInterrupt:
         status = exitcodes.SIGNAL + 2
@@ -135,17 +143,18 @@ def main(argv: Sequence[str]) -> int:
     except BaseException as error:
         if isinstance(error, SystemExit):
             raise
-        status = _failed(name, error)
+        status = _failed(name, error, asked)
     return status
 
 
-def _main(argv: Sequence[str], name: str | None) -> int:
+def _main(argv: Sequence[str], name: str | None, asked: argparse.Namespace) -> int:
+    """`asked` is filled in, so that whoever says what went wrong knows what was asked for."""
     if name is not None and name not in COMMANDS:
         return _usage(f"no such command: {name}", _nearest(name, COMMANDS))
     parser, commands = command_parser(name)
     if name is None and (wrong := [word for word in argv if word not in _flags(parser)]):
         return _unknown_flag(parser, "", wrong[0])
-    args, unknown = parser.parse_known_args(argv)
+    args, unknown = parser.parse_known_args(argv, asked)
     if unknown and name is not None:
         return _unknown_flag(*_deepest(commands, argv, []), unknown[0])
     status: int = args.func(args)
@@ -193,7 +202,7 @@ def _nearest(word: str, known: Mapping[str, str] | Sequence[str]) -> str:
     return f"did you mean {found[0]}?" if found else ""
 
 
-def _failed(name: str | None, error: BaseException) -> int:
+def _failed(name: str | None, error: BaseException, asked: argparse.Namespace) -> int:
     """Says what sandboxd could not do; anything but a SandboxError is a bug of ours."""
     found = first_error(error)
     if isinstance(found, KeyboardInterrupt):
@@ -205,11 +214,35 @@ def _failed(name: str | None, error: BaseException) -> int:
 
         traceback.print_exception(error)
         say("this is a bug in sandboxd: please report it with the lines above")
+        _say_json(name, bug(found), asked)
         return exitcodes.SANDBOXD_FAILED
     complain(found)
+    _say_json(name, found, asked)
     own_fault = isinstance(found, PolicyError | JobError | ImageError)
     runs = name in ("run", "build", "group")
     return exitcodes.FAILED if own_fault and not runs else exitcodes.SANDBOXD_FAILED
+
+
+def bug(error: BaseException) -> InternalError:
+    """What an exception that nobody meant is called where there is no traceback."""
+    return InternalError(f"{type(error).__name__}: {error}", hint="this is a bug: please report it")
+
+
+def _say_json(name: str | None, error: SandboxError, asked: argparse.Namespace) -> None:
+    """Who wants JSON gets some in this ending, too; `run` has a record of its own for it."""
+    if name != "run" and getattr(asked, "json", None):
+        from sandboxd.result import error_json
+
+        say_json(error_json(error))
+
+
+def say_json(error: Mapping[str, Any]) -> None:
+    """Why there is nothing else, on stdout."""
+    import json
+
+    with contextlib.suppress(OSError, ValueError):
+        print(json.dumps({"schema": "sandboxd.error/1", "status": "error", "error": error}))
+        sys.stdout.flush()
 
 
 def first_error(error: BaseException) -> BaseException:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from sandboxd.cli import attach, away, committing, exitcodes, flags, inputs, remote
 from sandboxd.cli.attach import STDERR, STDOUT, Ending, Output
-from sandboxd.cli.main import complain, first_error, say
+from sandboxd.cli.main import bug, complain, first_error, say
 from sandboxd.cli.quantities import size, time
 from sandboxd.errors import JobError, SandboxError
 
@@ -124,10 +124,11 @@ def run(args: argparse.Namespace) -> int:
         return _run(args)
     except Exception as error:
         found = first_error(error)
-        if isinstance(found, SandboxError):
+        if not isinstance(found, KeyboardInterrupt | BrokenPipeError):
             from sandboxd.result import failure_json
 
-            _deliver(args, failure_json(found))
+            said = found if isinstance(found, SandboxError) else bug(found)
+            _deliver(args, failure_json(said))
         raise
 
 

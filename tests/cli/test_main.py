@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import os
 import subprocess
 import sys
@@ -133,12 +134,42 @@ def test_errors(
         assert said in capfd.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("error", "kind", "said"),
+    [
+        (JobError("bad", hint="better"), "job", "bad"),
+        (PolicyError("a.toml: x", "bad"), "policy", "a.toml: x: bad"),
+        (ExceptionGroup("g", [HostError("x", "lacks x")]), "host", "lacks x"),
+        (ZeroDivisionError("x"), "internal", "ZeroDivisionError: x"),
+    ],
+)
+def test_errors_as_json(
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    error: Exception,
+    kind: str,
+    said: str,
+) -> None:
+    def fail(_: argparse.Namespace) -> int:
+        raise error
+
+    monkeypatch.setitem(sys.modules, "sandboxd.cli.plan", pretended("plan", fail))
+    assert main.main(["plan", "--json"]) != 0
+    record = json.loads(capfd.readouterr().out)
+    assert (record["schema"], record["status"]) == ("sandboxd.error/1", "error")
+    assert (record["error"]["kind"], record["error"]["message"]) == (kind, said)
+    main.main(["plan"])
+    assert capfd.readouterr().out == ""
+
+
 def pretended(name: str, func: Callable[[argparse.Namespace], int]) -> ModuleType:
     """A module of a command that does this."""
     module = ModuleType(name)
 
     def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-        commands.add_parser(name).set_defaults(func=func)
+        parser = commands.add_parser(name)
+        parser.add_argument("--json", action="store_true")
+        parser.set_defaults(func=func)
 
     module.register = register  # type: ignore[attr-defined]
     return module
