@@ -84,9 +84,12 @@ def main(args: argparse.Namespace) -> int:
     try:
         package = problem.load(args.problem)
         package = package.with_limits(time=args.time_limit, memory=args.memory)
-        submissions = [_read(path, package, args.language) for path in args.submissions]
     except ProblemError as error:
         return _unreadable(args, str(error.args[0]), error.hint)
+    except OSError as error:
+        return _unreadable(args, f"{error.filename}: {error.strerror}", "")
+    try:
+        submissions = [_read(path, package, args.language) for path in args.submissions]
     except OSError as error:
         hint = "a submission is a source file, or a directory of them"
         return _unreadable(args, f"{error.filename}: {error.strerror}", hint)
