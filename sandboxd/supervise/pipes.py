@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import termios
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -58,6 +59,8 @@ def open_stdin(job: Job, pipes: Pipes) -> int:
         return fds.own(memfd.sealed(job.stdin))
     if isinstance(job.stdin, Path):
         source = open_input(job.stdin, fds)
+        if not stat.S_ISREG(os.fstat(source).st_mode):
+            return source  # /dev/null
         if os.fstat(source).st_size <= LARGE_STDIN:
             return fds.own(memfd.sealed_copy(source))
         pipes.source = source
@@ -70,10 +73,15 @@ def open_stdin(job: Job, pipes: Pipes) -> int:
 
 def open_input(path: Path, fds: Descriptors) -> int:
     """The file, to be copied from: a job that had its descriptor could open it for writing."""
-    try:
-        return fds.own(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+    try:  # not to wait for who writes to a pipe, nor to be a terminal's session
+        source = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     except OSError as error:
         raise JobError(f"stdin: {path}: {error.strerror}") from None
+    found = os.fstat(fds.own(source))
+    if not stat.S_ISREG(found.st_mode) and found.st_rdev != os.stat(os.devnull).st_rdev:
+        raise JobError(f"stdin: {path}: not an ordinary file",
+                       hint="a pipe is passed on by -i, in Python by stdin=None")  # fmt: skip
+    return source
 
 
 def open_terminal(terminal: Terminal, pipes: Pipes) -> Pipes:

@@ -11,6 +11,7 @@ sleeps takes its time to wake, so who knows that it will ask rings before it has
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import select
@@ -30,9 +31,9 @@ from sandboxd.compile.build import Compiled
 from sandboxd.errors import HostError, LaunchError
 from sandboxd.host import Host
 from sandboxd.linux import memfd
-from sandboxd.linux.descriptors import Descriptors, no_room
+from sandboxd.linux.descriptors import SCARCE, Descriptors, no_room
 from sandboxd.messages import FILES, GO, MAPS, READY, CloneReply, CloneRequest, Failure
-from sandboxd.plan import ExecPlan, IdMap, OpenTree, SetupPlan, Step
+from sandboxd.plan import ExecPlan, IdMap, OpenTree, SetLimit, SetupPlan, Step, Tmpfs
 from sandboxd.script import elf
 from sandboxd.script.command import command
 from sandboxd.script.init import network_image, setup_image
@@ -340,7 +341,18 @@ def failure(data: bytes, image: Image, steps: tuple[Step, ...]) -> LaunchError:
     if tag < 0:
         return LaunchError("init", 0, failed.errno, f"system call {failed.nr}")
     step = steps[tag]
-    return LaunchError(step.stage, tag, failed.errno, step.describe(), hint=step.why)
+    hint = _too_low(failed.errno, steps) or step.why
+    return LaunchError(step.stage, tag, failed.errno, step.describe(), hint=hint)
+
+
+def _too_low(number: int, steps: tuple[Step, ...]) -> str:
+    """The limit of the policy's that a sandbox itself does not fit into."""
+    for step in steps:
+        if number == errno.EMFILE and isinstance(step, SetLimit) and step.resource == "NOFILE":
+            return f"{step.why} is too low for a sandbox itself"
+        if number == errno.ENOSPC and isinstance(step, Tmpfs):
+            return f"{step.why}, or limits.inodes, is too low for a sandbox itself"
+    return ""
 
 
 # -- starting one ----------------------------------------------------------------------------
@@ -362,7 +374,13 @@ async def open_tenant(
         flags = os.EFD_NONBLOCK | os.EFD_CLOEXEC
         doorbell = fds.own(os.eventfd(0, flags))
         with theirs:
-            process = start(image, theirs.fileno(), doorbell, host, beside)
+            try:
+                process = start(image, theirs.fileno(), doorbell, host, beside)
+            except OSError as error:
+                if error.errno in SCARCE:
+                    raise  # whoever wants the tenant says so
+                raise LaunchError("tenant", 0, error.errno or 0, "start its zygote",
+                                  hint="a limit of ours (ulimit -a)?") from None  # fmt: skip
         tenant = Tenant(compiled, host, ours, doorbell, process.pid, beside)
         try:
             with trio.fail_after(START_TIMEOUT):
