@@ -212,6 +212,11 @@ def _ulimit(text: str) -> tuple[str, float | None]:
 # -- the policy ------------------------------------------------------------------------------
 
 
+def policy_name(args: argparse.Namespace, default: str = "base") -> str:
+    """What -p says; an empty one, as of a variable that is not set, is no policy's name."""
+    return default if args.policy is None else args.policy
+
+
 def described(args: argparse.Namespace) -> tuple[Policy, Job | None]:
     """The policy that flags change, and the job that a bundle describes."""
     from sandboxd.supervise.policies import find
@@ -219,7 +224,7 @@ def described(args: argparse.Namespace) -> tuple[Policy, Job | None]:
     if args.bundle is None:
         if args.strict:
             raise JobError("--strict without --bundle", hint="it is about bundles")
-        return find(args.policy or "base"), None
+        return find(policy_name(args)), None
     if args.image is not None:
         raise JobError("--bundle and --image exclude each other", hint="a bundle has its own root")
     from sandboxd.supervise.bundles import POLICY, Instead, load_bundle
@@ -230,7 +235,7 @@ def described(args: argparse.Namespace) -> tuple[Policy, Job | None]:
         places={mount.target for mount in args.mounts},
         terminal=args.tty or os.isatty(0),
     )
-    job = load_bundle(args.bundle, args.policy or POLICY, strict=args.strict, instead=instead)
+    job = load_bundle(args.bundle, policy_name(args, POLICY), strict=args.strict, instead=instead)
     assert not isinstance(job.policy, str)
     return job.policy, job
 
@@ -349,6 +354,9 @@ def _root(text: str) -> str:
     if text == "host":
         return text
     path = mounts.source(text)
+    if path == "/":
+        raise JobError("--root /: a root cannot be the one we are in",
+                       hint="`host` is the machine's own /usr")  # fmt: skip
     if not os.path.isdir(path):
         raise JobError(f"--root {text}: no such directory", hint="`host` is the machine's own /usr")
     return path

@@ -209,6 +209,7 @@ def _failed(name: str | None, error: BaseException, asked: argparse.Namespace) -
         return exitcodes.SIGNAL + 2
     if isinstance(found, BrokenPipeError):
         return _broken_pipe()
+    found = _ours(found)
     if not isinstance(found, SandboxError):
         import traceback
 
@@ -221,6 +222,28 @@ def _failed(name: str | None, error: BaseException, asked: argparse.Namespace) -
     own_fault = isinstance(found, PolicyError | JobError | ImageError)
     runs = name in ("run", "build", "group")
     return exitcodes.FAILED if own_fault and not runs else exitcodes.SANDBOXD_FAILED
+
+
+def _ours(error: BaseException) -> BaseException:
+    """An OSError of which it is known what it means to who typed the command."""
+    if isinstance(error, OSError):
+        try:
+            sys.stdout.flush()  # what could not be written is still there
+        except OSError as why:
+            return unwritten(why)
+        except ValueError:
+            pass
+    if isinstance(error, FileNotFoundError) and error.filename is None:
+        try:
+            os.getcwd()
+        except FileNotFoundError:
+            return JobError("the directory that this is typed in is gone", hint="cd to another")
+    return error
+
+
+def unwritten(error: OSError) -> SandboxError:
+    """stdout is on a full disk, or the like."""
+    return SandboxError(f"output cannot be written: {error.strerror}")
 
 
 def bug(error: BaseException) -> InternalError:

@@ -160,6 +160,7 @@ def test_what_flags_did_not_set_keeps_its_origin() -> None:
         (["-v", "a:b"], "'b' is no place in the sandbox: it must be absolute"),
         (["-v", "a:/b/../c"], "it must be absolute and without .., e.g. /box/c"),
         (["-v", "a:/"], "nothing can be mounted on /"),
+        (["--tmpfs", "/dev"], "nothing can be mounted on /dev"),
         (["-v", "a:/proc/sys"], "nothing can be mounted on /proc/sys"),
         (["-v", "a:/b:shared"], "no such option of a mount: shared (there are:"),
         (["-v", "./\udcff:/b"], "is not UTF-8: name it through a link"),
@@ -335,7 +336,12 @@ def test_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("content", "said"),
-    [(b"A=1\n=2\n", ":2: no variable"), (b"A=\0\n", ":1: no variable"), (b"=\n", ":1: no")],
+    [
+        (b"A=1\n=2\n", ":2: no variable"),
+        (b"A=\0\n", ":1: no variable"),
+        (b"=\n", ":1: no"),
+        (b"export A=1\n", ":1: no variable"),
+    ],
 )
 def test_environment_file_that_is_wrong(tmp_path: Path, content: bytes, said: str) -> None:
     listed = tmp_path / "env"

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -185,6 +186,28 @@ def test_a_reader_who_went_away() -> None:
     finally:
         os.close(writer)
     assert done.stderr == b""
+
+
+def test_a_full_disk() -> None:
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            [*SANDBOXD, "policy", "list"], stdout=full, stderr=subprocess.PIPE, check=False
+        )
+    assert done.returncode == 125
+    assert done.stderr == b"sandboxd: output cannot be written: No space left on device\n"
+
+
+def test_a_directory_that_is_gone(tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
+    script = 'cd "$0"; rmdir "$0"; exec "$@" run -v ./x:/x true'
+    done = subprocess.run(
+        ["/bin/sh", "-c", script, str(tmp_path / "here"), *SANDBOXD],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 125
+    assert done.stderr.endswith(
+        "sandboxd: the directory that this is typed in is gone\nsandboxd:   cd to another\n"
+    )
 
 
 def test_descriptors_that_are_closed() -> None:
