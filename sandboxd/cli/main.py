@@ -112,9 +112,38 @@ def command_parser(chosen: str | None = None) -> tuple[argparse.ArgumentParser, 
     return parser, commands
 
 
+class _UnwrittenError(OSError):
+    """What stdout could not take."""
+
+
+class _Stdout(io.FileIO):
+    """Descriptor 1, whose errors can be told from those of other files."""
+
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise _UnwrittenError(error.errno, error.strerror) from None
+
+
+def _own_stdout() -> None:
+    """print() through _Stdout; as it was in all else."""
+    old = sys.stdout
+    if isinstance(old, io.TextIOWrapper):
+        old.flush()
+        sys.stdout = io.TextIOWrapper(
+            io.BufferedWriter(_Stdout(1, "w", closefd=False)),
+            encoding=old.encoding, errors=old.errors, line_buffering=old.line_buffering,
+            write_through=old.write_through,
+        )  # fmt: skip
+
+
 def entry() -> NoReturn:
     """The console script."""
     _open_standard_descriptors()
+    _own_stdout()
     try:
         status: object = main(sys.argv[1:])
     except SystemExit as error:  # argparse's: it has said all there is to say
@@ -226,13 +255,8 @@ def _failed(name: str | None, error: BaseException, asked: argparse.Namespace) -
 
 def _ours(error: BaseException) -> BaseException:
     """An OSError of which it is known what it means to who typed the command."""
-    if isinstance(error, OSError):
-        try:
-            sys.stdout.flush()  # what could not be written is still there
-        except OSError as why:
-            return unwritten(why)
-        except ValueError:
-            pass
+    if isinstance(error, _UnwrittenError):
+        return unwritten(error)
     if isinstance(error, FileNotFoundError) and error.filename is None:
         try:
             os.getcwd()

@@ -188,10 +188,12 @@ def test_a_reader_who_went_away() -> None:
     assert done.stderr == b""
 
 
-def test_a_full_disk() -> None:
+@pytest.mark.parametrize("words", [["list"], ["explain", "base"], ["schema"]])
+def test_a_full_disk(words: list[str]) -> None:
+    """What fits into a buffer, and what does not."""
     with open("/dev/full", "wb") as full:
         done = subprocess.run(
-            [*SANDBOXD, "policy", "list"], stdout=full, stderr=subprocess.PIPE, check=False
+            [*SANDBOXD, "policy", *words], stdout=full, stderr=subprocess.PIPE, check=False
         )
     assert done.returncode == 125
     assert done.stderr == b"sandboxd: output cannot be written: No space left on device\n"
