@@ -145,11 +145,12 @@ ready() { # LIST: the packages and the environment are there
     if [ "$uid" = 0 ]; then
         cache=/var/cache/sandboxd-dev
     else
+        HOME=${HOME:-$(getent passwd "$uid" | cut -d: -f6)}
         cache=${XDG_CACHE_HOME:-$HOME/.cache}/sandboxd-dev
     fi
     mask=$(umask)
     umask 022
-    [ -d "$cache" ] || mkdir -p "$cache"
+    [ -d "$cache" ] || mkdir -p "$cache" || { say 'XDG_CACHE_HOME=DIR names another place'; exit 3; }
     if [ -z "${PIP_CERT:-}" ] && [ -r /etc/ssl/certs/ca-certificates.crt ]; then
         export PIP_CERT=/etc/ssl/certs/ca-certificates.crt # knows the company's own authorities
     fi

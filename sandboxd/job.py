@@ -145,7 +145,7 @@ class Job:
             name = os.fsencode(key)
             if not name or b"=" in name or b"\0" in name or b"\0" in os.fsencode(value):
                 raise JobError(
-                    f"env[{name!r}] cannot be set",
+                    f"env[{os.fsdecode(name)!r}] cannot be set",
                     hint="names are not empty, have no = or NUL",
                 )
         if self.cwd is not None and b"\0" in os.fsencode(self.cwd):
@@ -199,6 +199,6 @@ def check_inside(name: bytes) -> None:
     parts = name.split(b"/")
     if not name or name.startswith(b"/") or b"\0" in name or ".." in map(os.fsdecode, parts):
         raise JobError(
-            f"files[{name!r}] is not below the working directory",
+            f"files[{os.fsdecode(name)!r}] is not below the working directory",
             hint="use a relative name without ..",
         )

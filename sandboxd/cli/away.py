@@ -162,7 +162,7 @@ def _submission(
 ) -> dict[str, Any]:
     from sandboxd.serve.address import Unix
 
-    found: dict[str, Any] = {"policy": args.policy or "base", "overflow": "stall"}
+    found: dict[str, Any] = {"policy": flags.policy_name(args), "overflow": "stall"}
     words = [os.fsencode(word) for word in flags.words(args)]
     if given and not isinstance(daemon.address, Unix):
         found |= _tightened(args)
@@ -193,7 +193,7 @@ def _tightened(args: argparse.Namespace) -> dict[str, Any]:
         if value is None:
             raise JobError(f"{flag} unlimited: not by this daemon", hint="limits can be lowered")
         limits[field] = value
-    return {"policy": args.policy or "base", "limits": limits}
+    return {"policy": flags.policy_name(args), "limits": limits}
 
 
 def _surroundings(args: argparse.Namespace, meant: Job | None) -> dict[str, Any]:

@@ -16,13 +16,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from sandboxd.cli import inputs, mounts, subtree, users
+from sandboxd.cli import inputs, mounts, networks, subtree, users
 from sandboxd.cli.quantities import count, cpus, or_unlimited, size, time
 from sandboxd.errors import JobError
 
 if TYPE_CHECKING:  # nothing of it is needed where a daemon does the work
     from sandboxd.job import Job
-    from sandboxd.policy import Mount, Network, Policy, Root, Section
+    from sandboxd.policy import Mount, Policy, Root, Section
 
 Table = TypeVar("Table", bound="Section")
 
@@ -178,18 +178,7 @@ def _add_surroundings(group: argparse._ArgumentGroup) -> None:
         help="the ids seen inside; `caller` or `isolated`: whose they are outside",
     )  # fmt: skip
     group.add_argument("--hostname", type=_hostname, metavar="NAME", help="the host name inside")
-    group.add_argument(
-        "--network", type=_network, metavar="none|user",
-        help="none: loopback and nothing else; user: a way out, to what is allowed",
-    )  # fmt: skip
-    group.add_argument(
-        "--allow", action="append", default=[], metavar="WHO:PORT",
-        help="who may be reached: NAME, *.NAME, ADDRESS[/BITS] or *; --network user with it",
-    )  # fmt: skip
-    group.add_argument(
-        "--publish", action="append", default=[], metavar="[ADDRESS:]PORT:INSIDE[/udp]",
-        help="a port of this machine that leads inside; at 127.0.0.1 if nothing is said",
-    )  # fmt: skip
+    networks.add(group)
 
 
 def _job_name(text: str) -> str:
@@ -202,35 +191,6 @@ def _hostname(text: str) -> str:
     if not _HOSTNAME.fullmatch(text):
         raise argparse.ArgumentTypeError(f"{text!r}: up to 63 letters, digits, dots and hyphens")
     return text
-
-
-def _network(text: str) -> str:
-    if text not in ("none", "user"):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither `none` nor `user`")
-    return text
-
-
-def _way_out(args: argparse.Namespace, base: Network) -> tuple[dict[str, Network], dict[str, str]]:
-    """A [network] that differs; what is allowed comes on top of the policy's."""
-    wanted: dict[str, Any] = {
-        key: (*getattr(base, key), *getattr(args, key))
-        for key in ("allow", "publish")
-        if getattr(args, key)
-    }
-    if wanted and args.network == "none":
-        raise JobError("--network none lets nobody be reached", hint="leave --network out")
-    mode = "user" if wanted else args.network
-    if mode is not None and mode != base.mode:
-        wanted["mode"] = mode
-    if not wanted:
-        return {}, {}
-    from sandboxd.compile.egress import problems
-
-    network = _changed(base, **wanted)
-    if found := problems(network):
-        raise found[0]
-    flags = {key: "--network" if key == "mode" else f"--{key}" for key in wanted}
-    return {"network": network}, {f"network.{key}": flag for key, flag in flags.items()}
 
 
 def _ulimit(text: str) -> tuple[str, float | None]:
@@ -252,6 +212,11 @@ def _ulimit(text: str) -> tuple[str, float | None]:
 # -- the policy ------------------------------------------------------------------------------
 
 
+def policy_name(args: argparse.Namespace, default: str = "base") -> str:
+    """What -p says; an empty one, as of a variable that is not set, is no policy's name."""
+    return default if args.policy is None else args.policy
+
+
 def described(args: argparse.Namespace) -> tuple[Policy, Job | None]:
     """The policy that flags change, and the job that a bundle describes."""
     from sandboxd.supervise.policies import find
@@ -259,7 +224,7 @@ def described(args: argparse.Namespace) -> tuple[Policy, Job | None]:
     if args.bundle is None:
         if args.strict:
             raise JobError("--strict without --bundle", hint="it is about bundles")
-        return find(args.policy or "base"), None
+        return find(policy_name(args)), None
     if args.image is not None:
         raise JobError("--bundle and --image exclude each other", hint="a bundle has its own root")
     from sandboxd.supervise.bundles import POLICY, Instead, load_bundle
@@ -270,7 +235,7 @@ def described(args: argparse.Namespace) -> tuple[Policy, Job | None]:
         places={mount.target for mount in args.mounts},
         terminal=args.tty or os.isatty(0),
     )
-    job = load_bundle(args.bundle, args.policy or POLICY, strict=args.strict, instead=instead)
+    job = load_bundle(args.bundle, policy_name(args, POLICY), strict=args.strict, instead=instead)
     assert not isinstance(job.policy, str)
     return job.policy, job
 
@@ -295,7 +260,7 @@ def policy(args: argparse.Namespace, base: Policy) -> Policy:
     if identity := users.identity(args, base, changes.get("root", base.root)):
         changes["identity"] = _changed(base.identity, **identity)
         origins |= {f"identity.{key}": users.flag(args, key) for key in identity}
-    network, flags = _way_out(args, base.network)
+    network, flags = networks.changed(args, base.network)
     changes |= network
     origins |= flags
     if not changes:
@@ -321,6 +286,7 @@ def policy_flags(args: argparse.Namespace) -> dict[str, Any]:
         "--network": args.network,
         "--allow": args.allow,
         "--publish": args.publish,
+        "--network-connections, --network-bytes, --network-rate": networks.caps(args),
     }
     return {flag: value for flag, value in given.items() if value}
 
@@ -388,6 +354,9 @@ def _root(text: str) -> str:
     if text == "host":
         return text
     path = mounts.source(text)
+    if path == "/":
+        raise JobError("--root /: a root cannot be the one we are in",
+                       hint="`host` is the machine's own /usr")  # fmt: skip
     if not os.path.isdir(path):
         raise JobError(f"--root {text}: no such directory", hint="`host` is the machine's own /usr")
     return path

@@ -72,7 +72,7 @@ def _assign(
     env: dict[str | bytes, str | bytes], text: bytes, environ: Mapping[bytes, bytes], where: str
 ) -> None:
     name, equals, value = text.partition(b"=")
-    if not name or b"\0" in text:
+    if not name or b"\0" in text or (where.startswith("--env-file") and len(name.split()) != 1):
         raise JobError(f"{where}: no variable can be called that", hint="write NAME=VALUE or NAME")
     if equals:
         env[name] = value

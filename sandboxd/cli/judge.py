@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sandboxd.cli import exitcodes, quantities, subtree
-from sandboxd.cli.main import say
+from sandboxd.cli.main import say, say_json
 
 if TYPE_CHECKING:
     from sandboxd.judge.judgement import CaseJudgement, Judgement
@@ -84,15 +84,25 @@ def main(args: argparse.Namespace) -> int:
     try:
         package = problem.load(args.problem)
         package = package.with_limits(time=args.time_limit, memory=args.memory)
-        submissions = [_read(path, package, args.language) for path in args.submissions]
     except ProblemError as error:
-        say(f"judge: {error}")
-        return exitcodes.USAGE
+        return _unreadable(args, str(error.args[0]), error.hint)
     except OSError as error:
-        say(f"judge: {error.filename}: {error.strerror}")
-        say("  a submission is a source file, or a directory of them")
-        return exitcodes.USAGE
+        return _unreadable(args, f"{error.filename}: {error.strerror}", "")
+    try:
+        submissions = [_read(path, package, args.language) for path in args.submissions]
+    except OSError as error:
+        hint = "a submission is a source file, or a directory of them"
+        return _unreadable(args, f"{error.filename}: {error.strerror}", hint)
     return _judge_all(args, package, submissions)
+
+
+def _unreadable(args: argparse.Namespace, message: str, hint: str) -> int:
+    say(f"judge: {message}")
+    if hint:
+        say(f"  {hint}")
+    if args.json:
+        say_json({"kind": "problem", "message": message, "hint": hint})
+    return exitcodes.USAGE
 
 
 def _read(path: Path, problem: Problem, language: str | None) -> Submission | str:

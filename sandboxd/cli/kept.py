@@ -14,6 +14,13 @@ if TYPE_CHECKING:
 _DESCRIPTION = """\
 What runs changed in their roots is kept if they are run with --keep: `sandboxd diff` shows it,
 `sandboxd commit` makes an image of it. It stays until it is removed."""
+_EXAMPLE = """\
+examples:
+  sandboxd run --keep --name build --writable-root -- make install
+  sandboxd kept ls
+  sandboxd kept rm build
+
+`sandboxd kept COMMAND --help` says more about each."""
 _LS = """\
 Lists what is kept: name, status of the run, the image or directory that its root was, how many
 paths were added, changed and deleted, size, and since when."""
@@ -27,7 +34,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "kept",
         help="list and remove what runs with --keep changed",
         description=_DESCRIPTION,
-        epilog="`sandboxd kept COMMAND --help` says more about each.",
+        epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )

@@ -15,10 +15,17 @@ import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import NoReturn, TypeAlias
+from typing import Any, NoReturn, TypeAlias
 
 from sandboxd.cli import exitcodes
-from sandboxd.errors import ImageError, JobError, PolicyError, PolicyErrors, SandboxError
+from sandboxd.errors import (
+    ImageError,
+    InternalError,
+    JobError,
+    PolicyError,
+    PolicyErrors,
+    SandboxError,
+)
 
 COMMANDS: Mapping[str, str] = MappingProxyType(
     {
@@ -105,9 +112,38 @@ def command_parser(chosen: str | None = None) -> tuple[argparse.ArgumentParser, 
     return parser, commands
 
 
+class _UnwrittenError(OSError):
+    """What stdout could not take."""
+
+
+class _Stdout(io.FileIO):
+    """Descriptor 1, whose errors can be told from those of other files."""
+
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise _UnwrittenError(error.errno, error.strerror) from None
+
+
+def _own_stdout() -> None:
+    """print() through _Stdout; as it was in all else."""
+    old = sys.stdout
+    if isinstance(old, io.TextIOWrapper):
+        old.flush()
+        sys.stdout = io.TextIOWrapper(
+            io.BufferedWriter(_Stdout(1, "w", closefd=False)),
+            encoding=old.encoding, errors=old.errors, line_buffering=old.line_buffering,
+            write_through=old.write_through,
+        )  # fmt: skip
+
+
 def entry() -> NoReturn:
     """The console script."""
     _open_standard_descriptors()
+    _own_stdout()
     try:
         status: object = main(sys.argv[1:])
     except SystemExit as error:  # argparse's: it has said all there is to say
@@ -125,8 +161,9 @@ def main(argv: Sequence[str]) -> int:
         # Names may be any bytes and a terminal may know ASCII only: neither is a reason to fail.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    asked = argparse.Namespace()
     try:
-        status = _main(argv, name)
+        status = _main(argv, name, asked)
         sys.stdout.flush()
     except KeyboardInterrupt:
         status = exitcodes.SIGNAL + 2
@@ -135,17 +172,18 @@ def main(argv: Sequence[str]) -> int:
     except BaseException as error:
         if isinstance(error, SystemExit):
             raise
-        status = _failed(name, error)
+        status = _failed(name, error, asked)
     return status
 
 
-def _main(argv: Sequence[str], name: str | None) -> int:
+def _main(argv: Sequence[str], name: str | None, asked: argparse.Namespace) -> int:
+    """`asked` is filled in, so that whoever says what went wrong knows what was asked for."""
     if name is not None and name not in COMMANDS:
         return _usage(f"no such command: {name}", _nearest(name, COMMANDS))
     parser, commands = command_parser(name)
     if name is None and (wrong := [word for word in argv if word not in _flags(parser)]):
         return _unknown_flag(parser, "", wrong[0])
-    args, unknown = parser.parse_known_args(argv)
+    args, unknown = parser.parse_known_args(argv, asked)
     if unknown and name is not None:
         return _unknown_flag(*_deepest(commands, argv, []), unknown[0])
     status: int = args.func(args)
@@ -193,23 +231,65 @@ def _nearest(word: str, known: Mapping[str, str] | Sequence[str]) -> str:
     return f"did you mean {found[0]}?" if found else ""
 
 
-def _failed(name: str | None, error: BaseException) -> int:
+def _failed(name: str | None, error: BaseException, asked: argparse.Namespace) -> int:
     """Says what sandboxd could not do; anything but a SandboxError is a bug of ours."""
     found = first_error(error)
     if isinstance(found, KeyboardInterrupt):
         return exitcodes.SIGNAL + 2
     if isinstance(found, BrokenPipeError):
         return _broken_pipe()
+    found = _ours(found)
     if not isinstance(found, SandboxError):
         import traceback
 
         traceback.print_exception(error)
         say("this is a bug in sandboxd: please report it with the lines above")
+        _say_json(name, bug(found), asked)
         return exitcodes.SANDBOXD_FAILED
     complain(found)
+    _say_json(name, found, asked)
     own_fault = isinstance(found, PolicyError | JobError | ImageError)
     runs = name in ("run", "build", "group")
     return exitcodes.FAILED if own_fault and not runs else exitcodes.SANDBOXD_FAILED
+
+
+def _ours(error: BaseException) -> BaseException:
+    """An OSError of which it is known what it means to who typed the command."""
+    if isinstance(error, _UnwrittenError):
+        return unwritten(error)
+    if isinstance(error, FileNotFoundError) and error.filename is None:
+        try:
+            os.getcwd()
+        except FileNotFoundError:
+            return JobError("the directory that this is typed in is gone", hint="cd to another")
+    return error
+
+
+def unwritten(error: OSError) -> SandboxError:
+    """stdout is on a full disk, or the like."""
+    return SandboxError(f"output cannot be written: {error.strerror}")
+
+
+def bug(error: BaseException) -> InternalError:
+    """What an exception that nobody meant is called where there is no traceback."""
+    return InternalError(f"{type(error).__name__}: {error}", hint="this is a bug: please report it")
+
+
+def _say_json(name: str | None, error: SandboxError, asked: argparse.Namespace) -> None:
+    """Who wants JSON gets some in this ending, too; `run` has a record of its own for it."""
+    if name != "run" and getattr(asked, "json", None):
+        from sandboxd.result import error_json
+
+        say_json(error_json(error))
+
+
+def say_json(error: Mapping[str, Any]) -> None:
+    """Why there is nothing else, on stdout."""
+    import json
+
+    with contextlib.suppress(OSError, ValueError):
+        print(json.dumps({"schema": "sandboxd.error/1", "status": "error", "error": error}))
+        sys.stdout.flush()
 
 
 def first_error(error: BaseException) -> BaseException:

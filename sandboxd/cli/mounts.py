@@ -70,7 +70,7 @@ def target(text: str) -> str:
             f"{text!r} is no place in the sandbox: it must be absolute and without .., "
             f"e.g. /box/{posixpath.basename(path)}"
         )
-    if path == "/" or (path + "/").startswith(("/proc/", "/sys/")):
+    if path in ("/", "/dev") or (path + "/").startswith(("/proc/", "/sys/")):
         raise argparse.ArgumentTypeError(f"nothing can be mounted on {path}")
     return _text(path)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fcntl
 import json
 import os
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from sandboxd.cli import attach, away, committing, exitcodes, flags, inputs, remote
 from sandboxd.cli.attach import STDERR, STDOUT, Ending, Output
-from sandboxd.cli.main import complain, first_error, say
+from sandboxd.cli.main import bug, complain, first_error, say, unwritten
 from sandboxd.cli.quantities import size, time
 from sandboxd.errors import JobError, SandboxError
 
@@ -41,6 +42,7 @@ exit status: the program's own; 124 time limit, 125 sandboxd failed, 126 cannot 
 found, 128+N ended by signal N, 137 memory limit, 153 output limit; 2 wrong usage. The exact status
 is in --json and --result-fd."""
 _MIB = 1 << 20
+SHORTEST_USAGE = 0.01
 Ignored = tuple[tuple[str, str], ...]
 
 
@@ -75,7 +77,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     group.add_argument(
         "--usage-every",
-        type=time,
+        type=_every,
         metavar="T",
         help="with --json=stream: every so often an event that says what it has used, e.g. 500ms",
     )
@@ -103,6 +105,13 @@ def _add_collect(group: argparse._ArgumentGroup) -> None:
     )
 
 
+def _every(text: str) -> float:
+    found = time(text)
+    if found < SHORTEST_USAGE:
+        raise argparse.ArgumentTypeError(f"{text!r} is less than 10ms")
+    return found
+
+
 def _descriptor(text: str) -> int:
     try:
         number = int(text)
@@ -124,10 +133,12 @@ def run(args: argparse.Namespace) -> int:
         return _run(args)
     except Exception as error:
         found = first_error(error)
-        if isinstance(found, SandboxError):
+        if not isinstance(found, KeyboardInterrupt | BrokenPipeError):
             from sandboxd.result import failure_json
 
-            _deliver(args, failure_json(found))
+            said = found if isinstance(found, SandboxError) else bug(found)
+            with contextlib.suppress(BrokenPipeError, SandboxError):
+                _deliver(args, failure_json(said))
         raise
 
 
@@ -182,7 +193,7 @@ def _hurried(args: argparse.Namespace, ending: Ending) -> int:
 
 def _finish(args: argparse.Namespace, ending: Ending, result: Result, ignored: Ignored) -> int:
     if ending.error is not None and not isinstance(ending.error, BrokenPipeError):
-        raise SandboxError(f"output cannot be written: {ending.error.strerror}")
+        raise unwritten(ending.error)
     if args.commit is not None:
         committing.finish(result, args.commit, stays=args.keep)
     if ending.error is None and (args.json or args.result_fd is not None):
@@ -239,11 +250,18 @@ def _deliver(args: argparse.Namespace, value: dict[str, Any]) -> None:
         except OSError as error:
             say(f"--result-fd {args.result_fd}: {error.strerror}")
     if args.json == "once":
-        attach.write_all(STDOUT, _line(value))
+        _print(value)
     elif args.json == "stream" and value["status"] == "error":
-        attach.write_all(
-            STDOUT, _line({"v": 1, "seq": args.following, "type": "exit", "result": value})
-        )
+        _print({"v": 1, "seq": args.following, "type": "exit", "result": value})
+
+
+def _print(value: dict[str, Any]) -> None:
+    try:
+        attach.write_all(STDOUT, _line(value))
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise unwritten(error) from None
 
 
 # -- the accounting --------------------------------------------------------------------------

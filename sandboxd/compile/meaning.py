@@ -65,6 +65,8 @@ def _root(root: Mapping[str, Any]) -> Iterator[Found]:
     if source != "host" and not source.startswith("/"):
         hint = '"host", or the absolute path of a directory'
         yield "root.source", f"{source!r} is not absolute", hint
+    if source == "/":
+        yield "root.source", "a root cannot be the one we are in", '"host" is the machine\'s /usr'
     if root.get("image") and source != "host":
         yield "root.image", "there is a source, too", "a root is one of the two"
     for at, name in _entries(root, "etc"):
@@ -98,7 +100,7 @@ def _is_below(name: str) -> bool:
 
 def _mount(mount: Mapping[str, Any]) -> Iterator[Found]:
     target = mount["target"]
-    if target == "/" or f"{target}/".startswith(tuple(f"{one}/" for one in _OWNED)):
+    if target in ("/", "/dev") or f"{target}/".startswith(tuple(f"{one}/" for one in _OWNED)):
         yield ".target", f"nothing can be mounted on {target}", ""
     elif not _is_below(target[1:]):
         yield ".target", f"{target!r} is not plain", "no //, no . and .., no / at the end"

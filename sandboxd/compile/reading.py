@@ -160,7 +160,7 @@ class Reading(msgspec.Struct):
 
     def _struct(self, kind: type[msgspec.Struct], value: object, key: str) -> dict[str, Any]:
         if not isinstance(value, dict):
-            self.refuse(key, f"{_named(value)} where a table belongs", hint=f"write [{key}]")
+            self.refuse(key, f"{_named(value)} where a table belongs", hint=_table_of(key))
             raise _BadError
         fields = msgspec.structs.fields(kind)
         before = len(self.found)
@@ -174,7 +174,8 @@ class Reading(msgspec.Struct):
 
     def _list(self, kind: Any, value: object, key: str) -> object:
         if not isinstance(value, list):
-            self.refuse(key, f"{_named(value)} where a list belongs", hint='write ["..."]')
+            hint = f"write [[{key}]]" if _is_struct(kind) else 'write ["..."]'
+            self.refuse(key, f"{_named(value)} where a list belongs", hint=hint)
             raise _BadError
         if len(value) > MOST:
             self.refuse(key, f"{len(value)} entries, more than {MOST}")
@@ -285,6 +286,10 @@ def _shown(value: object) -> str:
     text = repr(value) if isinstance(value, str) else str(value)
     text = text.lower() if isinstance(value, bool) else text
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _table_of(key: str) -> str:
+    return f"write [[{key.partition('[')[0]}]]" if key.endswith("]") else f"write [{key}]"
 
 
 def _is_struct(kind: Any) -> TypeGuard[type[msgspec.Struct]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +22,8 @@ def inside(path: Path, root: Path) -> Path:
     """The path, if it is an ordinary file of the package (links inside the package are)."""
     name = relative(path, root)
     if not path.is_file():
-        raise ProblemError(name, "there is no such file")
+        there = os.path.lexists(path)
+        raise ProblemError(name, "not an ordinary file" if there else "there is no such file")
     if not path.resolve().is_relative_to(root.resolve()):
         raise ProblemError(name, "a link that leads out of the package")
     return path

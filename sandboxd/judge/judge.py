@@ -30,7 +30,14 @@ from sandboxd.judge.compiling import (
     run_policy,
 )
 from sandboxd.judge.judgement import CaseJudgement, Judgement, shortened
-from sandboxd.judge.languages import Language, check_available, detect, make_program, table
+from sandboxd.judge.languages import (
+    Language,
+    check_available,
+    detect,
+    make_program,
+    renamed,
+    table,
+)
 from sandboxd.judge.problem import Case, Problem
 from sandboxd.judge.submission import SourceError, Submission, check_names
 from sandboxd.judge.validators import Validator, ValidatorFailed, compile_all
@@ -170,7 +177,8 @@ async def _compile(
     limits = problem.limits
     include = problem.include
     sources = over(
-        over(submission.files, include.get("default", {})), include.get(language.code, {})
+        over(renamed(language, submission.files), include.get("default", {})),
+        include.get(language.code, {}),
     )
     program = make_program(
         language, sources, compile_memory=limits.compile_memory, run_memory=limits.memory

@@ -84,6 +84,15 @@ def detect(files: Mapping[str, bytes]) -> Language:
     return found[0]
 
 
+def renamed(language: Language, files: Mapping[str, bytes]) -> Mapping[str, bytes]:
+    """Files of a language that was named: a lone one is a source of it, whatever it is called."""
+    if len(files) != 1 or any(map(language.is_source, files)):
+        return files
+    ((name, content),) = files.items()
+    stem = name.rpartition(".")[0] or name
+    return {stem + language.sources[0].removeprefix("*"): content}
+
+
 def make_program(
     language: Language, files: Mapping[str, bytes], *, compile_memory: int, run_memory: int
 ) -> Program:

@@ -65,6 +65,8 @@ def _explain(name: str, message: str, into: type[msgspec.Struct]) -> ProblemErro
         full = f"{key}.{unknown[1]}" if key else unknown[1]
         return ProblemError(f"{name}: {full[:200]}", "there is no such key", hint=hint)
     where = f"{name}: {key}" if key else name
+    if message.startswith("Expected `object`"):
+        message = "not a map of keys and values"
     return ProblemError(where, message[:1].lower() + message[1:])
 
 

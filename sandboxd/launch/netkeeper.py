@@ -208,7 +208,7 @@ def _make(link: socket.socket, name: str, server: str, group: str) -> None:
         return
     try:
         unshare(CLONE_NEWNET)
-        _up((*SYSCTLS, *MORE[group]))
+        up((*SYSCTLS, *MORE[group]))
         fds = (os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC), *_sockets(server))
         _tell(link, {"made": name}, fds)
     except OSError as error:
@@ -217,7 +217,7 @@ def _make(link: socket.socket, name: str, server: str, group: str) -> None:
         os._exit(0)
 
 
-def _up(sysctls: tuple[tuple[str, str], ...]) -> None:
+def up(sysctls: tuple[tuple[str, str], ...]) -> None:
     """Loopback, and what else a network is by default (ip-sysctl.rst)."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as one:
         fcntl.ioctl(one, SIOCSIFFLAGS, struct.pack("16sh22x", b"lo", IFF_UP))
@@ -263,14 +263,14 @@ def _forget(path: str) -> None:
 def _started(name: str, argv: list[str], namespace: int) -> Program:
     path = _named(name, namespace)
     try:
-        return _start(argv, path)
+        return start(argv, path)
     except OSError:
         _forget(path)
         raise
 
 
-def _start(argv: list[str], namespace: str) -> Program:
-    """`{netns}` in argv is the path of the namespace."""
+def start(argv: list[str], namespace: str) -> Program:
+    """Start what carries packets; `{netns}` in argv is the path of the namespace."""
     said, theirs = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     words = [word.replace("{netns}", namespace) for word in argv]
     parent = os.getpid()

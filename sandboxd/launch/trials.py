@@ -78,7 +78,7 @@ def write(path: str, text: str) -> None:
         file.write(text)
 
 
-def _scratch() -> str:
+def scratch() -> str:
     """A tmpfs in our mount namespace, over a directory that every machine has."""
     with step("make mounts private"):
         mount("", "/", flags=MS_REC | MS_PRIVATE)
@@ -100,7 +100,7 @@ def user_namespace(_: Request) -> object:
     ):
         with step(f"unshare the {name} namespace"):
             ns.unshare(flag)
-    _scratch()
+    scratch()
     return True
 
 
@@ -131,7 +131,7 @@ def _write_everywhere(merged: str) -> None:
 
 def _layers() -> tuple[str, str, str]:
     """Where to mount, the lower layers, and upper and work directory as options."""
-    base = _scratch()
+    base = scratch()
     for name in ("lower", "lower/d", "upper", "work", "merged"):
         os.mkdir(f"{base}/{name}")
     os.close(os.open(f"{base}/lower/d/f", os.O_CREAT | os.O_WRONLY))
@@ -240,7 +240,7 @@ def proc(_: Request) -> object:
 
     mount_too_revealing() in fs/namespace.c: user_namespaces(7) calls it "fully visible".
     """
-    base = _scratch()
+    base = scratch()
     kinds = []
     reason: Refused | None = None
     for kind, data in (("whole", ""), ("subset", "subset=pid")):
@@ -327,6 +327,20 @@ def bridge(request: Request) -> object:
     return True
 
 
+def slirp4netns(request: Request) -> object:
+    return _carry(request, "slirp4netns")
+
+
+def pasta(request: Request) -> object:
+    return _carry(request, "pasta")
+
+
+def _carry(request: Request, kind: str) -> object:
+    from sandboxd.launch.carriers import carry  # with sockets, which no other trial needs
+
+    return carry(request["carriers"][kind], request["interface"])
+
+
 def into_cgroup(request: Request) -> object:
     """CLONE_INTO_CGROUP (Linux 5.7, ef2c41cf38a7) asks for the permission that a move needs."""
     with step(f"open {request['cgroup']}"):
@@ -368,6 +382,8 @@ TRIALS: Mapping[str, Trial] = MappingProxyType(
         "time_namespace": Trial(time_namespace),
         "proc": Trial(proc, ns.CLONE_NEWNS | ns.CLONE_NEWPID),
         "tun": Trial(tun, ns.CLONE_NEWNET, ranges=True),
+        "slirp4netns": Trial(slirp4netns, ns.CLONE_NEWNS, ranges=True),
+        "pasta": Trial(pasta, ns.CLONE_NEWNS, ranges=True),
         "nftables": Trial(nftables, ns.CLONE_NEWNET),
         "bridge": Trial(bridge, ns.CLONE_NEWNET),
         "net_bytes": Trial(net_bytes, ns.CLONE_NEWNET),

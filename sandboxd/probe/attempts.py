@@ -6,8 +6,9 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import msgspec
@@ -66,12 +67,15 @@ def attempt(
     tools: Tools,
     cgroup: str | None = None,
     place: Callable[[int], None] = lambda _: None,
+    carriers: Mapping[str, Sequence[str]] = MappingProxyType({}),
 ) -> dict[str, Outcome]:
     """One outcome a trial, whatever happens to the prober.
 
+    `carriers`: the argv of each kind that is to be tried.
     `place` gets its pid before it has anything to do, and may move it into another cgroup.
     """
     from sandboxd.compile import bridge
+    from sandboxd.compile.carrying import INTERFACE
 
     names = tuple(trials)
     maps = None if ids is None else {**msgspec.structs.asdict(ids), **msgspec.structs.asdict(tools)}
@@ -82,6 +86,8 @@ def attempt(
         "cgroup": cgroup,
         "bridge": [message.hex() for message in bridge.trial()],
         "namespace": bridge.TRIAL_NAMESPACE,
+        "carriers": dict(carriers),
+        "interface": INTERFACE,
         **_network(),
     }
     try:

@@ -99,8 +99,14 @@ def fuse_overlayfs(found: bool) -> str:
     return device("/dev/fuse", "fuse")
 
 
-def carrier() -> str:
-    return admin("apt-get install slirp4netns")
+def carrier(found: bool, why: str) -> str:
+    """`found`: slirp4netns or pasta is installed, and `why` it does not work."""
+    install = admin("apt-get install slirp4netns")
+    if found and "network namespace" in why:  # AppArmor: Debian 12's profile of pasta
+        return f"{admin('aa-disable /usr/bin/pasta')}, or {install}"
+    if found and "slirp4netns" in why:
+        return admin("apt-get install passt")
+    return install
 
 
 def nftables() -> str:

@@ -158,7 +158,7 @@ def _reading(descriptor: int) -> Callable[[int], bytes]:
 
 def unpacked(name: bytes, archive: Tar, room: Room, folders: list[Entry]) -> Iterator[Item]:
     """What has to be made below `name`; the directories, whose modes come last, in `folders`."""
-    what = f"files[{name!r}]: {_called(archive)}"
+    what = f"files[{os.fsdecode(name)!r}]: {_called(archive)}"
     try:
         with _opened(archive, room) as source:
             yield from _entries(name, source, room, folders)
@@ -220,7 +220,7 @@ def _content(
     source, room = where
     if room.bytes is not None and entry.stored > room.bytes:
         raise JobError(
-            f"files[{made.name!r}]: the files do not fit into the sandbox",
+            f"files[{os.fsdecode(made.name)!r}]: the files do not fit into the sandbox",
             hint="raise limits.disk, or give it less",
         )
     whole = entry.pieces == [(0, entry.size)] or not entry.size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 import os
@@ -13,6 +14,9 @@ from typing import Literal
 
 from sandboxd.cgroup import subtree, systemd
 from sandboxd.cgroup.ladder import RUNGS, Climb, climbed
+from sandboxd.compile.carrying import command
+from sandboxd.compile.egress import Egress
+from sandboxd.compile.idmap import tenant_ids
 from sandboxd.errors import HostError
 from sandboxd.host import CgroupSubtree, Host
 from sandboxd.probe import fixes
@@ -23,6 +27,7 @@ from sandboxd.supervise.netkeeper import has_ipv6
 State = Literal["ok", "warn", "FAIL"]
 Level = Literal["kernel", "partly", "none"]
 
+CARRIED = "user networking"
 OPEN_FILES = 4096 * 4096
 """Of all processes of one job together, under the most generous policies of sandboxd's own."""
 
@@ -79,7 +84,10 @@ def _report(seen: Examination, cgroup: str | None) -> Report:
     checks = [check for part in parts for check in part(seen)]
     if not seen.host.user_namespaces:
         checks = [_blamed(check) for check in checks]
-    return Report(checks=tuple(checks), guarantees=tuple(guarantees(seen.host)))
+    host = seen.host
+    if any(check.what == CARRIED and check.state != "ok" for check in checks):
+        host = dataclasses.replace(host, slirp4netns=None, pasta=None)
+    return Report(checks=tuple(checks), guarantees=tuple(guarantees(host)))
 
 
 def _check(what: str, why_not: str, found: str, fix: str, bad: State = "warn") -> Check:
@@ -186,9 +194,7 @@ def _network(seen: Examination) -> Iterator[Check]:
     why = seen.outcomes["nftables"].why or seen.why_not.get("net_bytes", "")
     why = why or seen.why_not.get("net_rate", "")
     yield _check("network caps", why, "a quota, a limit, a shaper", fixes.network_caps())
-    carriers = [path for path in (seen.tools.slirp4netns, seen.tools.pasta) if path]
-    why = seen.why_not.get("carrier", "")
-    yield _check("user networking", why, " and ".join(carriers), fixes.carrier())
+    yield _user_networking(seen)
     yield _check(
         "groups",
         seen.outcomes["bridge"].why,
@@ -196,6 +202,37 @@ def _network(seen: Examination) -> Iterator[Check]:
         fixes.bridge(),
     )
     yield _check("IPv6", "", "out of here" if has_ipv6() else "no way out: none inside either", "")
+
+
+def _user_networking(seen: Examination) -> Check:
+    """Each that is installed is tried; who has one that works need not have the other."""
+    what, carriers = CARRIED, _carriers(seen)
+    if not carriers:
+        why = seen.why_not.get("carrier", "")
+        return _check(what, why, "", fixes.carrier(found=False, why=why))
+    works = " and ".join(path for path, outcome in carriers.items() if outcome.ok)
+    fails = "; ".join(f"{path}: {one.why}" for path, one in carriers.items() if not one.ok)
+    if not works:
+        return _check(what, fails, "", fixes.carrier(found=True, why=fails))
+    found = f"{works}; but {fails}" if fails else works
+    if not next(iter(carriers.values())).ok:  # what "auto" takes
+        return _check(what, found, "", 'network.helper = "pasta" in the policy')
+    return _check(what, "", found, "")
+
+
+def _carriers(seen: Examination) -> dict[str, Outcome]:
+    """Path of each that is installed -> how it went; untried where there is no TUN."""
+    paths = {"slirp4netns": seen.tools.slirp4netns, "pasta": seen.tools.pasta}
+    found = {kind: path for kind, path in paths.items() if path}
+    if not (found and seen.host.tun and seen.host.user_namespaces):
+        return {path: Outcome() for path in found.values()}
+    argvs = {
+        kind: command(Egress(program=path, kind=kind), "trial", has_ipv6())
+        for kind, path in found.items()
+    }
+    ids = tenant_ids(seen.host) if seen.host.subuid else None
+    outcomes = attempt(argvs, ids=ids, tools=seen.tools, carriers=argvs)
+    return {path: outcomes[kind] for kind, path in found.items()}
 
 
 def _cgroups(seen: Examination, given: str | None) -> Iterator[Check]:

@@ -344,7 +344,8 @@ class Netkeeper:
                 await trio.lowlevel.wait_readable(ears)
             if not network.is_alive():
                 words = await self.last_words(network.name)
-                raise LaunchError("network", 2, 0, f"{network.egress.kind} ended at once{words}")
+                raise LaunchError("network", 2, 0, f"{network.egress.kind} ended at once{words}",
+                                  hint="`sandboxd doctor` tries it and knows a fix")  # fmt: skip
             with suppress(BlockingIOError):
                 network.links.recv(LONGEST)
         return found

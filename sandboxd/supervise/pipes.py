@@ -59,6 +59,8 @@ def open_stdin(job: Job, pipes: Pipes) -> int:
         return fds.own(memfd.sealed(job.stdin))
     if isinstance(job.stdin, Path):
         source = open_input(job.stdin, fds)
+        if not stat.S_ISREG(os.fstat(source).st_mode):
+            return source  # /dev/null
         if os.fstat(source).st_size <= LARGE_STDIN:
             return fds.own(memfd.sealed_copy(source))
         pipes.source = source
@@ -80,9 +82,10 @@ def open_input(path: Path, fds: Descriptors) -> int:
         if error.errno in SCARCE:
             raise
         raise JobError(f"stdin: {path}: {error.strerror}") from None
-    if not stat.S_ISREG(os.fstat(opened).st_mode):
+    found = os.fstat(opened)
+    if not stat.S_ISREG(found.st_mode) and found.st_rdev != os.stat(os.devnull).st_rdev:
         raise JobError(f"stdin: {path} is no regular file",
-                       hint="stdin=None, and feed it to Runner.start")  # fmt: skip
+                       hint="a pipe is passed on by -i, in Python by stdin=None")  # fmt: skip
     return opened
 
 

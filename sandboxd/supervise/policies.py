@@ -137,7 +137,7 @@ def _text(file: Path, longest: int) -> str:
         what = "policy" if longest == LONGEST else "profile"
         raise PolicyError(str(file), f"more than {longest} bytes: this is no {what}")
     try:
-        return data.decode()
+        return data.decode("utf-8-sig")  # as some editors begin a file
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise PolicyError(f"{file}:{line}", "not UTF-8, which it must be") from None

@@ -27,7 +27,8 @@ def starting(stage: str, what: str) -> Iterator[None]:
     except OSError as error:
         if error.errno in SCARCE:
             raise
-        raise LaunchError(stage, 0, error.errno or 0, what) from error
+        raise LaunchError(stage, 0, error.errno or 0, what,
+                          hint="a limit of ours (ulimit -a)?") from error  # fmt: skip
 
 
 async def reap(process: subprocess.Popen[bytes], patience: float = PATIENCE) -> None:

@@ -96,7 +96,8 @@ def make(
     """The whole record of the run that has this name. `waited`: when it was asked for, and for how
     long it queued."""
     asked, queued = waited
-    words = classify(seen.facts, kept.compiled.policy.limits)
+    policy = kept.compiled.policy
+    words = classify(seen.facts, policy.limits, policy.network)
     now, clock = time.time(), trio.current_time()
     return Result(
         job=name,
@@ -113,11 +114,7 @@ def make(
         streams={name: capture.output() for name, capture in seen.captures.items()},
         limits=words.limits,
         violations=(
-            *(
-                violations(seen.facts, kept.compiled.policy)
-                if "syscall_denied" in words.causes
-                else ()
-            ),
+            *(violations(seen.facts, policy) if "syscall_denied" in words.causes else ()),
             *seen.refused,
         ),
         artifacts=seen.artifacts,

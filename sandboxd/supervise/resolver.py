@@ -27,7 +27,7 @@ import trio
 
 from sandboxd.compile import dns, grouping
 from sandboxd.compile.counted import Counted
-from sandboxd.compile.egress import IPAddress, entry, is_closed
+from sandboxd.compile.egress import Caps, IPAddress, entry, is_closed
 from sandboxd.errors import LaunchError
 from sandboxd.policy import Policy
 from sandboxd.result import Violation
@@ -247,7 +247,11 @@ async def with_way_out(run: Conduct, box: Sandbox, network: UserNetwork) -> Obse
             with trio.move_on_after(PATIENCE):
                 await told.wait()
             raise lost(network)
-        seen = msgspec.structs.replace(seen, refused=refused(network, run.compiled.policy))
+        seen = msgspec.structs.replace(
+            seen,
+            facts=msgspec.structs.replace(seen.facts, beyond=beyond(network)),
+            refused=refused(network, run.compiled.policy),
+        )
         nursery.cancel_scope.cancel()
     return seen
 
@@ -277,6 +281,15 @@ def refused(network: UserNetwork, policy: Policy) -> tuple[Violation, ...]:
     if (rest := counters["denied"].packets - told) > 0:
         found.append(_violation(None, rest, rule))
     return *found, *_beyond(network, policy, counters)
+
+
+def beyond(network: UserNetwork) -> frozenset[str]:
+    """The caps of [network] at which packets were refused."""
+    if network.egress.caps == Caps() or not network.is_carried:
+        return frozenset()
+    counters = network.counters()
+    caps = {"network_connections": "full", "network_bytes": "spent"}
+    return frozenset(name for name, counter in caps.items() if counters[counter].packets)
 
 
 def _beyond(

@@ -27,7 +27,7 @@ _EARLIEST, _LATEST = -(1 << 62), 1 << 62  # ns; what a file system may say beyon
 
 
 def shown(name: bytes) -> str:
-    return f"files[{name!r}]"
+    return f"files[{os.fsdecode(name)!r}]"
 
 
 class Sources:

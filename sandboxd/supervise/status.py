@@ -12,7 +12,7 @@ import msgspec
 
 from sandboxd.cgroup.leaf import Memory
 from sandboxd.messages import Ended
-from sandboxd.policy import Attached, Limits, Policy, Rule
+from sandboxd.policy import Attached, Limits, Network, Policy, Rule
 from sandboxd.result import (
     ArtifactError,
     Fault,
@@ -44,6 +44,8 @@ class Facts(msgspec.Struct, frozen=True, kw_only=True):
     """Of what memory consisted when the kernel's killer came."""
     segments: int | None = None
     """Bytes that the program's segments take, if it died as one does whose segments do not fit."""
+    beyond: frozenset[str] = frozenset()
+    """Caps of [network] at which packets were refused, as `limits` names them."""
 
     @property
     def short_of_memory(self) -> Shortage | None:
@@ -81,7 +83,7 @@ FATAL_ONLY = frozenset({"disk", "inodes", "file_size", "processes"})
 """Being at these is a cause only for a program that then failed."""
 
 
-def classify(facts: Facts, limits: Limits) -> Classified:
+def classify(facts: Facts, limits: Limits, network: Network | None = None) -> Classified:
     """The status and everything that goes with it (precedence: docs/reference/result.md)."""
     status = facts.ended.wait_status if facts.ended else None
     started = facts.start_error is None  # the 127 of a child that could not is not the program's
@@ -99,7 +101,7 @@ def classify(facts: Facts, limits: Limits) -> Classified:
         exit_code=code if code is not None and code >= 0 else None,
         signal=ending_signal(facts, code),
         core_dumped=bool(status is not None and os.WIFSIGNALED(status) and os.WCOREDUMP(status)),
-        limits=reports,
+        limits=reports | (report_network(facts, network) if network else {}),
     )
 
 
@@ -189,12 +191,41 @@ BLIND = 0.1
 
 
 def report_cpus(facts: Facts, limit: float) -> LimitReport:
-    """`used` is the average; nobody is ended for it."""
+    """`used` is the average."""
     cpu, wall = facts.usage.cpu_time, facts.usage.wall_time
     used = cpu / wall if cpu is not None and wall else None
-    throttled = "refused" if facts.usage.cpu_throttled else "none"
-    action = "not enforced" if facts.enforcement.get("cpus") == "none" else throttled
-    exceeded = None if used is None else action == "not enforced" and used > limit
+    return _unending(facts, "cpus", (limit, used), refused=bool(facts.usage.cpu_throttled))
+
+
+def report_network(facts: Facts, network: Network) -> dict[str, LimitReport]:
+    """The caps of a way out; of the rate, `used` is the average of the way that had more."""
+    if network.mode == "none":
+        return {}
+    usage, both, rate = facts.usage, None, None
+    if usage.net_received is not None and usage.net_sent is not None:
+        both = usage.net_received + usage.net_sent
+        most = max(usage.net_received, usage.net_sent)
+        rate = most / usage.wall_time if usage.wall_time else None
+    rows: dict[str, tuple[float | None, float | None]] = {
+        "network_connections": (network.connections, usage.net_connections),
+        "network_bytes": (network.bytes, both),
+        "network_rate": (network.rate, rate),
+    }
+    return {
+        name: _unending(facts, name, (limit, used), refused=name in facts.beyond)
+        for name, (limit, used) in rows.items()
+        if limit is not None
+    }
+
+
+def _unending(
+    facts: Facts, name: str, figures: tuple[float, float | None], *, refused: bool
+) -> LimitReport:
+    """A limit that the kernel holds a run to, and that ends nobody."""
+    limit, used = figures
+    absent = facts.enforcement.get(name) == "none"
+    action = "not enforced" if absent else "refused" if refused else "none"
+    exceeded = None if used is None else absent and used > limit
     return LimitReport(limit=limit, used=used, exceeded=exceeded, action=action)  # type: ignore[arg-type]
 
 

@@ -11,6 +11,7 @@ sleeps takes its time to wake, so who knows that it will ask rings before it has
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import select
@@ -34,7 +35,7 @@ from sandboxd.host import Host
 from sandboxd.linux import memfd
 from sandboxd.linux.descriptors import SCARCE, Descriptors, no_room
 from sandboxd.messages import FILES, GO, MAPS, READY, CloneReply, CloneRequest, Failure
-from sandboxd.plan import ExecPlan, IdMap, OpenTree, SetupPlan, Step
+from sandboxd.plan import ExecPlan, IdMap, OpenTree, SetLimit, SetupPlan, Step, Tmpfs
 from sandboxd.script import elf
 from sandboxd.script.command import command
 from sandboxd.script.init import network_image, setup_image
@@ -377,7 +378,18 @@ def failure(data: bytes, image: Image, steps: tuple[Step, ...]) -> LaunchError:
     if tag < 0:
         return LaunchError("init", 0, failed.errno, f"system call {failed.nr}")
     step = steps[tag]
-    return LaunchError(step.stage, tag, failed.errno, step.describe(), hint=step.why)
+    hint = _too_low(failed.errno, steps) or step.why
+    return LaunchError(step.stage, tag, failed.errno, step.describe(), hint=hint)
+
+
+def _too_low(number: int, steps: tuple[Step, ...]) -> str:
+    """The limit of the policy's that a sandbox itself does not fit into."""
+    for step in steps:
+        if number == errno.EMFILE and isinstance(step, SetLimit) and step.resource == "NOFILE":
+            return f"{step.why} is too low for a sandbox itself"
+        if number == errno.ENOSPC and isinstance(step, Tmpfs):
+            return f"{step.why}, or limits.inodes, is too low for a sandbox itself"
+    return ""
 
 
 # -- starting one ----------------------------------------------------------------------------
@@ -398,7 +410,7 @@ async def open_tenant(
         ours.setblocking(False)
         flags = os.EFD_NONBLOCK | os.EFD_CLOEXEC
         doorbell = fds.own(os.eventfd(0, flags))
-        with theirs, starting("tenant", "start it"):
+        with theirs, starting("tenant", "start its zygote"):
             process = start(image, theirs.fileno(), doorbell, host, beside)
         tenant = Tenant(compiled, host, ours, doorbell, process.pid, beside)
         try:

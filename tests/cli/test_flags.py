@@ -149,6 +149,8 @@ def test_what_flags_did_not_set_keeps_its_origin() -> None:
         (["--ulimit", "core=0"], "is not NAME=N, NAME being as, cpu, fsize, nofile, nproc, stack"),
         (["--ulimit", "nofile=5:9"], "soft and hard differ, and sandboxd has one value: write"),
         (["--network", "host"], "argument --network: 'host' is neither `none` nor `user`"),
+        (["--network-connections", "1000001"], "'1000001' is not a number from 1 to 1000000"),
+        (["--network-rate", "1000"], "argument --network-rate: '1000' is not from 1K to 8G"),
         (["--hostname", "-x"], "argument --hostname"),
         (["--hostname", "a b"], "letters, digits, dots and hyphens"),
         (["--name", "a/b"], "argument --name: 'a/b': letters, digits"),
@@ -158,6 +160,7 @@ def test_what_flags_did_not_set_keeps_its_origin() -> None:
         (["-v", "a:b"], "'b' is no place in the sandbox: it must be absolute"),
         (["-v", "a:/b/../c"], "it must be absolute and without .., e.g. /box/c"),
         (["-v", "a:/"], "nothing can be mounted on /"),
+        (["--tmpfs", "/dev"], "nothing can be mounted on /dev"),
         (["-v", "a:/proc/sys"], "nothing can be mounted on /proc/sys"),
         (["-v", "a:/b:shared"], "no such option of a mount: shared (there are:"),
         (["-v", "./\udcff:/b"], "is not UTF-8: name it through a link"),
@@ -333,7 +336,12 @@ def test_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("content", "said"),
-    [(b"A=1\n=2\n", ":2: no variable"), (b"A=\0\n", ":1: no variable"), (b"=\n", ":1: no")],
+    [
+        (b"A=1\n=2\n", ":2: no variable"),
+        (b"A=\0\n", ":1: no variable"),
+        (b"=\n", ":1: no"),
+        (b"export A=1\n", ":1: no variable"),
+    ],
 )
 def test_environment_file_that_is_wrong(tmp_path: Path, content: bytes, said: str) -> None:
     listed = tmp_path / "env"
@@ -420,12 +428,24 @@ def test_who_may_be_reached() -> None:
         (("--allow", "a.example"), "network.allow[0]: 'a.example' says no port"),
         (("--publish", "80"), "network.publish[0]: '80' is not [ADDRESS:]PORT:PORT_INSIDE"),
         (("--network", "none", "--allow", "*"), "--network none lets nobody be reached"),
+        (("--network-bytes", "1M"), "--network-bytes without a way out"),
+        (("--network", "none", "--network-rate", "1M"), "--network-rate without a way out"),
     ],
 )
 def test_who_cannot_be_meant(words: tuple[str, ...], said: str) -> None:
     with pytest.raises(SandboxError) as caught:
         policy_of(*words)
     assert said in str(caught.value)
+
+
+def test_how_much_may_go_out() -> None:
+    base = Policy(network=Network(mode="user", connections=5, bytes=100))
+    words = ("--network-connections", "9", "--network-bytes", "unlimited", "--network-rate", "1M")
+    found = policy_of(*words, base=base)
+    assert found.network == Network(mode="user", connections=9, bytes=None, rate=1 << 20)
+    assert found.origin("network.rate") == "command line: --network-rate"
+    alone = policy_of("--allow", "*:443", "--network-bytes", "1M")
+    assert alone.network == Network(mode="user", allow=("*:443",), bytes=1 << 20)
 
 
 def test_the_rest_of_a_policy_stays() -> None:

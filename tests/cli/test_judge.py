@@ -226,7 +226,7 @@ def test_a_package_without_a_time_limit_says_so(
     ("words", "message"),
     [
         (["{package}", "/none"], "/none: No such file or directory"),
-        (["/none", "{package}"], "/none: not a directory (name a package directory)"),
+        (["/none", "{package}"], "/none: not a directory\nsandboxd:   name a package directory\n"),
         (
             ["--language", "cobol", "{package}", "{package}"],
             "no such language: cobol (there are c, cpp, ",

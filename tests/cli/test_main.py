@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -133,12 +135,42 @@ def test_errors(
         assert said in capfd.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("error", "kind", "said"),
+    [
+        (JobError("bad", hint="better"), "job", "bad"),
+        (PolicyError("a.toml: x", "bad"), "policy", "a.toml: x: bad"),
+        (ExceptionGroup("g", [HostError("x", "lacks x")]), "host", "lacks x"),
+        (ZeroDivisionError("x"), "internal", "ZeroDivisionError: x"),
+    ],
+)
+def test_errors_as_json(
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    error: Exception,
+    kind: str,
+    said: str,
+) -> None:
+    def fail(_: argparse.Namespace) -> int:
+        raise error
+
+    monkeypatch.setitem(sys.modules, "sandboxd.cli.plan", pretended("plan", fail))
+    assert main.main(["plan", "--json"]) != 0
+    record = json.loads(capfd.readouterr().out)
+    assert (record["schema"], record["status"]) == ("sandboxd.error/1", "error")
+    assert (record["error"]["kind"], record["error"]["message"]) == (kind, said)
+    main.main(["plan"])
+    assert capfd.readouterr().out == ""
+
+
 def pretended(name: str, func: Callable[[argparse.Namespace], int]) -> ModuleType:
     """A module of a command that does this."""
     module = ModuleType(name)
 
     def register(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-        commands.add_parser(name).set_defaults(func=func)
+        parser = commands.add_parser(name)
+        parser.add_argument("--json", action="store_true")
+        parser.set_defaults(func=func)
 
     module.register = register  # type: ignore[attr-defined]
     return module
@@ -154,6 +186,30 @@ def test_a_reader_who_went_away() -> None:
     finally:
         os.close(writer)
     assert done.stderr == b""
+
+
+@pytest.mark.parametrize("words", [["list"], ["explain", "base"], ["schema"]])
+def test_a_full_disk(words: list[str]) -> None:
+    """What fits into a buffer, and what does not."""
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            [*SANDBOXD, "policy", *words], stdout=full, stderr=subprocess.PIPE, check=False
+        )
+    assert done.returncode == 125
+    assert done.stderr == b"sandboxd: output cannot be written: No space left on device\n"
+
+
+def test_a_directory_that_is_gone(tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
+    script = 'cd "$0"; rmdir "$0"; exec "$@" run -v ./x:/x true'
+    done = subprocess.run(
+        ["/bin/sh", "-c", script, str(tmp_path / "here"), *SANDBOXD],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 125
+    assert done.stderr.endswith(
+        "sandboxd: the directory that this is typed in is gone\nsandboxd:   cd to another\n"
+    )
 
 
 def test_descriptors_that_are_closed() -> None:

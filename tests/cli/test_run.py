@@ -95,6 +95,7 @@ def test_stdin(tmp_path: Path) -> None:
     with source.open("rb") as stream:
         assert run("-qi", "--", "cat", stdin=stream).stdout == b"from a file\xff"
     assert run("-qi", "--", "cat").stdout == b""  # /dev/null
+    assert run("-q", "--stdin", "/dev/null", "--", "cat").stdout == b""
 
 
 def test_a_program_that_does_not_read_its_stdin() -> None:
@@ -107,6 +108,35 @@ def test_output_that_cannot_be_written() -> None:
         done = run("-q", *shell("echo x; sleep 60"), stdout=full)
     assert done.returncode == 125
     assert done.stderr == b"sandboxd: output cannot be written: No space left on device\n"
+
+
+@pytest.mark.parametrize("form", ["--json", "--json=stream"])
+def test_a_record_that_cannot_be_written(form: str) -> None:
+    with open("/dev/full", "wb") as full:
+        done = run(form, "--", "true", stdout=full)
+    assert done.returncode == 125
+    assert done.stderr == b"sandboxd: output cannot be written: No space left on device\n"
+
+
+def test_a_limit_of_ours_under_which_nothing_can_be_started() -> None:
+    """What would be executed is a file without a name, and RLIMIT_FSIZE holds for those, too."""
+    lowered = ["sh", "-c", 'trap "" XFSZ; ulimit -f 0; exec "$@"', "sh", *RUN, "true"]
+    done = subprocess.run(lowered, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+    assert done.returncode == 125
+    assert done.stderr.startswith(b"sandboxd: tenant: step 0 start its zygote: File too large\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (["--open-files", "4"], b"sandboxd:   command line: --open-files is too low for a sandbox"),
+        (["--inodes", "1"], b"limits.disk, or limits.inodes, is too low for a sandbox itself"),
+    ],
+)
+def test_a_limit_under_which_no_sandbox_fits(words: list[str], hint: bytes) -> None:
+    done = run(*words, "--", "true")
+    assert done.returncode == 125
+    assert hint in done.stderr
 
 
 def test_a_nonblocking_stdout() -> None:
@@ -168,6 +198,10 @@ def test_a_file_that_is_not_executable(tmp_path: Path) -> None:
         (["-p", "bsae", "true"], b"sandboxd: no policy 'bsae'\nsandboxd:   did you mean base?"),
         (["--file", "/nowhere", "true"], b"sandboxd: --file /nowhere: No such file or directory"),
         (["--stdin", "/nowhere", "true"], b"sandboxd: stdin: /nowhere: No such file or directory"),
+        (["--stdin", "/", "true"], b"sandboxd: stdin: / is no regular file"),
+        (["--stdin", "/dev/zero", "true"], b"sandboxd: stdin: /dev/zero is no regular file"),
+        (["-p", "", "true"], b"sandboxd: no policy ''"),
+        (["--root", "/", "true"], b"sandboxd: --root /: a root cannot be the one we are in"),
         (["-v", "/nowhere:/x", "true"], b"sandboxd: cannot show /nowhere on /x: no such file"),
         (["--collect", "*", "true"], b"sandboxd: --collect without --collect-to"),
         ([], b"sandboxd: no program to run"),
@@ -246,6 +280,9 @@ def test_json_stream_with_usage() -> None:
     wrong = run("--json", "--usage-every", "1s", "--", "true")
     assert wrong.returncode == 125
     assert b"--json=stream" in wrong.stderr
+    wrong = run("--json=stream", "--usage-every", "1ms", "--", "true")
+    assert wrong.returncode == 2
+    assert b"argument --usage-every: '1ms' is less than 10ms" in wrong.stderr
 
 
 def test_json_stream() -> None:

@@ -260,7 +260,8 @@ WRONG = {
     ),
     # lists
     'root.etc = ["a", "!reset"]': 'p.toml:1: root.etc[1]: "!reset" must be the first entry',
-    "mounts = [1]": "p.toml:1: mounts[0]: a number where a table belongs (write [mounts[0]])",
+    "mounts = [1]": "p.toml:1: mounts[0]: a number where a table belongs (write [[mounts]])",
+    'mounts = "x"': "p.toml:1: mounts: a string where a list belongs (write [[mounts]])",
     # meaning
     'root.source = "rootfs"': "p.toml:1: root.source: 'rootfs' is not absolute"
     ' ("host", or the absolute path of a directory)',

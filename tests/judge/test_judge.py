@@ -196,11 +196,12 @@ async def test_what_the_compiler_says(problem: Problem) -> None:
         (Submission(name="x", files={"a.c": bytes(200_000)}), "the sources are 200000 bytes"),
         (Submission(name="x", files={"a.txt": b""}), "no source file of a known language"),
         (Submission(name="x", files={"a.c": b""}, language="cobol"), "no such language: cobol"),
-        (Submission(name="x", files={"a.c": b""}, language="go"), "no Go source file (*.go)"),
+        (Submission(name="x", files={"a.c": b"", "b.h": b""}, language="go"),
+         "no Go source file (*.go)"),
         (Submission(name="x", files={"A.java": b""}), "no class has a main method"),
         (Submission(name="x", files={"../a.c": b""}), "'../a.c' cannot be a file name"),
     ],
-)
+)  # fmt: skip
 async def test_submissions_that_need_no_compiler(
     problem: Problem, submission: Submission, message: str
 ) -> None:

@@ -16,6 +16,7 @@ from sandboxd.judge.languages import (
     check_available,
     detect,
     make_program,
+    renamed,
     table,
 )
 from sandboxd.judge.submission import SourceError
@@ -100,6 +101,23 @@ def test_which_file_is_first_must_be_known() -> None:
         program("python3", {"a.py": "", "b.py": ""})
     with pytest.raises(SourceError, match=r"none is called main\.rs"):
         program("rust", {"a.rs": "", "b.rs": ""})
+
+
+@pytest.mark.parametrize(
+    ("code", "names", "after"),
+    [
+        ("cpp", ["a.c"], ["a.cpp"]),
+        ("cpp", ["a.cc"], ["a.cc"]),
+        ("c", ["submission"], ["submission.c"]),
+        ("java", ["x.y.txt"], ["x.y.java"]),
+        ("c", ["a.x", "b.x"], ["a.x", "b.x"]),
+    ],
+)
+def test_a_lone_file_is_of_the_language_that_was_named(
+    code: str, names: list[str], after: list[str]
+) -> None:
+    found = renamed(table()[code], dict.fromkeys(names, b"text"))
+    assert (list(found), set(found.values())) == (after, {b"text"})
 
 
 def test_a_language_that_was_named_needs_its_sources() -> None:

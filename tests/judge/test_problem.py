@@ -209,7 +209,7 @@ def test_the_example_package() -> None:
         ("limits: {time_limit: inf}", "limits.time_limit", "86400"),
         ("limits: {time_limit: nan}", "limits.time_limit", "expected `float`"),
         ("limits: {time_limit: 1:30}", "limits.time_limit", "expected `float"),
-        ("limits: 5", "limits", "expected `object`, got `"),
+        ("limits: 5", "limits", "not a map of keys and values"),
         ("validator_flags: float_tolerance x", "validator_flags", "needs a number, not 'x'"),
         ("validator_flags: [a]", "validator_flags", "expected `str`"),
     ],
@@ -228,7 +228,7 @@ def test_wrong_metadata(package: Path, text: str, where: str, message: str) -> N
         ("name: &x a\nauthor: *x", "aliases are not supported (line 1)"),
         ("? [a]\n: b", "a key is no text (line 1)"),
         ("a: 1\n---\nb: 2", "not YAML: but found another document"),
-        ("- 1", "expected `object`, got `array`"),
+        ("- 1", "not a map of keys and values"),
         ("[" * 100_000, "nested too deeply"),
         ("x" * (1 << 18) + ": 1", "larger than 262144 bytes"),
         ("name: \x07", "not YAML in UTF-8"),
@@ -269,7 +269,11 @@ def test_not_a_directory(tmp_path: Path) -> None:
     [
         ({"data/secret/3.in": ""}, "data/secret/3.ans", "there is no such file"),
         ({"data/secret/3.ans": ""}, "data/secret/3.ans", "there is no 3.in"),
-        ({"data/secret/3.in/x": "", "data/secret/3.ans": ""}, "data/secret/3.in", "no such file"),
+        (
+            {"data/secret/3.in/x": "", "data/secret/3.ans": ""},
+            "data/secret/3.in",
+            "not an ordinary file",
+        ),
         ({".timelimit": "fast"}, ".timelimit", "'fast' is not a number of seconds"),
         ({".timelimit": "0"}, ".timelimit", "'0' is not a number of seconds"),
         (
@@ -422,7 +426,7 @@ def test_links_out_of_the_package(package: Path, tmp_path: Path) -> None:
 def test_a_pipe_instead_of_a_file_does_not_block(package: Path) -> None:
     (package / "problem.yaml").unlink()
     os.mkfifo(package / "problem.yaml")
-    refuse(package, "problem.yaml", "there is no such file")
+    refuse(package, "problem.yaml", "not an ordinary file")
 
 
 def test_directories_without_end(package: Path) -> None:

@@ -39,6 +39,9 @@ def test_connections(world: World, helper: str) -> None:
     }  # fmt: skip
     assert outcome.result["status"] == "ok"
     assert outcome.result["enforcement"]["network_connections"] == "nftables"
+    assert outcome.result["limits"]["network_connections"] == {
+        "limit": 3, "used": 3, "exceeded": False, "action": "refused",
+    }  # fmt: skip
 
 
 def test_bytes_of_datagrams(world: World, helper: str) -> None:
@@ -60,6 +63,9 @@ def test_bytes_of_datagrams(world: World, helper: str) -> None:
     usage = outcome.result["usage"]
     assert (usage["net_sent"], usage["net_received"]) == (5000, 5 * answer)
     assert beyond(outcome, "bytes") == {None: 1}
+    assert outcome.result["limits"]["network_bytes"] == {
+        "limit": most, "used": most, "exceeded": False, "action": "refused",
+    }  # fmt: skip
     assert outcome.result["status"] == "ok"
 
 
@@ -122,3 +128,6 @@ def test_no_more_than_the_rate(world: World, helper: str) -> None:
     assert found["up"] < 30, found
     assert outcome.result["violations"] == []
     assert outcome.result["enforcement"]["network_rate"] == "nftables and tbf"
+    told = outcome.result["limits"]["network_rate"]
+    assert (told["limit"], told["exceeded"], told["action"]) == (rate, False, "none")
+    assert 0 < told["used"] < 2 * rate

@@ -112,6 +112,29 @@ def test_a_way_out(report: Report) -> None:
     assert (rows(report)["nftables"].state == "ok") >= able
 
 
+@pytest.mark.needs("slirp4netns", "tun")
+def test_what_carries_packets_is_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As under Debian 12, whose AppArmor keeps pasta from namespaces of others."""
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    words = "Couldn't open network namespace /tmp/n1.net: Permission denied"
+
+    def broken(name: str) -> str:
+        (tmp_path / name).write_text(f'#!/bin/sh\necho "{words}" >&2; exit 1\n')
+        (tmp_path / name).chmod(0o755)
+        return f"{tmp_path / name}: {words}"
+
+    pasta = broken("pasta")
+    found = rows(diagnose())["user networking"]
+    assert (found.state, found.fix) == ("ok", "")
+    assert found.found.endswith(f"slirp4netns; but {pasta}")
+    slirp4netns = broken("slirp4netns")
+    report = diagnose()
+    found = rows(report)["user networking"]
+    assert (found.state, found.found) == ("warn", f"{slirp4netns}; {pasta}")
+    assert "aa-disable" in found.fix
+    assert {one.what: one.level for one in report.guarantees}["way out"] == "none"
+
+
 def test_a_bridge(report: Report) -> None:
     """As ip(8) finds it."""
     there = "ip link add br0 type bridge && ip link add a type veth peer name b"

@@ -225,7 +225,7 @@ async def test_no_process_for_a_tenant() -> None:
     async with open_runner(slots=1) as runner:
         resource.setrlimit(resource.RLIMIT_NPROC, (1, limits[1]))
         try:
-            with pytest.raises(LaunchError, match="start it") as caught:
+            with pytest.raises(LaunchError, match="start its zygote") as caught:
                 await runner.run(TRUE)
         finally:
             resource.setrlimit(resource.RLIMIT_NPROC, limits)

@@ -157,6 +157,25 @@ def test_what_is_no_file_is_an_error_that_says_so(name: str) -> None:
         find(name)
 
 
+def test_a_byte_order_mark_is_no_error(tmp_path: Path) -> None:
+    file = tmp_path / "x.toml"
+    file.write_bytes(b'\xef\xbb\xbfextends = "base"\r\ndescription = "of Windows"\r\n')
+    assert find(str(file)).description == "of Windows"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('root.source = "/"', "root.source: a root cannot be the one we are in"),
+        ("mounts = [{target = '/dev', type = 'tmpfs'}]", "nothing can be mounted on /dev"),
+    ],
+)
+def test_what_no_sandbox_can_be(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "x.toml").write_text(text)
+    with pytest.raises(PolicyError, match=said):
+        find(str(tmp_path / "x.toml"))
+
+
 def test_files_that_are_no_policy(tmp_path: Path) -> None:
     file = tmp_path / "x.toml"
     file.write_bytes(b"a = 1\nb = '\xff'\n")

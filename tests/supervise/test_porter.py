@@ -185,7 +185,7 @@ async def test_what_cannot_be_read_is_named(
         with pytest.raises(JobError, match=reason) as caught:
             await porter.copy_in(tenant.box, {"a": b"", "input": make(tmp_path)}, tenant.owner)
         assert named in str(caught.value)
-        assert "files[b'input" in str(caught.value)
+        assert "files['input" in str(caught.value)
         await porter.copy_in(tenant.box, {"input": b""}, tenant.owner)
 
 

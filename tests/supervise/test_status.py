@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from sandboxd.messages import Ended
-from sandboxd.policy import Limits, Policy, Rule, Syscalls
+from sandboxd.policy import Limits, Network, Policy, Rule, Syscalls
 from sandboxd.result import ArtifactError, Usage
 from sandboxd.supervise.quality import judge
 from sandboxd.supervise.status import Facts, classify, violations
@@ -139,6 +139,35 @@ def test_a_limit_that_is_not_in_force_says_so(means: str, processes: int, action
 def test_cpus(means: str, used: dict[str, Any], action: str, exceeded: bool) -> None:
     report = classify(facts(ended(), usage(**used), enforcement={"cpus": means}), LIMITS).limits
     assert (report["cpus"].action, report["cpus"].exceeded) == (action, exceeded)
+
+
+@pytest.mark.parametrize(
+    ("name", "means", "sent", "beyond", "told"),
+    [
+        ("connections", "nftables", 9, (), (3, False, "none")),
+        ("connections", "nftables", 9, ("network_connections",), (3, False, "refused")),
+        ("bytes", "nftables", 9, ("network_bytes",), (10, False, "refused")),
+        ("bytes", "none", 9, (), (10, False, "not enforced")),
+        ("bytes", "none", 5000, (), (5001, True, "not enforced")),
+        ("bytes", "nftables", None, (), (None, None, "none")),
+        ("rate", "nftables and tbf", 9, (), (4.5, False, "none")),
+        ("rate", "none", 5000, (), (2500.0, True, "not enforced")),
+    ],
+)
+def test_caps_of_a_way_out(
+    name: str, means: str, sent: int | None, beyond: tuple[str, ...], told: tuple[Any, ...]
+) -> None:
+    used = usage(net_sent=sent, net_received=1, net_connections=3, wall_time=2.0)
+    seen = facts(ended(), used, enforcement={f"network_{name}": means}, beyond=frozenset(beyond))
+    network = msgspec.structs.replace(Network(mode="user"), **{name: 2000})
+    report = classify(seen, LIMITS, network).limits[f"network_{name}"]
+    assert (report.used, report.exceeded, report.action) == told
+    assert report.limit == 2000
+
+
+def test_no_caps_where_there_is_no_way_out() -> None:
+    for network in (Network(bytes=1), Network(mode="user")):
+        assert not any("network" in name for name in classify(facts(), LIMITS, network).limits)
 
 
 def test_violations_name_what_kills() -> None:
