@@ -118,11 +118,9 @@ def _save(args: argparse.Namespace, daemon: Plain, record: dict[str, Any]) -> No
     from sandboxd.serve.wire import result_of
     from sandboxd.supervise.artifacts import save
 
-    found: dict[str, bytes] = {}
-    for artifact in record["artifacts"]:
-        with daemon.asking("GET", f"/v1/files/{artifact['sha256']}") as answer:
-            found[artifact["sha256"]] = answer.body()
-    save(result_of(record, found).artifacts, args.collect_to)
+    found = remote.collected(daemon, record)
+    kept = [one for one in result_of(record, found).artifacts if one.sha256 in found]
+    save(kept, args.collect_to)
 
 
 # -- what is asked for -----------------------------------------------------------------------

@@ -17,7 +17,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from sandboxd.cli import inputs, mounts, networks, subtree, users
-from sandboxd.cli.quantities import count, cpus, or_unlimited, size, time
+from sandboxd.cli.quantities import count, cpus, job_name, or_unlimited, size, time
 from sandboxd.errors import JobError
 
 if TYPE_CHECKING:  # nothing of it is needed where a daemon does the work
@@ -55,7 +55,6 @@ _ULIMITS: Mapping[str, tuple[str, Callable[[str], float]]] = MappingProxyType(
 )
 _ABSENT = -1
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 _HOSTNAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]{0,62}")
 
 
@@ -101,7 +100,7 @@ def _add_program(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--stdin", type=Path, metavar="FILE", help="stdin is the content of FILE")
     group.add_argument("-t", "--tty", action="store_true", help="a terminal instead of pipes")
     group.add_argument(
-        "--name", type=_job_name, metavar="ID", help="the job's id in the result (default: random)"
+        "--name", type=job_name, metavar="ID", help="the job's id in the result (default: random)"
     )
     group.add_argument("--rm", action="store_true", help="accepted: nothing is ever left behind")
     group.add_argument("--init", action="store_true", help="accepted: there is always an init")
@@ -179,12 +178,6 @@ def _add_surroundings(group: argparse._ArgumentGroup) -> None:
     )  # fmt: skip
     group.add_argument("--hostname", type=_hostname, metavar="NAME", help="the host name inside")
     networks.add(group)
-
-
-def _job_name(text: str) -> str:
-    if not _NAME.fullmatch(text):
-        raise argparse.ArgumentTypeError(f"{text!r}: letters, digits, and _.- after the first")
-    return text
 
 
 def _hostname(text: str) -> str:

@@ -249,7 +249,7 @@ def _failed(name: str | None, error: BaseException, asked: argparse.Namespace) -
     complain(found)
     _say_json(name, found, asked)
     own_fault = isinstance(found, PolicyError | JobError | ImageError)
-    runs = name in ("run", "build", "group")
+    runs = name in ("run", "build", "group", "wait")  # 1 is what a program may end with
     return exitcodes.FAILED if own_fault and not runs else exitcodes.SANDBOXD_FAILED
 
 

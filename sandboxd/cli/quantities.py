@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable
 from typing import TypeVar
 
 from sandboxd import units
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 
 T = TypeVar("T")
 
@@ -45,6 +48,13 @@ def cpus(text: str) -> float:
     if not 0.01 <= value <= 65536:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of CPUs such as 1.5")
     return value
+
+
+def job_name(text: str) -> str:
+    """The id of a job, which is the name of files, too."""
+    if not _NAME.fullmatch(text):
+        raise argparse.ArgumentTypeError(f"{text!r}: letters, digits, and _.- after the first")
+    return text
 
 
 def or_unlimited(read: Callable[[str], T]) -> Callable[[str], T | None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sandboxd.serve.plain import Plain
@@ -48,7 +48,19 @@ def daemon(args: argparse.Namespace) -> Plain:
     given = (
         trace if re.fullmatch(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}", trace) else ""
     )
-    return Plain(where, os.environ.get("SANDBOXD_TOKEN"), traceparent=given or None)
+    token = address.token(os.environ.get("SANDBOXD_TOKEN"))
+    return Plain(where, token, traceparent=given or None)
+
+
+def collected(daemon: Plain, record: dict[str, Any]) -> dict[str, bytes]:
+    """The files of a record by their digest, but for those that the daemon could not keep."""
+    refused = {one["path"] for one in record["artifact_errors"]}
+    found: dict[str, bytes] = {}
+    for artifact in record["artifacts"]:
+        if artifact["path"] not in refused:
+            with daemon.asking("GET", f"/v1/files/{artifact['sha256']}") as answer:
+                found[artifact["sha256"]] = answer.body()
+    return found
 
 
 def path(job: str) -> str:

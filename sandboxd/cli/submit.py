@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from sandboxd.cli import exitcodes, inputs, remote
-from sandboxd.cli.quantities import count, size, time
+from sandboxd.cli.quantities import count, job_name, size, time
 from sandboxd.errors import JobError
 
 if TYPE_CHECKING:
@@ -44,7 +44,9 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "-p judge-native --file a.out --stdin 1.in -- ./a.out",
     )  # fmt: skip
     parser.add_argument("-p", "--policy", default="base", metavar="POLICY", help="its name")
-    parser.add_argument("--name", metavar="ID", help="the job's id (default: a random one)")
+    parser.add_argument(
+        "--name", type=job_name, metavar="ID", help="the job's id (default: a random one)"
+    )
     parser.add_argument(
         "--priority", type=int, choices=range(10), default=5, metavar="N",
         help="0 to 9 among your jobs; 9 is first (default: 5)",

@@ -46,23 +46,13 @@ def run(args: argparse.Namespace) -> int:
     from sandboxd.cli.run import accounting
     from sandboxd.serve.wire import result_of
 
-    result = result_of(record, _collected(args, record))
+    found = {} if args.collect_to is None else remote.collected(daemon, record)
+    result = result_of(record, found)
     if args.collect_to is not None:
         from sandboxd.supervise.artifacts import save
 
-        save(result.artifacts, args.collect_to)
+        save([one for one in result.artifacts if one.sha256 in found], args.collect_to)
     if not args.quiet and not args.json:
         for line in accounting(result):
             say(line)
     return exitcodes.exit_code(result)
-
-
-def _collected(args: argparse.Namespace, record: dict[str, Any]) -> dict[str, bytes]:
-    found: dict[str, bytes] = {}
-    if args.collect_to is None:
-        return found
-    for artifact in record["artifacts"]:
-        target = f"/v1/files/{artifact['sha256']}"
-        with remote.daemon(args).asking("GET", target) as answer:
-            found[artifact["sha256"]] = answer.body()
-    return found

@@ -78,6 +78,16 @@ def named(environ: Mapping[str, str]) -> Unix | Tcp:
     return parse(text) if text else default(environ)
 
 
+def token(text: str | None) -> str | None:
+    """What a caller has as its token; an empty one is none. JobError if it can be no such."""
+    found = (text or "").strip()
+    if not found.isascii() or not found.isprintable() or " " in found:
+        raise JobError(
+            "the token is no token", hint="one word of ASCII, without line breaks: $SANDBOXD_TOKEN"
+        )
+    return found or None
+
+
 def state(environ: Mapping[str, str]) -> Path:
     """Where a daemon keeps what it must not forget: systemd's word, or the user's place."""
     if given := environ.get("STATE_DIRECTORY", "").partition(":")[0]:

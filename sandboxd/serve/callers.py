@@ -85,7 +85,7 @@ class Callers:
                 found = name
         if scheme.lower() != "bearer" or found is None:
             wrong = "no token that is known" if authorization else "no token"
-            hint = "Authorization: Bearer TOKEN, of the daemon's --token-file"
+            hint = "Authorization: Bearer TOKEN, of the daemon's --token-file; $SANDBOXD_TOKEN"
             raise Refusal(401, "denied", wrong, hint=hint).with_header("WWW-Authenticate", "Bearer")
         return found
 

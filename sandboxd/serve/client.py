@@ -216,8 +216,8 @@ async def connect(
     https (default: $SANDBOXD_TLS_CA, _CERT and _KEY). HostError if none is there.
     """
     where = address.named(os.environ) if url is None else address.parse(url)
-    token = token if token is not None else os.environ.get("SANDBOXD_TOKEN")
-    links = Links(where, token, trust or Trust.named(os.environ))
+    shown = address.token(os.environ.get("SANDBOXD_TOKEN") if token is None else token)
+    links = Links(where, shown, trust or Trust.named(os.environ))
     try:
         client = Client(links)
         await client.info()

@@ -171,6 +171,8 @@ class Conversation:
             raise Refusal(408, "request", "the head did not come to its end") from None
         if not isinstance(event, h11.Request):
             return None
+        if _size(event) > HEAD_SIZE:  # it came so fast that h11 had all of it before it looked
+            raise Refusal(431, "request", f"a head of more than {HEAD_SIZE} bytes")
         return Request(self, _plain(event))
 
     def read_formally(self, data: bytes) -> None:
@@ -283,6 +285,10 @@ class Request:
                 with scope:
                     yield scope
                 nursery.cancel_scope.cancel()
+
+
+def _size(head: h11.Request) -> int:
+    return len(head.target) + sum(len(name) + len(value) + 4 for name, value in head.headers)
 
 
 def _plain(head: h11.Request) -> swift.Plain:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from sandboxd.serve.share import Share
@@ -69,6 +71,37 @@ class Spending:
         if not minutes:
             self._minutes.pop(caller, None)
         return minutes
+
+
+class Budget:
+    """Bytes of bodies that are in memory at once, of all callers together."""
+
+    def __init__(self, most: int) -> None:
+        self._left = most
+
+    def take(self, size: int) -> None:
+        """Refusal 503 if there are too many; what was taken is to be given back."""
+        if size > self._left:
+            raise Refusal(
+                503, "busy", "too many large requests at once", hint="ask again in a moment"
+            ).with_header("Retry-After", "1")
+        self._left -= size
+
+    def give_back(self, size: int) -> None:
+        self._left += size
+
+    def keep(self, size: int, body: bytes) -> int:
+        """Of what was taken for a body what it has turned out to need; the rest is given back."""
+        self.give_back(size - len(body))
+        return len(body)
+
+    @contextlib.contextmanager
+    def hold(self, size: int) -> Iterator[None]:
+        self.take(size)
+        try:
+            yield
+        finally:
+            self.give_back(size)
 
 
 def _later(why: str, seconds: float) -> Refusal:

@@ -8,7 +8,6 @@ import hashlib
 import logging
 import math
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import h11
@@ -32,6 +31,7 @@ from sandboxd.serve.live import Asked, Live, view
 from sandboxd.serve.metrics import TEXT
 from sandboxd.serve.overview import Looks
 from sandboxd.serve.page import HTML, page
+from sandboxd.serve.quotas import Budget
 from sandboxd.serve.together import Together
 from sandboxd.serve.wire import (
     DIGEST,
@@ -59,37 +59,6 @@ STARTING = 30.0
 """Seconds that stdin and signals wait for a job to begin."""
 
 logger = logging.getLogger("sandboxd.serve")
-
-
-class Budget:
-    """Bytes of bodies that are in memory at once, of all callers together."""
-
-    def __init__(self, most: int) -> None:
-        self._left = most
-
-    def take(self, size: int) -> None:
-        """Refusal 503 if there are too many; what was taken is to be given back."""
-        if size > self._left:
-            raise Refusal(
-                503, "busy", "too many large requests at once", hint="ask again in a moment"
-            ).with_header("Retry-After", "1")
-        self._left -= size
-
-    def give_back(self, size: int) -> None:
-        self._left += size
-
-    def keep(self, size: int, body: bytes) -> int:
-        """Of what was taken for a body what it has turned out to need; the rest is given back."""
-        self.give_back(size - len(body))
-        return len(body)
-
-    @contextlib.contextmanager
-    def hold(self, size: int) -> Iterator[None]:
-        self.take(size)
-        try:
-            yield
-        finally:
-            self.give_back(size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,7 +234,7 @@ class Routes(Together):
     async def _job(self, call: Call, *, whole: bool = True) -> Live | Row:
         found = await self.book.find(call.caller, call.names["id"], whole=whole)
         if found is None:
-            raise Refusal(404, "job", "no such job", hint="GET /v1/jobs lists yours")
+            raise Refusal(404, "job", "no such job", hint="GET /v1/jobs, or ps -a, lists yours")
         return found
 
     async def jobs(self, call: Call) -> Reply:

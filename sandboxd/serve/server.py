@@ -36,7 +36,8 @@ from sandboxd.serve.gojudge.store import Store
 from sandboxd.serve.http import HEAD_TIME, Conversation, converse, peer_of
 from sandboxd.serve.journal import open_journal
 from sandboxd.serve.metrics import Gauge
-from sandboxd.serve.routes import Bounds, Budget, Routes
+from sandboxd.serve.quotas import Budget
+from sandboxd.serve.routes import Bounds, Routes
 from sandboxd.serve.tls import Shown, name_of, of_daemon
 from sandboxd.serve.wires import SocketWire, Wire
 from sandboxd.supervise.one_error import one_error

@@ -13,7 +13,8 @@ from sandboxd.serve.http import Gone, Reply, Request
 from sandboxd.serve.wire import Refusal, traceparent
 
 if TYPE_CHECKING:
-    from sandboxd.serve.routes import Bounds, Budget, Call
+    from sandboxd.serve.quotas import Budget
+    from sandboxd.serve.routes import Bounds, Call
 
 PATHS: dict[Kind, str] = {GroupSubmission: "groups", PipelineSubmission: "pipelines"}
 

@@ -135,3 +135,41 @@ def test_it_starts_without_trio() -> None:
     command = [sys.executable, "-P", "-c", program]
     done = subprocess.run(command, env=environ, capture_output=True, check=True)
     assert done.stdout.strip() == b""
+
+
+def test_what_there_is_not_is_told_from_a_job_that_failed(served: Process) -> None:
+    done = sandboxd(served, "wait", "nosuch")
+    assert (done.returncode, done.stderr.splitlines()[0]) == (125, b"sandboxd: no such job")
+    assert sandboxd(served, "logs", "nosuch").returncode == 1
+
+
+def test_a_name_that_no_job_can_have(served: Process) -> None:
+    done = sandboxd(served, "submit", "--name", "a b", "--", "true")
+    assert done.returncode == 2
+    assert b"--name: 'a b': letters, digits, and _.- after the first\n" in done.stderr
+
+
+@pytest.mark.parametrize("token", ["", "\n", "a b", "a\nb", "\u00e9"])
+def test_a_token_that_is_none(served: Process, token: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SANDBOXD_TOKEN", token)
+    done = sandboxd(served, "ps")
+    if token.strip():
+        assert done.returncode == 1
+        assert done.stderr.startswith(b"sandboxd: the token is no token\n")
+    else:
+        assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_a_file_that_the_daemon_could_not_keep(served: Process, tmp_path: Path) -> None:
+    partial = served.place / "state/files/tmp"
+    partial.rmdir()
+    partial.touch()
+    try:
+        flags = ("--collect", "out", "--collect-to", str(tmp_path))
+        done = sandboxd(served, "run", *flags, "--", "sh", "-c", "echo x > out")
+    finally:
+        partial.unlink()
+        partial.mkdir()
+    assert done.returncode == 0
+    assert b"not kept: a file cannot be kept: Not a directory" in done.stderr
+    assert not (tmp_path / "out").exists()

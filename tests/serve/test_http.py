@@ -37,6 +37,8 @@ WRONG = {
     ),
     "a line that is folded": (b"GET / HTTP/1.1\r\nHost: x\r\nA: b\r\n\0c\r\n\r\n", 400),
     "a head without end": (b"GET / HTTP/1.1\r\nHost: x\r\nA: " + b"a" * 70_000, 431),
+    "a head that is too large, and all there": (
+        GET.replace(b"\r\n\r\n", b"\r\nX: " + b"x" * 40_000 + b"\r\n\r\n"), 431),
     "a body that is too large": (POST % (1 << 40), 413),
     "no JSON": (POST % 1 + b"{", 400),
     "JSON that is too deep": (POST % 100_000 + b"[" * 100_000, 422),

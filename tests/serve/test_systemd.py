@@ -34,6 +34,23 @@ def test_sockets_are_only_taken_by_whom_they_are_for() -> None:
         assert not environ
 
 
+@pytest.mark.parametrize("what", ["a file", "nothing", "a socket that is connected"])
+def test_what_is_no_socket_that_listens_is_said(what: str) -> None:
+    pair = socket.socketpair()
+    given = {"a file": 1, "nothing": 99, "a socket that is connected": pair[0].fileno()}[what]
+    script = STARTER.replace("os.dup2(int(sys.argv[1]), 3)", "_ = sys.argv[1] == '99' or "
+                             "os.dup2(int(sys.argv[1]), 3)")  # fmt: skip
+    with folder() as place, pair[0], pair[1]:
+        done = subprocess.run(
+            [sys.executable, "-P", "-c", script, str(given), "--state", f"{place}/state"],
+            cwd=ROOT, capture_output=True, text=True, timeout=50, check=False,
+            pass_fds=[pair[0].fileno()],
+        )  # fmt: skip
+    assert done.returncode == 125
+    assert "LISTEN_FDS: descriptor 3 is no socket that listens" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_a_note_goes_where_it_is_wanted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name = f"\0sandboxd-test-{os.getpid()}"
     for address in ("@" + name[1:], ""):

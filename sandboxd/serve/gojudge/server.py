@@ -22,7 +22,7 @@ from sandboxd.serve.gojudge import sockets, wire
 from sandboxd.serve.gojudge.runs import LARGE, Runs
 from sandboxd.serve.guests import Cancelled
 from sandboxd.serve.http import Gone, Reply, Request
-from sandboxd.serve.routes import Budget
+from sandboxd.serve.quotas import Budget
 from sandboxd.serve.wire import Refusal, encode, traceparent
 
 BUILD = "v1.9.0"
