@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import os
 from collections.abc import AsyncIterator, Collection, Sequence
@@ -188,7 +187,7 @@ class Runner:
             run._reports = Reports(usage_every, run._tell) if usage_every else None
             run._terminal = pipes.stdin if job.terminal else None
             run._limiter = joint.limiter if joint else None
-            job = dataclasses.replace(job, id=run.id)
+            job = msgspec.structs.replace(job, id=run.id)
             try:
                 with one_error():
                     async with trio.open_nursery() as nursery:
