@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import msgspec
 
 from sandboxd.image import Image
 from sandboxd.reference import Inputs
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class IdRange:
+class IdRange(msgspec.Struct, frozen=True, kw_only=True):
     """Subordinate ids of the caller: `count` host ids from `start` on (/etc/subuid)."""
 
     start: int
     count: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CgroupSubtree:
+class CgroupSubtree(msgspec.Struct, frozen=True, kw_only=True):
     """A cgroup v2 directory in which we may make leaves. `controllers` are usable in leaves."""
 
     path: str
@@ -32,8 +30,7 @@ class CgroupSubtree:
     systemd lets the tenants in (cgroup/systemd.py). "" where it is just a directory."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
+class Place(msgspec.Struct, frozen=True, kw_only=True):
     """Where a sandbox is in its group: what it is called, and who is at which address."""
 
     name: str
@@ -43,8 +40,7 @@ class Place:
     """All are in one network namespace."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Host:
+class Host(msgspec.Struct, frozen=True, kw_only=True):
     """A snapshot. Everything here was found by doing, or is a plain fact read from the kernel."""
 
     arch: str
@@ -56,7 +52,7 @@ class Host:
     cores: tuple[tuple[int, ...], ...] = ()
     """The CPUs we may use, those of one core together (its hyper-threads), lowest first."""
     page_size: int = 4096
-    huge_pages: dict[str, int] = field(default_factory=dict)
+    huge_pages: dict[str, int] = msgspec.field(default_factory=dict)
     """Sizes of huge pages as the hugetlb controller writes them ("2MB") -> pages in the pool."""
     user_namespaces: bool = True
     subuid: IdRange | None = None
@@ -98,17 +94,17 @@ class Host:
     """/proc shows nothing of processes that we may not trace (hidepid): no run can be sampled."""
     cgroup: CgroupSubtree | None = None
     cgroup_why_not: str = ""
-    root_links: dict[str, str] = field(default_factory=dict)
+    root_links: dict[str, str] = msgspec.field(default_factory=dict)
     """Symbolic links directly below / (bin -> usr/bin ...)."""
     root_dirs: frozenset[str] = frozenset()
     """Directories directly below /."""
-    etc_entries: dict[str, str] = field(default_factory=dict)
+    etc_entries: dict[str, str] = msgspec.field(default_factory=dict)
     """Entries of /etc: name -> "file" | "dir" (links followed)."""
     files: frozenset[str] = frozenset()
     """Those bind sources of a policy that are not directories."""
-    sources: dict[str, str] = field(default_factory=dict)
+    sources: dict[str, str] = msgspec.field(default_factory=dict)
     """What a policy's mounts ask for (Mount.asked), and root.source -> the path, links resolved."""
-    quotas: dict[str, int] = field(default_factory=dict)
+    quotas: dict[str, int] = msgspec.field(default_factory=dict)
     """Those a job may write to -> bytes that may lie in them."""
     allow_sources: tuple[str, ...] = ("/",)
     """Those of the policy, links resolved."""
@@ -120,7 +116,7 @@ class Host:
     """Of a job that is a member of a group."""
     proc_entries: frozenset[str] = frozenset()
     """Names below /proc that are not processes."""
-    hard_limits: dict[str, int] = field(default_factory=dict)
+    hard_limits: dict[str, int] = msgspec.field(default_factory=dict)
     """Our own hard resource limits where they are finite: RLIMIT name without prefix -> value."""
-    fault_notes: dict[str, str] = field(default_factory=dict)
+    fault_notes: dict[str, str] = msgspec.field(default_factory=dict)
     """Capability -> why it is missing, for the result's `degraded` and for doctor."""

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import msgspec
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Config:
+class Config(msgspec.Struct, frozen=True, kw_only=True):
     """The part of an image's configuration that is honoured (config.md of the OCI's)."""
 
     env: tuple[tuple[str, str], ...] = ()
@@ -25,8 +24,7 @@ class Config:
         return self.entrypoint + self.cmd
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Image:
+class Image(msgspec.Struct, frozen=True, kw_only=True):
     """An image of this machine's, ready to be a root."""
 
     name: str

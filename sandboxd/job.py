@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar
+
+import msgspec
 
 from sandboxd.errors import JobError
 from sandboxd.policy import Artifacts, Limits, Policy
@@ -18,16 +19,14 @@ Text = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 TEXT = (str, bytes, os.PathLike)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class File:
+class File(msgspec.Struct, frozen=True, kw_only=True):
     """An input file with permissions of its own; plain bytes get 0o644, a Path keeps its own."""
 
     data: bytes | Path
     mode: int = 0o644
 
 
-@dataclass(frozen=True, slots=True)
-class Tar:
+class Tar(msgspec.Struct, frozen=True):
     """An archive that is unpacked where it is named, as a directory is copied there.
 
     `source`: the archive itself, its path, or a descriptor to read it from (a pipe, say), which
@@ -46,8 +45,7 @@ Names: TypeAlias = Mapping[Any, Value]
 """Keys are str or bytes: a Mapping is invariant in them, so no type would take a dict of either."""
 
 
-@dataclass(frozen=True, slots=True)
-class Pattern:
+class Pattern(msgspec.Struct, frozen=True):
     """Files to be collected: a name, or one with wildcards, below the working directory.
 
     `required`: whether it is an error that nothing matches; None: if there is no wildcard in it.
@@ -68,16 +66,14 @@ class Pattern:
             )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Terminal:
+class Terminal(msgspec.Struct, frozen=True, kw_only=True):
     """A terminal for the job instead of pipes (rows and columns of its first size)."""
 
     rows: int = 24
     columns: int = 80
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Pipe:
+class Pipe(msgspec.Struct, frozen=True, kw_only=True):
     """Joins two jobs of a pipeline: what `writer` writes to `stream` is the stdin of `reader`.
 
     Both are numbers of jobs in the pipeline, from 0. The pipe is one of the kernel's, so what goes
@@ -97,8 +93,7 @@ class Pipe:
     hold: bool = False
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
+class Job(msgspec.Struct, frozen=True, kw_only=True):
     """One program to run once.
 
     Text is bytes to the kernel: str is encoded as os.fsencode does, and nothing is decoded on
@@ -108,10 +103,10 @@ class Job:
 
     argv: Sequence[Text]
     policy: str | Policy = "base"
-    env: Names[str | bytes] = field(default_factory=dict)
+    env: Names[str | bytes] = msgspec.field(default_factory=dict)
     cwd: str | bytes | None = None
     stdin: bytes | Path | None = b""
-    files: Names[Input] = field(default_factory=dict)
+    files: Names[Input] = msgspec.field(default_factory=dict)
     collect: Sequence[str | bytes | Pattern] = ()
     collect_to: Path | Literal["memory", "stream"] = "memory"
     """Where what is collected goes: into the result, below this directory, or to Run.artifacts."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import posixpath
-from dataclasses import dataclass, replace
+
+import msgspec
 
 from sandboxd.errors import JobError
 
@@ -11,8 +12,7 @@ _DIGITS = 64
 _HEXADECIMAL = frozenset("0123456789abcdef")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reference:
+class Reference(msgspec.Struct, frozen=True, kw_only=True):
     """The files of a build that is kept, or a part of them; a value of `Job.files`.
 
     Who uses it sees it read-only. As `{"prog": reference.at("a.out")}` it is one file, as
@@ -42,7 +42,7 @@ class Reference:
             few = ", ".join(self.names[:10])
             raise JobError(f"build {self.key[:12]}: nothing in it is called {path!r}",
                            hint=f"there are: {few}")  # fmt: skip
-        return replace(self, path=inner)
+        return msgspec.structs.replace(self, path=inner)
 
     def _has(self, inner: str) -> bool:
         return not inner or any(f"{name}/".startswith(f"{inner}/") for name in self.names)
@@ -56,11 +56,10 @@ class Reference:
         start = f"{self.path}/" if self.path else ""
         inner = (name[len(start) :] for name in self.names if name.startswith(start))
         tops = dict.fromkeys(name.partition("/")[0] for name in inner)
-        return tuple(replace(self, path=start + top) for top in tops)
+        return tuple(msgspec.structs.replace(self, path=start + top) for top in tops)
 
 
-@dataclass(frozen=True, slots=True)
-class Attachment:
+class Attachment(msgspec.Struct, frozen=True):
     """A path of the store that is to be seen at a place in the sandbox."""
 
     source: str
@@ -69,8 +68,7 @@ class Attachment:
     directory: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Inputs:
+class Inputs(msgspec.Struct, frozen=True):
     """What is attached to a sandbox before its job comes, and the directory it is taken from."""
 
     store: str

@@ -20,7 +20,6 @@ All other kinds of blocks (```sh, ```) are for reading.
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import inspect
 import os
@@ -230,8 +229,8 @@ def claims() -> Iterator[tuple[dict[str, str], tuple[tuple[str, str], ...]]]:
     """What is said to be in force, and what not, under all sorts of policies on two hosts."""
     every = msgspec.convert(dict.fromkeys(Limits.__struct_fields__, 4096), Limits)
     roots = [Root(), Root(writable=True), Root(writable=True, driver="tmpfs")]
-    hidden = dataclasses.replace(BARE, hides_processes=True)
-    for host in (BARE, hidden, FULL, dataclasses.replace(FULL, overlay=False)):
+    hidden = msgspec.structs.replace(BARE, hides_processes=True)
+    for host in (BARE, hidden, FULL, msgspec.structs.replace(FULL, overlay=False)):
         for root in roots:
             for limits in (Limits(), Limits(memory=1), every):
                 compiled = compile_policy(Policy(root=root, limits=limits), host)

@@ -14,7 +14,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TypeAlias
 
@@ -141,7 +140,9 @@ def _from_systemd(stack: ExitStack) -> Found:
     found = subtree.examine(scope.path, scope.name, None, let_in=True)
     if found.subtree is None:
         return found
-    return msgspec.structs.replace(found, subtree=replace(found.subtree, scope=scope.name))
+    return msgspec.structs.replace(
+        found, subtree=msgspec.structs.replace(found.subtree, scope=scope.name)
+    )
 
 
 def prepared_place(top: Path, uid: int) -> Path:

@@ -15,8 +15,7 @@ import os
 import select
 import signal
 from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sandboxd.cli.flags import window
 from sandboxd.errors import SandboxError
@@ -40,26 +39,28 @@ Output = Callable[["Event"], tuple[int, bytes] | None]
 """What to write where for an event, if anything."""
 
 
-@dataclass(slots=True)
 class Ending:
     """How it went: the result, unless we were in too much of a hurry, and what made us stop."""
 
-    result: Result | None = None
-    record: dict[str, Any] | None = None
-    """The result as JSON, where it came so."""
-    signal: int | None = None
-    error: OSError | None = None
-    """Why output could not be written."""
-    open_line: bool = False
-    """What was last shown on a terminal was not the end of a line."""
+    def __init__(self) -> None:
+        self.result: Result | None = None
+        self.record: dict[str, Any] | None = None
+        """The result as JSON, where it came so."""
+        self.signal: int | None = None
+        self.error: OSError | None = None
+        """Why output could not be written."""
+        self.open_line = False
+        """What was last shown on a terminal was not the end of a line."""
 
 
-@dataclass(slots=True)
 class _Foreground:
-    ending: Ending
-    everything: trio.CancelScope
-    writing: trio.CancelScope
-    run: Run | None = None
+    def __init__(
+        self, ending: Ending, everything: trio.CancelScope, writing: trio.CancelScope
+    ) -> None:
+        self.ending = ending
+        self.everything = everything
+        self.writing = writing
+        self.run: Run | None = None
 
     def end(self) -> None:
         """Kill the run; give it a moment for its last words and its result."""
@@ -74,15 +75,14 @@ class _Foreground:
         self.everything.deadline = now + PATIENCE
 
 
-@dataclass(frozen=True, slots=True)
-class Wanted:
+class Wanted(NamedTuple):
     """What the command line asks for beyond the job."""
 
     cgroup: str | None = None
     usage_every: float | None = None
 
 
-async def attached(job: Job, output: Output, wanted: Wanted = Wanted()) -> Ending:
+async def attached(job: Job, output: Output, wanted: Wanted) -> Ending:
     """Carry a job out in the foreground. SandboxError is what sandboxd could not do."""
     import trio
 

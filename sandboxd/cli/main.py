@@ -92,7 +92,7 @@ Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def command_parser(chosen: str | None = None) -> tuple[argparse.ArgumentParser, Commands]:
-    """The whole command line and its commands; only the chosen one has its flags."""
+    """The command line with all commands by name, or with the chosen one and its flags."""
     parser: argparse.ArgumentParser = _Parser(
         prog="sandboxd",
         description=_DESCRIPTION,
@@ -104,10 +104,10 @@ def command_parser(chosen: str | None = None) -> tuple[argparse.ArgumentParser, 
         "--version", action=_Version, nargs=0, help="show the version of sandboxd and exit"
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True, dest="command_name")
-    for name, line in COMMANDS.items():
-        if name == chosen:
-            importlib.import_module(f"sandboxd.cli.{name}").register(commands)
-        else:
+    if chosen is not None:
+        importlib.import_module(f"sandboxd.cli.{chosen}").register(commands)
+    else:
+        for name, line in COMMANDS.items():
             commands.add_parser(name, help=line, add_help=False)
     return parser, commands
 

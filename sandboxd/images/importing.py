@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import os
 import time
@@ -212,7 +211,7 @@ class Taking:
             gid = _number(row, 3) if row else 0  # as docker has it for a number without a line
         if uid is None or gid is None or max(uid, gid) > _HIGHEST_ID:
             return record
-        config = dataclasses.replace(record.config, uid=uid, gid=gid)
+        config = msgspec.structs.replace(record.config, uid=uid, gid=gid)
         return msgspec.structs.replace(record, config=config)
 
     def _row(self, record: ImageRecord, path: str, key: str) -> list[str]:

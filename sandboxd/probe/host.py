@@ -7,7 +7,6 @@ $XDG_CACHE_HOME/sandboxd/host.json for as long as everything it depends on looks
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import errno
 import os
 import resource
@@ -88,8 +87,8 @@ def probe(*, cached: bool = True, cgroup: str | None = None) -> Host:
     with climbed(cgroup) as climb:
         host = examine(climb, cached=cached).host
     if host.cgroup and host.cgroup.scope:
-        host = dataclasses.replace(
-            host, cgroup=dataclasses.replace(host.cgroup, path="", scope="a new one")
+        host = msgspec.structs.replace(
+            host, cgroup=msgspec.structs.replace(host.cgroup, path="", scope="a new one")
         )
     return host
 
@@ -106,10 +105,12 @@ def examine(climb: Climb, *, cached: bool = True) -> Examination:
         notes["subuid"] = ranges
     else:
         uids, gids = ranges
-        host = dataclasses.replace(host, subuid=uids, subgid=gids, direct_maps=os.geteuid() == 0)
+        host = msgspec.structs.replace(
+            host, subuid=uids, subgid=gids, direct_maps=os.geteuid() == 0
+        )
     outcomes = _outcomes(host, tools, cached)
     host = _with_outcomes(host, outcomes, tools, notes)
-    host = with_cgroup(dataclasses.replace(host, fault_notes=_costs(notes)), climb)
+    host = with_cgroup(msgspec.structs.replace(host, fault_notes=_costs(notes)), climb)
     notes |= _cgroup_notes(climb)
     return Examination(host=host, why_not=notes, outcomes=outcomes, tools=tools, cgroup=climb)
 
@@ -117,7 +118,7 @@ def examine(climb: Climb, *, cached: bool = True) -> Examination:
 def with_cgroup(host: Host, climb: Climb) -> Host:
     """The host with what the ladder led to."""
     others = {key: why for key, why in host.fault_notes.items() if key not in _OF_A_CGROUP}
-    return dataclasses.replace(
+    return msgspec.structs.replace(
         host,
         cgroup=climb.subtree,
         cgroup_why_not=climb.found.why_not,
@@ -335,9 +336,9 @@ def _with_outcomes(
     if tools.slirp4netns is None and tools.pasta is None:
         notes["carrier"] = "no slirp4netns and no pasta in PATH"
     if "subuid" in notes:
-        host = dataclasses.replace(host, subuid=None, subgid=None, direct_maps=False)
+        host = msgspec.structs.replace(host, subuid=None, subgid=None, direct_maps=False)
     procs = outcomes["proc"].found
-    return dataclasses.replace(
+    return msgspec.structs.replace(
         host,
         user_namespaces=outcomes["user_namespace"].ok,
         overlay=outcomes["overlay"].ok,

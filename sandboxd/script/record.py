@@ -32,9 +32,9 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
 from enum import IntEnum
 from types import MappingProxyType
+from typing import NamedTuple
 
 CODE = 0x10000000
 BASE = CODE + 0x10000
@@ -62,8 +62,7 @@ class Condition(IntEnum):
     NEGATIVE = 5
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
+class Record(NamedTuple):
     """One record as it stands in memory; every field is a signed 64-bit integer."""
 
     nr: int
@@ -80,7 +79,7 @@ class Record:
     result: int = 0
 
     def pack(self) -> bytes:
-        return _pack([getattr(self, name) for name in OFFSETS])
+        return _pack(self)
 
     @classmethod
     def unpack(cls, content: bytes) -> Record:
@@ -97,33 +96,39 @@ class Record:
 
 
 OFFSETS: Mapping[str, int] = MappingProxyType(
-    {field.name: 8 * position for position, field in enumerate(fields(Record))}
+    {name: 8 * position for position, name in enumerate(Record._fields)}
 )
 
 
-@dataclass(eq=False, slots=True)
 class _Block:
     """What is laid out as one piece: a record, data, zeroed space, or nothing (a mere position)."""
 
-    content: bytes | tuple[Operand, ...] = b""
-    size: int = 0
-    align: int = 8
-    address: int = 0  # not laid out yet
+    __slots__ = ("address", "align", "content", "size")
+
+    def __init__(
+        self, content: bytes | tuple[Operand, ...] = b"", size: int = 0, align: int = 8
+    ) -> None:
+        self.content = content
+        self.size = size
+        self.align = align
+        self.address = 0  # not laid out yet
 
     def pack(self) -> bytes:
         packed = self.content if isinstance(self.content, bytes) else _pack(self.content)
         return packed.ljust(self.size, b"\0")
 
 
-@dataclass(frozen=True, eq=False, slots=True)
 class Label:
     """The address of a record, of a field of one, or of data: known once the image is finished.
 
     Records come before data, so where data lies depends on how many records there will be.
     """
 
-    block: _Block
-    offset: int = 0
+    __slots__ = ("block", "offset")
+
+    def __init__(self, block: _Block, offset: int = 0) -> None:
+        self.block = block
+        self.offset = offset
 
     def __add__(self, distance: int) -> Label:
         return Label(self.block, self.offset + distance)
@@ -136,8 +141,7 @@ class Label:
 Operand = int | Label
 
 
-@dataclass(frozen=True, slots=True)
-class Image:
+class Image(NamedTuple):
     """A finished script: what to load at `origin`, and what its records and words mean."""
 
     content: bytes
@@ -150,7 +154,7 @@ class Image:
     def address(self, index: int) -> int:
         return self.origin + self.records_offset + index * RECORD_SIZE
 
-    def index(self, address: int) -> int:
+    def number(self, address: int) -> int:
         """Which record stands at an address; ValueError if none does."""
         index, rest = divmod(address - self.address(0), RECORD_SIZE)
         if rest or not 0 <= index < len(self.tags):
@@ -159,7 +163,7 @@ class Image:
 
     def tag(self, address: int) -> int:
         """The step of the plan the record at an address belongs to."""
-        return self.tags[self.index(address)]
+        return self.tags[self.number(address)]
 
     def record(self, index: int) -> Record:
         start = self.records_offset + index * RECORD_SIZE

@@ -8,7 +8,7 @@ with them the whole range is used, and said to be.
 
 from __future__ import annotations
 
-import dataclasses
+import msgspec
 
 from sandboxd.compile.idmap import MAP_SIZE
 from sandboxd.host import Host, IdRange
@@ -41,7 +41,7 @@ class Domains:
             return host, why
         number = self._numbers[domain]
         uids, gids = _part(host.subuid, number), _part(host.subgid, number)
-        return dataclasses.replace(host, subuid=uids, subgid=gids), ""
+        return msgspec.structs.replace(host, subuid=uids, subgid=gids), ""
 
     def _room(self) -> int:
         """How many domains there are ids for."""

@@ -11,7 +11,6 @@ import os
 import posixpath
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -58,7 +57,7 @@ def split(job: Job) -> Split:
         raise JobError(f"files: {len(attached)} names to attach, more than {MOST}",
                        hint="attach a directory with all of them")  # fmt: skip
     _check(attached, {posixpath.normpath(os.fsdecode(key)) for key in plain})
-    return Split(replace(job, files=plain), attached)
+    return Split(msgspec.structs.replace(job, files=plain), attached)
 
 
 def _check(attached: Collection[str], copied: Collection[str]) -> None:

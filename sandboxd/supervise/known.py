@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable
 from contextlib import AsyncExitStack
 
@@ -109,7 +108,7 @@ class Known:
         self, job: Job, policy: Policy, attached: Inputs | None, place: Place | None
     ) -> Prepared:
         keep = bool(job.keep_root)
-        host = dataclasses.replace(host_for(policy, self._host), inputs=attached, place=place)
+        host = msgspec.structs.replace(host_for(policy, self._host), inputs=attached, place=place)
         why = ""
         if job.domain is not None:
             whole = keep or host.image is not None or bool(volumes.stored(policy))

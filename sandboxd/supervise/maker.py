@@ -61,6 +61,8 @@ class Maker:
             return False  # a port of the host's cannot be held ahead
         if len(kept.spares) < self._spares:
             return True
+        if kept.runs < 2:  # who runs one job only needs no second network
+            return False
         if self._lacks_area(kept):
             return True
         if egress is not None:
@@ -71,7 +73,7 @@ class Maker:
         return tenant is not None and not again and tenant.networks_ahead < self._slots
 
     def _lacks_area(self, kept: Kept) -> bool:
-        """A sidecar takes long to start; but who runs one job only does not need another."""
+        """A sidecar takes long to start."""
         wanted = kept.runs > 1 and not self._spares and kept.ahead is None
         return wanted and "area" in kept.prepared.compiled.setup.descriptors
 

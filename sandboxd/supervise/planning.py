@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import replace
 
 import msgspec
 
@@ -37,7 +36,7 @@ class Planned(msgspec.Struct, frozen=True):
         yield "tenant", list(listing(tenant_image(arch, self.plan.tenant), arch))
         yield "setup", list(listing(setup_image(arch, self.plan.setup), arch))
         image, content = exec_script(arch, self.plan.exec)
-        image = replace(image, content=content, memory=len(content), marks={})
+        image = image._replace(content=content, memory=len(content), marks={})
         yield "exec", list(listing(image, arch))
 
 
@@ -50,5 +49,5 @@ def plan_on(job: Job, policy: Policy, host: Host) -> Planned:
     """The plan of a job on a machine, with what is attached for its references."""
     split = inputs.split(job)
     with inputs.held(split.attached) as attached:
-        host = replace(host_for(policy, host), inputs=attached)
+        host = msgspec.structs.replace(host_for(policy, host), inputs=attached)
         return Planned(build(split.job, policy, host, os.environb), host)

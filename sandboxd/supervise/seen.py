@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
+
+import msgspec
 
 from sandboxd.compile.idmap import tenant_ids
 from sandboxd.host import Host
@@ -17,9 +18,9 @@ def host_for(policy: Policy, host: Host) -> Host:
     if policy.root.image:
         from sandboxd.images.store import find
 
-        host = dataclasses.replace(host, image=find(policy.root.image, tenant_ids(host)))
+        host = msgspec.structs.replace(host, image=find(policy.root.image, tenant_ids(host)))
     inner = {name for name in policy.root.etc if "/" in name} - host.etc_entries.keys()
     for name in sorted(inner):
         if kind := kinds(Path("/etc", name).parent).get(name.rpartition("/")[2]):
-            host = dataclasses.replace(host, etc_entries=host.etc_entries | {name: kind})
+            host = msgspec.structs.replace(host, etc_entries=host.etc_entries | {name: kind})
     return volumes.found(policy, host)

@@ -11,7 +11,6 @@ a run that may write, and then every EVERY seconds; a run that is found beyond i
 
 from __future__ import annotations
 
-import dataclasses
 import fcntl
 import os
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -50,7 +49,7 @@ def found(policy: Policy, host: Host) -> Host:
     binds = {mount.source for mount in policy.mounts if mount.type == "bind" and mount.source}
     files = frozenset(source for source in binds if Path(source).is_file())
     if files:
-        host = dataclasses.replace(host, files=files)
+        host = msgspec.structs.replace(host, files=files)
     places = {}
     quotas = {}
     for number, mount in stored(policy):
@@ -69,8 +68,8 @@ def found(policy: Policy, host: Host) -> Host:
             binds.add(policy.root.source)
         places |= {source: os.path.realpath(source) for source in binds}
         allowed = tuple(os.path.realpath(one) for one in policy.allow_sources)
-        host = dataclasses.replace(host, allow_sources=allowed)
-    return dataclasses.replace(host, sources=places, quotas=quotas) if places else host
+        host = msgspec.structs.replace(host, allow_sources=allowed)
+    return msgspec.structs.replace(host, sources=places, quotas=quotas) if places else host
 
 
 @contextmanager

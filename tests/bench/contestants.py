@@ -8,7 +8,6 @@ and reports, a cgroup leaf, most of /etc) favours the others. `bwrap seccomp` ge
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import shutil
 import subprocess
@@ -124,7 +123,7 @@ def policy_for(folder: Path) -> Policy:
 async def open_ours(host: Host, folder: Path, live: int) -> AsyncIterator[list[Contestant]]:
     """The ways in which sandboxd is measured."""
     policy = policy_for(folder)
-    bare = dataclasses.replace(host, cgroup=None, cgroup_why_not="left out on purpose")
+    bare = msgspec.structs.replace(host, cgroup=None, cgroup_why_not="left out on purpose")
     ways = [("sandboxd", host, 0), ("sandboxd spare", host, 2)]
     if host.cgroup is not None:
         ways += [("sandboxd, no cgroup", bare, 0), ("sandboxd spare, no cgroup", bare, 2)]

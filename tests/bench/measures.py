@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import tempfile
 import time
@@ -164,7 +163,7 @@ async def overshoot(bench: Bench) -> list[Row]:
 
 
 def without_cgroup(host: Host) -> Host:
-    return dataclasses.replace(host, cgroup=None, cgroup_why_not="left out by the benchmark")
+    return msgspec.structs.replace(host, cgroup=None, cgroup_why_not="left out by the benchmark")
 
 
 async def files(bench: Bench) -> list[Row]:

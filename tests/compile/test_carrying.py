@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import msgspec
 import pytest
 
@@ -14,7 +12,7 @@ from sandboxd.host import Host
 from sandboxd.policy import Network, Policy, Require, Syscalls
 
 BARE = Host(arch="x86_64", kernel="6.1.0", uid=1000, gid=1000, cpus=2)
-ABLE = dataclasses.replace(
+ABLE = msgspec.structs.replace(
     BARE, slirp4netns="/x/slirp4netns", pasta="/x/pasta", tun=True, nftables=True
 )
 USER = Policy(network=Network(mode="user"))
@@ -35,7 +33,7 @@ def with_helper(name: str) -> Policy:
     ],
 )
 def test_what_lacks_is_named(change: dict[str, object], policy: Policy, missing: str) -> None:
-    host = dataclasses.replace(ABLE, **change)  # type: ignore[arg-type]
+    host = msgspec.structs.replace(ABLE, **change)
     with pytest.raises(HostError, match=missing) as caught:
         build.compile_policy(policy, host)
     assert caught.value.hint
@@ -43,7 +41,7 @@ def test_what_lacks_is_named(change: dict[str, object], policy: Policy, missing:
 
 def test_the_first_that_is_there_is_taken() -> None:
     assert carrying.program(USER, ABLE) == ("slirp4netns", "/x/slirp4netns")
-    only = dataclasses.replace(ABLE, slirp4netns=None)
+    only = msgspec.structs.replace(ABLE, slirp4netns=None)
     assert carrying.program(USER, only) == ("pasta", "/x/pasta")
     assert carrying.program(with_helper("pasta"), ABLE) == ("pasta", "/x/pasta")
 
@@ -96,7 +94,7 @@ def test_only_pasta_publishes_at_ipv6() -> None:
     """slirp4netns(1): add_hostfwd takes an IPv4 address."""
     network = Network(mode="user", publish=("8080:80", "[::1]:8080:80"))
     assert carrying.program(Policy(network=network), ABLE) == ("pasta", "/x/pasta")
-    without = dataclasses.replace(ABLE, pasta=None)
+    without = msgspec.structs.replace(ABLE, pasta=None)
     with pytest.raises(HostError, match=r"network.publish\[1\].*IPv6.*needs pasta"):
         carrying.program(Policy(network=network), without)
     slirp = msgspec.structs.replace(network, helper="slirp4netns")
@@ -125,7 +123,7 @@ def test_caps_that_this_kernel_has_not_are_told() -> None:
     required = Policy(network=CAPPED, require=Require(network="enforced"))
     with pytest.raises(HostError, match=r"require.network.*network_bytes.*network_rate"):
         build.compile_policy(required, ABLE)
-    with_all = dataclasses.replace(ABLE, net_bytes=True, net_rate=True)
+    with_all = msgspec.structs.replace(ABLE, net_bytes=True, net_rate=True)
     compiled = build.compile_policy(required, with_all)
     assert compiled.enforcement["network_rate"] == "nftables and tbf"
     assert compiled.egress is not None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from ipaddress import IPv4Address
 
@@ -146,12 +145,12 @@ def test_hosts() -> None:
 
 
 def compiled(policy: Policy, place: Place | None) -> build.Compiled:
-    return build.compile_policy(policy, dataclasses.replace(HOST, place=place))
+    return build.compile_policy(policy, msgspec.structs.replace(HOST, place=place))
 
 
 def test_members_of_one_policy_have_one_tenant() -> None:
     """Whatever they are called, and whether they have a way out: the rest is mounted over it."""
-    other = dataclasses.replace(PLACE, name="db")
+    other = msgspec.structs.replace(PLACE, name="db")
     named = Policy(identity=Identity(hostname="other"))
     plans = {compiled(Policy(), PLACE).tenant, compiled(named, other).tenant}
     assert len(plans) == 1
@@ -177,20 +176,20 @@ def test_each_has_files_of_its_own(root: Root) -> None:
 def test_what_is_enforced_says_so() -> None:
     assert compiled(Policy(), PLACE).enforcement["network"] == "group: bridge, nftables"
     assert compiled(Policy(), TOGETHER).enforcement["network"] == "group: one namespace"
-    able = dataclasses.replace(HOST, pasta="/x/pasta", tun=True, nftables=True, place=PLACE)
+    able = msgspec.structs.replace(HOST, pasta="/x/pasta", tun=True, nftables=True, place=PLACE)
     found = build.compile_policy(Policy(network=Network(mode="user")), able)
     assert found.enforcement["network"] == "group: bridge, nftables; user: pasta, nftables"
 
 
 def test_without_a_bridge() -> None:
     """Or without a filter for it. One namespace for all can be had all the same."""
-    less = dataclasses.replace(HOST, bridge=False, place=PLACE)
+    less = msgspec.structs.replace(HOST, bridge=False, place=PLACE)
     with pytest.raises(HostError, match="no bridge for a group"):
-        build.compile_policy(Policy(), dataclasses.replace(HOST, nftables=False, place=PLACE))
+        build.compile_policy(Policy(), msgspec.structs.replace(HOST, nftables=False, place=PLACE))
     with pytest.raises(HostError, match="no bridge for a group") as caught:
         build.compile_policy(Policy(), less)
     assert "share" in caught.value.hint
-    build.compile_policy(Policy(), dataclasses.replace(less, place=TOGETHER))
+    build.compile_policy(Policy(), msgspec.structs.replace(less, place=TOGETHER))
 
 
 def test_who_has_no_sockets_has_no_use_for_a_group() -> None:

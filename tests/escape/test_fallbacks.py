@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Callable
 from typing import Any
@@ -25,13 +24,13 @@ from tests.escape.attack import (
 )
 
 LESS: dict[str, Callable[[Host], Host]] = {
-    "executor": lambda host: dataclasses.replace(host, memfd_exec=False),
-    "single id": lambda host: dataclasses.replace(host, subuid=None, subgid=None),
-    "no Landlock": lambda host: dataclasses.replace(host, landlock=0),
-    "first Landlock": lambda host: dataclasses.replace(host, landlock=min(1, host.landlock)),
-    "no cgroup": lambda host: dataclasses.replace(host, cgroup=None, cgroup_why_not="test"),
-    "no overlay": lambda host: dataclasses.replace(host, overlay=False, fuse_overlayfs=None),
-    "nothing": lambda host: dataclasses.replace(
+    "executor": lambda host: msgspec.structs.replace(host, memfd_exec=False),
+    "single id": lambda host: msgspec.structs.replace(host, subuid=None, subgid=None),
+    "no Landlock": lambda host: msgspec.structs.replace(host, landlock=0),
+    "first Landlock": lambda host: msgspec.structs.replace(host, landlock=min(1, host.landlock)),
+    "no cgroup": lambda host: msgspec.structs.replace(host, cgroup=None, cgroup_why_not="test"),
+    "no overlay": lambda host: msgspec.structs.replace(host, overlay=False, fuse_overlayfs=None),
+    "nothing": lambda host: msgspec.structs.replace(
         host, memfd_exec=False, subuid=None, subgid=None, landlock=0, cgroup=None, overlay=False,
         fuse_overlayfs=None, cgroup_why_not="test",
     ),
@@ -145,7 +144,7 @@ REQUIRED: dict[str, dict[str, Any]] = {
 async def test_required_layers(less: str) -> None:
     """A layer that the policy requires and the host lacks is an error before anything starts."""
     host = probe()
-    lacking = LESS[less](host) if less in LESS else dataclasses.replace(host, seccomp=False)
+    lacking = LESS[less](host) if less in LESS else msgspec.structs.replace(host, seccomp=False)
     base = find("base")
     require = msgspec.structs.replace(base.require, **REQUIRED[less])
     async with open_runner(host=lacking) as runner:
@@ -160,11 +159,11 @@ async def test_groups_of_the_caller() -> None:
     So what they may read, jobs may, and the result says so. With subordinate ids they are gone.
     """
     counting = "found['groups'] = len(os.getgroups())"
-    host = dataclasses.replace(probe(), other_groups=True)
+    host = msgspec.structs.replace(probe(), other_groups=True)
     for one, count, said in (
         (host, 0, False),
         (LESS["single id"](host), len(os.getgroups()), True),
-        (LESS["single id"](dataclasses.replace(host, other_groups=False)), None, False),
+        (LESS["single id"](msgspec.structs.replace(host, other_groups=False)), None, False),
     ):
         async with open_runner(host=one) as runner:
             result = await runner.run(Job(argv=python(counting), policy="base"))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from tests.escape.attack import (
@@ -129,7 +129,7 @@ async def test_processes_of_another_job(policy: str, ids: str) -> None:
     """
     host = probe()
     if ids == "single":
-        host = dataclasses.replace(host, subuid=None, subgid=None)
+        host = msgspec.structs.replace(host, subuid=None, subgid=None)
     async with open_runner(slots=2, host=host) as runner:
         victim = "secret = 'correct-horse'\nready()\nfound['pids'] = os.listdir('/proc')"
         async with live(runner, policy, victim) as other:
@@ -157,7 +157,7 @@ async def test_cgroup_of_the_host(policy: str, delegated: bool) -> None:
     """
     host = probe()
     if not delegated:
-        host = dataclasses.replace(host, cgroup=None, cgroup_why_not="for the test")
+        host = msgspec.structs.replace(host, cgroup=None, cgroup_why_not="for the test")
     elif host.cgroup is None:
         pytest.skip(f"needs cgroup: {host.cgroup_why_not}")
     found = await attack(policy, "found['own'] = reads('/proc/self/cgroup')", host=host)
@@ -177,7 +177,7 @@ async def test_command_line_of_init(memfd: bool) -> None:
 
     Countermeasures: the machine is started under a name of its own; so must the executor be.
     """
-    host = dataclasses.replace(probe(), memfd_exec=memfd)
+    host = msgspec.structs.replace(probe(), memfd_exec=memfd)
     found = await attack("base", "found['init'] = reads('/proc/1/cmdline')", host=host)
     package = str(Path(plan.__file__).parent.parent)
     assert package not in found["init"]

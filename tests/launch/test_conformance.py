@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import shutil
 import signal
@@ -301,7 +300,7 @@ def test_a_failure_goes_to_the_handler_with_the_record(script: Script) -> None:
     image = script.image()
     code, output = script.run(image=image)
     assert (code, output[:7]) == (FAILED, b"before ")
-    assert Record.unpack(output[7:]) == dataclasses.replace(image.record(1), result=-2)
+    assert Record.unpack(output[7:]) == image.record(1)._replace(result=-2)
 
 
 def test_the_error_cell_tells_which_record_failed(script: Script) -> None:
@@ -319,7 +318,7 @@ def test_the_error_cell_tells_which_record_failed(script: Script) -> None:
     code, output = script.run(image=image)
     (address,) = struct.unpack("<Q", output)
     assert (code, address) == (FAILED, image.address(1))
-    assert (image.index(address), image.tag(address)) == (1, 1)
+    assert (image.number(address), image.tag(address)) == (1, 1)
 
 
 def test_a_failure_takes_precedence_over_the_condition(script: Script) -> None:

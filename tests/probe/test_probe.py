@@ -23,9 +23,9 @@ not_root = pytest.mark.skipif(os.geteuid() == 0, reason="root may do it all")
 
 # Prints a fresh probe as JSON.
 SCRIPT = """\
-import dataclasses, json
+import msgspec
 from sandboxd.probe.host import probe
-print(json.dumps(dataclasses.asdict(probe(cached=False)), default=sorted))
+print(msgspec.json.encode(probe(cached=False), order="deterministic").decode())
 """
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 
 from sandboxd import plan
@@ -78,7 +76,7 @@ def test_an_exec_script_shows_its_words() -> None:
     )  # fmt: skip
     steps = plan.ExecPlan(steps=(plan.ChangeDir(path=b"/box"), start))
     image, content = exec_script("x86_64", steps)
-    image = dataclasses.replace(image, content=content, memory=len(content), marks={})
+    image = image._replace(content=content, memory=len(content), marks={})
     text = "\n".join(line for _, line in listing(image, "x86_64"))
     words = ", ".join(['"echo"', *['"w"'] * 7])
     assert f'execve("/usr/bin/echo", [{words}, ...], ["A=\\xff"])' in text

@@ -170,7 +170,7 @@ def test_tags_map_an_address_to_a_step() -> None:
     image = asm.finish([0])
     assert image.tags == (NO_TAG, 4, 5)
     assert [image.tag(image.address(index)) for index in range(3)] == [NO_TAG, 4, 5]
-    assert image.index(image.address(2)) == 2
+    assert image.number(image.address(2)) == 2
 
 
 @pytest.mark.parametrize("distance", [-RECORD_SIZE, 1, 8, RECORD_SIZE])
@@ -179,7 +179,7 @@ def test_an_address_without_a_record_has_no_index(distance: int) -> None:
     asm.emit(1)
     image = asm.finish([0])
     with pytest.raises(ValueError, match="no record at"):
-        image.index(image.address(0) + distance)
+        image.number(image.address(0) + distance)
 
 
 # -- data

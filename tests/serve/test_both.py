@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import io
 import os
@@ -12,6 +11,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import msgspec
 import pytest
 import trio
 
@@ -168,7 +168,7 @@ async def test_patterns_and_how_much_is_collected(where: str) -> None:
         result = await either.run(job)
         assert len(result.artifacts) == 2
         assert len(result.artifact_errors) == 1
-        job = dataclasses.replace(job, artifacts=Artifacts(files=1 << 30))
+        job = msgspec.structs.replace(job, artifacts=Artifacts(files=1 << 30))
         with pytest.raises(PolicyError, match="artifacts"):
             await either.run(job)
 
@@ -187,7 +187,7 @@ async def test_what_is_collected_goes_to_a_directory(where: str, tmp_path: Path)
         assert (tmp_path / "to/b").stat().st_mode & 0o100
         (tmp_path / "file").touch()
         with pytest.raises(JobError, match="collect_to"):
-            await either.run(dataclasses.replace(job, collect_to=tmp_path / "file"))
+            await either.run(msgspec.structs.replace(job, collect_to=tmp_path / "file"))
 
 
 @BOTH

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import os
 from collections.abc import AsyncIterator
@@ -142,7 +141,7 @@ async def test_more_callers_than_ids_are_told_so() -> None:
 
 
 async def test_without_subordinate_ids_callers_share_one() -> None:
-    host = dataclasses.replace(probe(), subuid=None, subgid=None)
+    host = msgspec.structs.replace(probe(), subuid=None, subgid=None)
     async with sandboxd.open_runner(slots=1, host=host) as runner:
         results = [await runner.run(Job(argv=["true"], domain=name)) for name in ("a", "b")]
         places = {os.readlink(one.living.user_namespace())

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 import trio
 
@@ -147,7 +147,7 @@ def test_the_supervisor_is_killed() -> None:
 
 async def test_what_it_cannot_mount() -> None:
     """A program that is no fuse-overlayfs: what it says is in the error."""
-    host = dataclasses.replace(as_found(), fuse_overlayfs="/bin/false")
+    host = msgspec.structs.replace(as_found(), fuse_overlayfs="/bin/false")
     async with open_runner(host=host) as runner:
         with pytest.raises(LaunchError, match="fuse_overlayfs"):
             await runner.run(Job(argv=["true"], policy=FUSE))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import shlex
@@ -11,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from sandboxd.cgroup import subtree
@@ -266,7 +266,7 @@ def test_a_subtree_that_is_none() -> None:
 # -- the guarantees, from facts alone --------------------------------------------------------------
 
 BARE = Host(arch="x86_64", kernel="6.1.0", uid=1000, gid=1000, cpus=2)
-ALL = dataclasses.replace(
+ALL = msgspec.structs.replace(
     BARE,
     subuid=IdRange(start=100000, count=65536),
     subgid=IdRange(start=100000, count=65536),
@@ -274,11 +274,11 @@ ALL = dataclasses.replace(
     landlock=6,
     cgroup=CgroupSubtree(path="/x", controllers=frozenset(subtree.CONTROLLERS)),
 )
-ONLY_CGROUP = dataclasses.replace(BARE, cgroup=CgroupSubtree(path="/x"))
-FUSE = dataclasses.replace(BARE, fuse_overlayfs="/usr/bin/fuse-overlayfs")
-CARRIED = dataclasses.replace(BARE, pasta="/usr/bin/pasta", tun=True, nftables=True)
-HIDDEN = dataclasses.replace(BARE, hides_processes=True)
-NO_FILTER = dataclasses.replace(BARE, seccomp=False)
+ONLY_CGROUP = msgspec.structs.replace(BARE, cgroup=CgroupSubtree(path="/x"))
+FUSE = msgspec.structs.replace(BARE, fuse_overlayfs="/usr/bin/fuse-overlayfs")
+CARRIED = msgspec.structs.replace(BARE, pasta="/usr/bin/pasta", tun=True, nftables=True)
+HIDDEN = msgspec.structs.replace(BARE, hides_processes=True)
+NO_FILTER = msgspec.structs.replace(BARE, seccomp=False)
 
 
 @pytest.mark.parametrize(
@@ -318,7 +318,7 @@ def test_guarantees(host: Host, what: str, level: str, word: str) -> None:
 
 
 def test_nothing_is_guaranteed_without_user_namespaces() -> None:
-    host = dataclasses.replace(ALL, user_namespaces=False)
+    host = msgspec.structs.replace(ALL, user_namespaces=False)
     assert [(one.what, one.level) for one in guarantees(host)] == [("everything", "none")]
 
 

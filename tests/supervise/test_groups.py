@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from pathlib import Path
 from typing import Any
@@ -370,4 +369,4 @@ async def test_ways_out_of_one_network_have_to_agree() -> None:
 
 def able() -> Host:
     """This one, with whatever a way out needs: it is refused before that is used."""
-    return dataclasses.replace(without("nothing"), tun=True, nftables=True, pasta="/x/pasta")
+    return msgspec.structs.replace(without("nothing"), tun=True, nftables=True, pasta="/x/pasta")

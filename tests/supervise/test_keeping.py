@@ -75,7 +75,7 @@ def policy(driver: str, upper: str, name: str = "made", identity: Identity | Non
 async def run(script: str, chosen: Policy, **more: object) -> Result:
     job = Job(argv=["sh", "-ec", script], policy=chosen, keep_root=True)
     async with open_runner(slots=1) as runner:
-        return await runner.run(dataclasses.replace(job, **more))  # type: ignore[arg-type]
+        return await runner.run(msgspec.structs.replace(job, **more))
 
 
 def listed(kept: KeptRoot) -> list[str]:

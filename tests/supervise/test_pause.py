@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from pathlib import Path
 
+import msgspec
 import pytest
 import trio
 
@@ -123,7 +123,7 @@ async def test_paused_twice_resumed_twice() -> None:
 
 
 async def test_without_a_cgroup_the_error_names_the_fix() -> None:
-    host = dataclasses.replace(as_found(), cgroup=None, cgroup_why_not="left out by the test")
+    host = msgspec.structs.replace(as_found(), cgroup=None, cgroup_why_not="left out by the test")
     async with open_runner(host=host) as runner, runner.start(ticking(Limits())) as run:
         await first_words(run)
         with pytest.raises(HostError, match="cgroup") as caught:

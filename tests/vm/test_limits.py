@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import platform
 import re
@@ -292,8 +291,8 @@ async def test_memory_high_slows_and_does_not_kill() -> None:
 async def test_what_is_asked_for_and_not_there_is_said() -> None:
     host = probe()
     assert host.cgroup is not None
-    bare = dataclasses.replace(
-        host, cgroup=dataclasses.replace(host.cgroup, controllers=frozenset())
+    bare = msgspec.structs.replace(
+        host, cgroup=msgspec.structs.replace(host.cgroup, controllers=frozenset())
     )
     own = policy(Limits(cpus=1.0), Resources(cpu_weight=10, cores=1, io=(Io(device="8:0", read=1),),
                                              memory_high=MIB))  # fmt: skip

@@ -7,9 +7,9 @@ import os
 import shutil
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import trio
 
 from sandboxd.errors import SandboxError
@@ -155,7 +155,9 @@ class Runs:
 
 def _placed(order: Order, folder: Path) -> Job:
     """Its job, with a place for what it leaves."""
-    return replace(order.job, collect_to=folder) if order.job.collect else order.job
+    if not order.job.collect:
+        return order.job
+    return msgspec.structs.replace(order.job, collect_to=folder)
 
 
 def _waiting(run: Run) -> Callable[[int], Awaitable[Result]]:
