@@ -217,8 +217,10 @@ def check_required(policy: Policy, host: Host, found: Found) -> None:
         if getattr(require, name) == "enforced" and not holds:
             where = policy.origin(f"require.{name}")
             why = reasons.get(name) or says[name]
-            raise HostError(name, f"{where}: required to be enforced, but {why}",
-                            hint="run `sandboxd doctor`, or relax the policy")  # fmt: skip
+            hint = "run `sandboxd doctor`, or relax the policy"
+            if why == NOT_LIMITED:
+                hint = f"set limits.{name}, or relax the policy"
+            raise HostError(name, f"{where}: required to be enforced, but {why}", hint=hint)
     if require.user_namespace == "subuid" and says["user_namespace"] != "subuid":
         raise HostError("subuid", f"{policy.origin('require.user_namespace')}: no subordinate ids",
                         hint=reasons.get("user_namespace", "run `sandboxd doctor`"))  # fmt: skip

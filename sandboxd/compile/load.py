@@ -52,7 +52,9 @@ def load(name: str, read: Read, attach: Attach | None = None) -> Policy:
     """The policy of this name; PolicyErrors with everything that is wrong in its files."""
     errors: list[PolicyError] = []
     merged = _Merged()
-    for file in reversed(_chain(name, read, errors)):
+    files = _chain(name, read, errors)
+    complete = not errors
+    for file in reversed(files):
         reading = Reading(file)
         values = reading.policy()
         for key, message, hint in problems_of_file(values):
@@ -63,17 +65,45 @@ def load(name: str, read: Read, attach: Attach | None = None) -> Policy:
         merged.add(file, values)
         errors += reading.errors
     if errors:
+        if complete:
+            errors = _in_order([*errors, *_entries_of_the_rest(name, merged)])
         raise PolicyErrors(tuple(errors))
-    own = name.rpartition("/")[2].removesuffix(".toml") or "custom"
-    policy: Policy = msgspec.convert(
-        _with_defaults(merged.values) | {"name": own, "origins": merged.origins()}, Policy
-    )
+    policy = _put_together(name, merged)
     wrong = _of_whole(policy, merged)
     if policy.syscalls.oci and not wrong:
         policy, wrong = _attached(policy, merged, attach)
     if wrong:
         raise PolicyErrors(tuple(wrong))
     return policy
+
+
+def _put_together(name: str, merged: _Merged) -> Policy:
+    own = name.rpartition("/")[2].removesuffix(".toml") or "custom"
+    policy: Policy = msgspec.convert(
+        _with_defaults(merged.values) | {"name": own, "origins": merged.origins()}, Policy
+    )
+    return policy
+
+
+def _entries_of_the_rest(name: str, merged: _Merged) -> list[PolicyError]:
+    """What is wrong besides, where something is left out because it is wrong by itself.
+
+    Of entries only: what is said of a list as a whole may be due to what is not in it.
+    """
+    try:
+        found = _of_whole(_put_together(name, merged), merged)
+    except msgspec.ValidationError:
+        return []
+    return [one for one in found if one.where.endswith("]")]
+
+
+def _in_order(errors: list[PolicyError]) -> list[PolicyError]:
+    """By line, where all are in one file."""
+    places = [re.match(r"(.*?):(\d+): ", f"{one.where}: ") for one in errors]
+    if len({place[1] for place in places if place}) != 1 or None in places:
+        return errors
+    lines = {id(one): int(place[2]) for one, place in zip(errors, places, strict=True) if place}
+    return sorted(errors, key=lambda one: lines[id(one)])
 
 
 def _attached(

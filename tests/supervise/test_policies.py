@@ -176,6 +176,20 @@ def test_what_no_sandbox_can_be(tmp_path: Path, text: str, said: str) -> None:
         find(str(tmp_path / "x.toml"))
 
 
+def test_all_errors_at_once(tmp_path: Path) -> None:
+    """Also those of names, which are looked at when all files are put together."""
+    file = tmp_path / "x.toml"
+    file.write_text(
+        '[syscalls]\nallow = ["@bse"]\ndeny = ["opne"]\n[limits]\noutptu = 1\n'
+        '[network]\nmode = "user"\nallow = ["x"]\n'
+    )
+    with pytest.raises(PolicyErrors) as caught:
+        find(str(file))
+    assert [one.where.removeprefix(f"{file}:") for one in caught.value.errors] == [
+        "2: syscalls.allow[0]", "3: syscalls.deny[0]", "5: limits.outptu", "8: network.allow[0]",
+    ]  # fmt: skip
+
+
 def test_files_that_are_no_policy(tmp_path: Path) -> None:
     file = tmp_path / "x.toml"
     file.write_bytes(b"a = 1\nb = '\xff'\n")

@@ -275,6 +275,9 @@ async def test_a_requirement_that_does_not_hold_refuses_the_job() -> None:
     async with open_runner(host=without("cgroup")) as runner:
         with pytest.raises(HostError, match=r"memory: required to be enforced, but"):
             await runner.run(Job(argv=["true"], policy=strict))
+        unlimited = Policy(require=Require(memory="enforced"))
+        with pytest.raises(HostError, match=r"not limited \(set limits\.memory, or relax"):
+            await runner.run(Job(argv=["true"], policy=unlimited))
 
 
 async def test_what_is_not_enforced_is_said() -> None:
