@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import importlib
 import os
@@ -11,6 +10,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+import msgspec
 
 from sandboxd.cgroup import subtree, systemd
 from sandboxd.cgroup.ladder import RUNGS, Climb, climbed
@@ -86,7 +87,7 @@ def _report(seen: Examination, cgroup: str | None) -> Report:
         checks = [_blamed(check) for check in checks]
     host = seen.host
     if any(check.what == CARRIED and check.state != "ok" for check in checks):
-        host = dataclasses.replace(host, slirp4netns=None, pasta=None)
+        host = msgspec.structs.replace(host, slirp4netns=None, pasta=None)
     return Report(checks=tuple(checks), guarantees=tuple(guarantees(host)))
 
 

@@ -453,7 +453,7 @@ async def test_files_into_a_spare_and_out_of_it() -> None:
 async def test_more_than_the_disk_holds_is_the_callers_mistake() -> None:
     async with open_runner(slots=1) as runner:
         job = Job(argv=["/bin/true"], files={"a": bytes(2 * MIB)}, limits=Limits(disk=MIB))
-        with pytest.raises(JobError, match=r"files\[b'a'\]: the files do not fit.*limits\.disk"):
+        with pytest.raises(JobError, match=r"files\['a'\]: the files do not fit.*limits\.disk"):
             await runner.run(job)
         assert (await runner.run(Job(argv=["/bin/true"], files={"a": b""}))).ok
 
