@@ -38,6 +38,7 @@ from sandboxd.serve.journal import open_journal
 from sandboxd.serve.routes import Bounds, Budget, Routes
 from sandboxd.serve.tls import Shown, name_of, of_daemon
 from sandboxd.serve.wires import SocketWire, Wire
+from sandboxd.supervise import everything as everything  # loaded now, not with a job
 from sandboxd.supervise.one_error import one_error
 from sandboxd.supervise.runner import open_runner
 
