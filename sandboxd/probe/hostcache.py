@@ -10,7 +10,6 @@ import contextlib
 import json
 import os
 import stat
-import tempfile
 import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -137,6 +136,8 @@ def _is_ours(where: Path) -> bool:
 
 
 def _replace(path: Path, text: str) -> None:
+    import tempfile  # most find what was kept
+
     descriptor, name = tempfile.mkstemp(prefix=".host.", dir=path.parent)
     try:
         with open(descriptor, "w", encoding="utf-8") as file:
