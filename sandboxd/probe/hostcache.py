@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import stat
+import tempfile
 import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -136,8 +137,6 @@ def _is_ours(where: Path) -> bool:
 
 
 def _replace(path: Path, text: str) -> None:
-    import tempfile  # most find what was kept
-
     descriptor, name = tempfile.mkstemp(prefix=".host.", dir=path.parent)
     try:
         with open(descriptor, "w", encoding="utf-8") as file:

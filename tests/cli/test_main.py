@@ -193,7 +193,7 @@ def test_what_is_not_needed_is_not_loaded(words: list[str]) -> None:
 
 NOT_FOR_ONE_RUN = {
     *("asyncio", "dataclasses", "difflib", "email", "h11", "importlib.metadata", "pyseccomp"),
-    *("secrets", "sqlite3", "tempfile", "unittest", "wsproto", "yaml"),
+    *("secrets", "sqlite3", "unittest", "wsproto", "yaml"),
     *("sandboxd.images", "sandboxd.judge", "sandboxd.serve", "sandboxd.stores.builds"),
     *(f"sandboxd.compile.{one}" for one in ("dns", "nftables", "oci", "places", "explain")),
     *(f"sandboxd.supervise.{one}" for one in ("builds", "groups", "keeping", "netkeeper")),
