@@ -339,6 +339,23 @@ def test_the_command_line_starts_without_what_it_may_not_need() -> None:
     assert not heavy & loaded_by(modules_of("cli/main.py"))
 
 
+def test_the_daemon_has_loaded_what_runs_may_need() -> None:
+    """Else its first group waits, and files replaced under it become half of what it is."""
+    rooms = {"cgroup", "compile", "images", "linux", "probe", "script", "stores", "supervise"}
+    names = {
+        one
+        for path in sources("sandboxd")
+        if room(path) in rooms
+        for function in functions(path)
+        for node in ast.walk(function)
+        if isinstance(node, ast.ImportFrom) and node.module
+        for one in (node.module, *(f"{node.module}.{alias.name}" for alias in node.names))
+    }
+    wanted = names & set(modules_of("*/*.py"))
+    assert "sandboxd.supervise.groups" in wanted
+    assert not wanted - loaded_by(["sandboxd.serve.server"])
+
+
 def test_files_are_short() -> None:
     check(
         [

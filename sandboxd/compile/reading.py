@@ -11,6 +11,7 @@ import contextlib
 import math
 import typing
 from collections.abc import Iterable, Mapping
+from functools import cache
 from typing import Any, Literal, TypeGuard
 
 import msgspec
@@ -84,6 +85,12 @@ class _BadError(Exception):
     """This value has been complained about and is left out."""
 
 
+@cache
+def _fields(kind: type[msgspec.Struct]) -> tuple[msgspec.structs.FieldInfo, ...]:
+    """Once for each: what its annotations mean is evaluated at each call."""
+    return msgspec.structs.fields(kind)
+
+
 class Reading(msgspec.Struct):
     """The values of one file, and what is wrong with it."""
 
@@ -98,7 +105,7 @@ class Reading(msgspec.Struct):
 
     def policy(self) -> dict[str, Any]:
         """Everything in the file that is right, by section and key."""
-        known = {one.name: one.type for one in msgspec.structs.fields(Policy)}
+        known = {one.name: one.type for one in _fields(Policy)}
         del known["name"], known["origins"]
         table = {key: value for key, value in self.file.table.items() if key != "extends"}
         return self._table(known, table, "")
@@ -162,7 +169,7 @@ class Reading(msgspec.Struct):
         if not isinstance(value, dict):
             self.refuse(key, f"{_named(value)} where a table belongs", hint=_table_of(key))
             raise _BadError
-        fields = msgspec.structs.fields(kind)
+        fields = _fields(kind)
         before = len(self.found)
         found = self._table({one.name: one.type for one in fields}, value, key)
         for one in fields:

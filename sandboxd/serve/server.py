@@ -40,6 +40,7 @@ from sandboxd.serve.quotas import Budget
 from sandboxd.serve.routes import Bounds, Routes
 from sandboxd.serve.tls import Shown, name_of, of_daemon
 from sandboxd.serve.wires import SocketWire, Wire
+from sandboxd.supervise import everything as everything  # loaded now, not with a job
 from sandboxd.supervise.one_error import one_error
 from sandboxd.supervise.runner import open_runner
 

@@ -21,6 +21,7 @@ import trio
 
 from sandboxd.probe.host import probe
 from tests.bench import network, report, serve
+from tests.bench.command import MEASURES as OF_COMMANDS
 from tests.bench.contestants import Contestant, bwrap, nobody, open_ours
 from tests.bench.crun import open_crun
 from tests.bench.images import MEASURES as OF_IMAGES
@@ -28,7 +29,7 @@ from tests.bench.measures import LIVE, Bench, Measure, Row
 from tests.bench.measures import MEASURES as OF_JOBS
 from tests.bench.programs import DYNAMIC, compile_all
 
-MEASURES: dict[str, Measure] = OF_JOBS | OF_IMAGES
+MEASURES: dict[str, Measure] = OF_JOBS | OF_COMMANDS | OF_IMAGES
 
 
 def arguments() -> argparse.Namespace:

@@ -83,9 +83,13 @@ def table(measure: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     for row in rows:
         figures = "".join(f"{number(row[name]):>10}" for name in (best, "p50", "p95"))
         ratios = (row["times_better"].get(peer) for peer in peers)
-        shown = "".join(f"{'' if ratio is None else f'{ratio:.1f}':>18}" for ratio in ratios)
+        shown = "".join(f"{'' if ratio is None else times(ratio):>18}" for ratio in ratios)
         lines.append(f"  {row['who']:<42}{figures}{shown}".rstrip())
     return lines
+
+
+def times(ratio: float) -> str:
+    return f"{ratio:.1f}" if ratio >= 1 else f"{ratio:.2g}"
 
 
 def number(value: float) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.bench import files, report, serve
+from tests.bench import command, files, report, serve
 from tests.bench.measures import FLIGHTS, LIVE, MEASURES, Row
 
 PROGRAMS = ("static program", "/bin/true")
@@ -92,6 +92,24 @@ def test_rows_of_images(name: str) -> None:
         assert ("umoci unpack" in who) == ("umoci" not in found["missing"])
 
 
+@pytest.mark.needs("gcc", "userns")
+def test_a_command_is_measured_beside_commands() -> None:
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "tests.bench", "--rounds", "2", "--json", "--only", "command"],
+        capture_output=True, text=True, check=False, timeout=110,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    who: dict[str, set[str]] = {}
+    for row in found["rows"]:
+        assert row["min"] >= 0
+        who.setdefault(row["measure"], set()).add(row["who"])
+    assert set(who) == {"one command", "CPU time of one command"}
+    peers = {"bwrap"} - found["missing"].keys()
+    for names in who.values():
+        assert names >= {"sandboxd run", "none (trio)", *command.PARTS, *peers}
+
+
 def everybody(found: dict[str, Any]) -> set[str]:
     """Who has to be in a measure here: a peer that is missing has been named."""
     names = {"sandboxd", "sandboxd spare", "none (trio)", "none (Popen)"}
@@ -137,6 +155,10 @@ def test_a_ratio_above_one_is_better() -> None:
     found = report.facts(rows, {}, {})
     ratios = [row["times_better"] for row in json.loads(json.dumps(found["rows"]))]
     assert ratios == [{"bwrap": 4.0}, {}, {"bwrap": 4.0}, {}]
+
+
+def test_a_ratio_below_one_is_not_nought() -> None:
+    assert [report.times(ratio) for ratio in (12.34, 1.0, 0.0231)] == ["12.3", "1.0", "0.023"]
 
 
 def test_quantiles() -> None:

@@ -6,6 +6,7 @@ import argparse
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -244,6 +245,28 @@ def test_what_is_not_needed_is_not_loaded(words: list[str]) -> None:
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
     )
     assert done.stderr.splitlines()[-1] == ""
+
+
+NOT_FOR_ONE_RUN = {
+    *("asyncio", "dataclasses", "difflib", "email", "h11", "importlib.metadata", "pyseccomp"),
+    *("secrets", "sqlite3", "unittest", "wsproto", "yaml"),
+    *("sandboxd.images", "sandboxd.judge", "sandboxd.serve", "sandboxd.stores.builds"),
+    *(f"sandboxd.compile.{one}" for one in ("dns", "nftables", "oci", "places", "explain")),
+    *(f"sandboxd.supervise.{one}" for one in ("builds", "groups", "keeping", "netkeeper")),
+    *(f"sandboxd.supervise.{one}" for one in ("pipeline", "planning", "porter", "resolver")),
+}
+
+
+@pytest.mark.needs("userns")
+def test_one_run_loads_only_what_it_uses() -> None:
+    command = [sys.executable, "-P", "-X", "importtime", "-m", "sandboxd", "run", "-q"]
+    subprocess.run(
+        [*command, "--", "true"], capture_output=True, check=True
+    )  # looks at the machine
+    done = subprocess.run([*command, "--", "true"], capture_output=True, text=True, check=True)
+    loaded = set(re.findall(r"\| +(\S+)$", done.stderr, re.MULTILINE))
+    assert "sandboxd.supervise.tenants" in loaded
+    assert NOT_FOR_ONE_RUN & loaded == set()
 
 
 def test_starting_is_quick() -> None:
