@@ -188,6 +188,7 @@ class Runner:
                             run.kill()
                             nursery.cancel_scope.cancel()
             finally:
+                run._terminal = None  # its number may be another's next
                 await run._let_go()
                 if stdin is not None:
                     with trio.CancelScope(shield=True):
