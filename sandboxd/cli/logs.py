@@ -6,7 +6,6 @@ import argparse
 import base64
 import json
 import sys
-import time
 from typing import Any, TextIO
 
 from sandboxd.cli import exitcodes, remote
@@ -15,9 +14,6 @@ from sandboxd.errors import HostError
 _DESCRIPTION = """\
 Shows what a job has written so far, stdout on stdout and stderr on stderr; with -f also what comes,
 to its end. Where the connection breaks, or the daemon is started anew, it goes on where it was."""
-AGAIN = 0.5
-PATIENCE = 30.0
-"""Seconds in which a daemon that is gone may come back."""
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -31,11 +27,11 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def run(args: argparse.Namespace) -> int:
     """Shows it."""
-    following, broken = -1, 0.0
+    following, patience = -1, remote.Patience()
     while True:
         try:
-            for event, line in _events(args, following):
-                following, broken = event["seq"] + 1, 0.0
+            for event, line in _events(args, following, patience):
+                following = event["seq"] + 1
                 if args.json:
                     _write(sys.stdout, line + b"\n")
                 elif event["type"] in ("stdout", "stderr"):
@@ -45,20 +41,18 @@ def run(args: argparse.Namespace) -> int:
                     return exitcodes.OK
             if not args.follow:
                 return exitcodes.OK
-            broken = broken or time.monotonic()  # the daemon ended, and the job may go on
+            patience.wait()  # the daemon ended, and the job may go on
         except HostError as error:
-            if not args.follow or error.missing != "daemon" or following < 0:
+            if not args.follow:
                 raise
-            broken = broken or time.monotonic()
-            if time.monotonic() > broken + PATIENCE:
-                raise
-        time.sleep(AGAIN)
+            patience.wait(error)
 
 
-def _events(args: argparse.Namespace, following: int) -> Any:
+def _events(args: argparse.Namespace, following: int, patience: remote.Patience) -> Any:
     query = f"?follow={int(args.follow)}" + (f"&from={following}" if following >= 0 else "")
     target = f"{remote.path(args.job)}/events{query}"
     with remote.daemon(args).asking("GET", target) as answer:
+        patience.well()
         for line in answer.lines():
             yield json.loads(line), line
 

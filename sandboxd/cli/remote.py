@@ -5,10 +5,17 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import time
 from typing import TYPE_CHECKING, Any
+
+from sandboxd.errors import HostError, SandboxError
 
 if TYPE_CHECKING:
     from sandboxd.serve.plain import Plain
+
+AGAIN = 0.5
+PATIENCE = 30.0
+"""Seconds in which a daemon that is gone may come back."""
 
 
 def add(
@@ -50,6 +57,29 @@ def daemon(args: argparse.Namespace) -> Plain:
     )
     token = address.token(os.environ.get("SANDBOXD_TOKEN"))
     return Plain(where, token, traceparent=given or None)
+
+
+class Patience:
+    """With a daemon that was there and has gone: it may be started anew."""
+
+    def __init__(self) -> None:
+        self._there = False
+        self._gone_since: float | None = None
+
+    def well(self) -> None:
+        """It has answered."""
+        self._there, self._gone_since = True, None
+
+    def wait(self, error: SandboxError | None = None) -> None:
+        """Returns when it is time to ask again; else it is this error."""
+        now = time.monotonic()
+        if self._gone_since is None:
+            self._gone_since = now
+        if error is not None:
+            gone = isinstance(error, HostError) and error.missing == "daemon"
+            if not gone or not self._there or now > self._gone_since + PATIENCE:
+                raise error
+        time.sleep(AGAIN)
 
 
 def collected(daemon: Plain, record: dict[str, Any]) -> dict[str, bytes]:

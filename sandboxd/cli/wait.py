@@ -5,14 +5,19 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sandboxd.cli import exitcodes, remote
 from sandboxd.cli.main import say
+from sandboxd.errors import SandboxError
+
+if TYPE_CHECKING:
+    from sandboxd.serve.plain import Plain
 
 _DESCRIPTION = """\
 Waits for a job of the daemon and exits as it did, with the exit status of `sandboxd run`. Output
-is not shown; `sandboxd logs` does that."""
+is not shown; `sandboxd logs` does that. Where the connection breaks, or the daemon is started anew,
+it goes on waiting."""
 LONGEST = 300
 
 
@@ -33,10 +38,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def run(args: argparse.Namespace) -> int:
     """Waits; returns the exit status."""
     daemon = remote.daemon(args)
-    view: dict[str, Any] = {}
-    while view.get("state") != "done":
-        view = daemon.ask("GET", f"{remote.path(args.job)}?wait={LONGEST}")
-    record = view["result"]
+    record = _over(daemon, remote.path(args.job))["result"]
     if args.json:
         print(json.dumps(record))
     if record["status"] == "error":
@@ -56,3 +58,18 @@ def run(args: argparse.Namespace) -> int:
         for line in accounting(result):
             say(line)
     return exitcodes.exit_code(result)
+
+
+def _over(daemon: Plain, target: str) -> dict[str, Any]:
+    """The job, once it is over."""
+    patience, seconds = remote.Patience(), 0
+    while True:
+        try:
+            view: dict[str, Any] = daemon.ask("GET", f"{target}?wait={seconds}")
+        except SandboxError as error:
+            patience.wait(error)
+            continue
+        if view["state"] == "done":
+            return view
+        patience.well()
+        seconds = LONGEST

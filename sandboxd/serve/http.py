@@ -160,6 +160,8 @@ class Conversation:
             self._idle_since = trio.current_time()
             self._ahead += await self._read()
             self._idle_since = math.inf
+            if self.scope.cancel_called:  # at the very moment that something came
+                return None
         if not self.machine.trailing_data[0]:
             if (plain := swift.read(bytes(self._ahead))) is not None:
                 self._ahead.clear()

@@ -129,7 +129,7 @@ class Expired(NamedTuple):
 Statement = tuple[str, tuple[Any, ...]]
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Change:
     statements: tuple[Statement, ...]
     """All of them, or none."""
@@ -162,10 +162,13 @@ class Journal:
 
         Who insists gets no error: it takes as long as there is no room.
         """
-        written = trio.Event()
-        change = self._add(_Change(statements, written, insist))
+        await self._write(_Change(statements, trio.Event(), insist))
+
+    async def _write(self, change: _Change) -> None:
+        assert change.written is not None
+        self._add(change)
         self._urgent.set()
-        await written.wait()
+        await change.written.wait()
         if change.error is not None:
             raise _failed("written", change.error) from change.error
 
@@ -180,10 +183,9 @@ class Journal:
             self._urgent.set()
             await written.wait()
 
-    def _add(self, change: _Change) -> _Change:
+    def _add(self, change: _Change) -> None:
         self._waiting.append(change)
         self._more.set()
-        return change
 
     async def accept(self, *rows: Row, batch: BatchRow | None = None) -> None:
         """All of them or none: HostError."""
@@ -198,7 +200,14 @@ class Journal:
     async def start(self, caller: str, job: str, attempts: int) -> None:
         """Takes as long as there is no room: an accepted job is not lost for a full disk."""
         sql = "UPDATE jobs SET state='running', started=?, attempts=? WHERE caller=? AND id=?"
-        await self.write((sql, (time.time(), attempts, caller, job)), insist=True)
+        statement = (sql, (time.time(), attempts, caller, job))
+        change = _Change((statement,), trio.Event(), insists=True)
+        try:
+            await self._write(change)
+        except trio.Cancelled:  # it will not be started: the next daemon may, if nobody says more
+            if change in self._overdue:
+                self._overdue.remove(change)
+            raise
 
     async def close(self, row: Row, size: int, *, insist: bool) -> None:
         """The end of a job that was accepted."""

@@ -206,6 +206,7 @@ class Runner:
                             run.kill()
                             nursery.cancel_scope.cancel()
             finally:
+                run._terminal = None  # its number may be another's next
                 try:
                     await run._let_go()
                 finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ from pathlib import Path
 import pytest
 import trio
 
+from sandboxd.serve.address import Unix
+from sandboxd.serve.plain import Plain
 from tests.serve.serving import ROOT, Process, folder, process
 
 
@@ -135,6 +138,38 @@ def test_it_starts_without_trio() -> None:
     command = [sys.executable, "-P", "-c", program]
     done = subprocess.run(command, env=environ, capture_output=True, check=True)
     assert done.stdout.strip() == b""
+
+
+@pytest.mark.parametrize("words", [["wait", "-q"], ["logs", "-f"]])
+def test_who_waits_for_a_job_that_waits_goes_on_with_the_next_daemon(
+    served: Process, words: list[str]
+) -> None:
+    for _ in range(2):
+        submit(served, "--", "sleep", "1000")
+    job = submit(served, "--", "sh", "-c", "echo there; exit 3")
+    environ = {**os.environ, "SANDBOXD_HOST": f"unix://{served.place}/s", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-P", "-m", "sandboxd", *words, job]
+    _, before = counts(served)
+    with subprocess.Popen(command, env=environ, stdout=subprocess.PIPE) as waits:
+        looks = 0
+        while counts(served) < (2, before + looks + 2):  # it has had an answer, and asks again
+            assert waits.poll() is None
+            looks += 1
+        served.kill()
+        assert waits.poll() is None
+        served.start()
+        out, _ = waits.communicate(timeout=50)
+    assert (waits.returncode, out) == ((3, b"") if words[0] == "wait" else (0, b"there\n"))
+
+
+def counts(served: Process) -> tuple[float, float]:
+    """Connections, this one among them; and requests that were well answered before."""
+    with Plain(Unix(served.place / "s")).asking("GET", "/metrics") as answer:
+        said = answer.body().decode()
+    names = ("sandboxd_connections", r'sandboxd_http_requests_total\{status="200"\}')
+    found = [re.search(rf"^{name} (.*)$", said, re.MULTILINE) for name in names]
+    connections, requests = (float(one[1]) if one else 0.0 for one in found)
+    return connections, requests
 
 
 def test_what_there_is_not_is_told_from_a_job_that_failed(served: Process) -> None:

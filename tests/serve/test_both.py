@@ -69,6 +69,23 @@ async def test_what_was_asked_for_and_is_not_done(where: str) -> None:
 
 
 @BOTH
+async def test_a_terminal_that_is_gone_has_no_size(where: str) -> None:
+    """A daemon has the run in its hands until its result is on disk."""
+    job = Job(argv=["true"], policy=policy(), stdin=None, terminal=Terminal())
+    async with opened(where) as either:
+        async with either.start(job) as run:
+            await events_of(run)
+        first, second = os.openpty()  # who gets the number next
+        try:
+            before = os.get_terminal_size(first)
+            run.resize(11, 12)
+            assert os.get_terminal_size(first) == before
+        finally:
+            os.close(first)
+            os.close(second)
+
+
+@BOTH
 async def test_words_that_are_no_text(where: str) -> None:
     async with opened(where) as either:
         argv = [b"sh", b"-c", b'printf %s "$0$X$PWD"', b"\xff"]

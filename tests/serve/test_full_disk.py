@@ -20,6 +20,7 @@ from sandboxd.serve.book import Book
 from sandboxd.serve.callers import Caller
 from sandboxd.serve.files import PARTIAL, Files
 from sandboxd.serve.gojudge.store import Store
+from sandboxd.serve.journal import Row, open_journal
 from sandboxd.serve.log import CHUNK, Log, read_finished
 from sandboxd.serve.wire import Refusal, place
 from tests.serve.serving import TRUE, Daemon, daemon
@@ -86,6 +87,24 @@ async def test_what_was_accepted_waits_for_the_journal(caplog: pytest.LogCapture
         assert (await served.ended(runs))["result"]["streams"]["stdout"]["data"] == "said"
         told = [one.getMessage() for one in caplog.records if "journal" in one.getMessage()]
         assert told == ["the journal cannot be written", "the journal is written again"]
+
+
+async def test_a_start_that_was_given_up_is_none(tmp_path: Path) -> None:
+    """The next daemon would take the job for lost, which was never started."""
+    nothing = (None, None, 0, None, None, None)
+    async with open_journal(tmp_path) as journal:
+        await journal.accept(Row(0, "c", "j", "queued", b"{}", b"{}", None, None, 0.0, *nothing))
+        await journal.select("PRAGMA query_only=ON")
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(journal.start, "c", "j", 1)
+            while not journal._overdue:
+                await trio.testing.wait_all_tasks_blocked(0.01)
+            nursery.cancel_scope.cancel()
+        await journal.select("PRAGMA query_only=OFF")
+    async with open_journal(tmp_path) as journal:
+        found = await journal.find("c", "j")
+    assert found is not None
+    assert (found.state, found.attempts) == ("queued", 0)
 
 
 @pytest.mark.needs("userns")

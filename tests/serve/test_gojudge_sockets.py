@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import trio
 
+from sandboxd.serve.routes import Bounds
 from tests.serve.gojudging import STDERR, STDOUT, Judge, Talk, cmd, judge, sh, talking
 
 pytestmark = pytest.mark.needs("userns")
@@ -68,6 +69,23 @@ async def test_a_request_is_cancelled_while_it_waits() -> None:
         assert found == {
             "requestId": "second", "results": [], "error": "request cancelled before execute",
         }  # fmt: skip
+
+
+async def test_requests_that_are_not_answered_have_a_bound_together() -> None:
+    large = "x" * 600_000
+    async with judge(bounds=Bounds(body=1 << 20, bodies=1 << 20)) as served:
+        async with talking(served.socket, "/ws") as talk:
+            await talk.say({"requestId": "a", "cmd": [sh("sleep 60", stdin=large)]})
+            await talk.say({"requestId": "b", "cmd": [sh("wc -c", stdin=large)]})
+            refused = await talk.hear_json()
+            assert (refused["requestId"], refused["error"]) == (
+                "b", "too many large requests at once",
+            )  # fmt: skip
+            await talk.say({"cancelRequestId": "a"})
+            assert (await talk.hear_json())["requestId"] == "a"
+            await talk.say({"requestId": "b", "cmd": [sh("wc -c", stdin=large)]})
+            found = await talk.hear_json()
+            assert found["results"][0]["files"]["stdout"].strip() == "600000"
 
 
 async def test_ids_are_needed_and_unique() -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+import math
 import runpy
 
 import pytest
 import trio
 
 from sandboxd.serve import http, server
+from sandboxd.serve.http import Conversation
+from sandboxd.serve.wires import Wire
 from tests.serve.serving import ROOT, daemon, head, raw
 
 GET = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -130,6 +133,32 @@ async def test_an_idle_connection_is_closed(monkeypatch: pytest.MonkeyPatch) -> 
     async with daemon() as served:
         assert await raw(served.place) == b""
         assert head(await raw(served.place, GET)) == 200
+
+
+class Swept(Wire):
+    """Something comes at the very moment that its connection is idle for too long."""
+
+    conversation: Conversation
+
+    async def receive(self) -> bytes:
+        await trio.lowlevel.checkpoint()
+        self.conversation.end_idle(math.inf)
+        return GET
+
+
+async def test_a_request_that_comes_when_the_patience_ends_is_not_begun() -> None:
+    """Cancelled half-way it would have been: accepted, and nobody told, and nobody to run it."""
+    near, _ = trio.testing.memory_stream_pair()
+    wire = Swept(near)
+    wire.conversation = Conversation(wire, http.Peer())
+    handled = []
+
+    async def handle(request: http.Request) -> http.Reply:
+        handled.append(request)
+        return http.Reply()
+
+    await http.converse(wire.conversation, handle, lambda: "")
+    assert not handled
 
 
 async def test_a_body_is_asked_for_when_it_is_wanted() -> None:

@@ -131,11 +131,11 @@ class GoJudge:
         return found
 
     async def _ws(self, request: Request, caller: Caller) -> Reply:
-        await sockets.many(self.runs, caller, request, self.most)
+        await sockets.many(self.runs, caller, request, (self.most, self._budget))
         raise Gone
 
     async def _stream(self, request: Request, caller: Caller) -> Reply:
-        await sockets.one(self.runs, caller, request, self.most)
+        await sockets.one(self.runs, caller, request, (self.most, self._budget))
         raise Gone
 
     # -- files

@@ -15,6 +15,7 @@ from sandboxd.serve.gojudge.orders import Orders
 from sandboxd.serve.gojudge.runs import Output, Runs
 from sandboxd.serve.guests import Cancelled, Guest
 from sandboxd.serve.http import Gone, Request
+from sandboxd.serve.quotas import Budget
 from sandboxd.serve.websocket import WRONG, WebSocket, accepted
 from sandboxd.serve.wire import Refusal, traceparent
 from sandboxd.supervise.one_error import one_error
@@ -41,15 +42,20 @@ async def respond(
 # -- /ws -------------------------------------------------------------------------------------
 
 
-async def many(runs: Runs, caller: Caller, request: Request, most: int) -> None:
+Bounds = tuple[int, Budget]
+"""Of one message, in bytes; and of all whose programs are not over."""
+
+
+async def many(runs: Runs, caller: Caller, request: Request, bounds: Bounds) -> None:
     """Requests as they come, answers as they are ready, until the connection ends."""
+    most, budget = bounds
     trace = traceparent(request.headers.get("traceparent"))
     with one_error():
         async with accepted(request, most) as socket, trio.open_nursery() as nursery:
-            working = _Many(runs, caller, socket, trace)
+            working = _Many((runs, caller, budget), socket, trace)
             try:
                 while True:
-                    working.take(wire.request(await socket.receive()), nursery)
+                    working.take(await socket.receive(), nursery)
             except Refusal as refusal:
                 await socket.close(WRONG, str(refusal))
             except Gone:
@@ -59,16 +65,16 @@ async def many(runs: Runs, caller: Caller, request: Request, most: int) -> None:
 
 class _Many:
     def __init__(
-        self, runs: Runs, caller: Caller, socket: WebSocket, traceparent: str | None
+        self, whose: tuple[Runs, Caller, Budget], socket: WebSocket, traceparent: str | None
     ) -> None:
-        self._runs = runs
-        self._caller = caller
+        self._runs, self._caller, self._budget = whose
         self._socket = socket
         self._trace = traceparent
         self._guests: dict[str, Guest] = {}
 
-    def take(self, asked: wire.Request, nursery: trio.Nursery) -> None:
+    def take(self, message: bytes | str, nursery: trio.Nursery) -> None:
         """A request, or the end of one. Refusal if it is none."""
+        asked = wire.request(message)
         if asked.cancel_request_id:
             guest = self._guests.get(asked.cancel_request_id)
             if guest is not None:
@@ -80,18 +86,27 @@ class _Many:
         why = why or ("" if name else "empty request id")
         if not why and len(self._guests) >= AT_ONCE:
             why = f"{AT_ONCE} requests are not answered yet"
+        size = len(message)
+        if not why:
+            try:
+                self._budget.take(size)
+            except Refusal as refusal:
+                why = str(refusal)
         if why:
             refused = wire.Response(request_id=name, results=[], error=why)
             nursery.start_soon(self._say, refused)
             return
         self._guests[name] = self._runs.guest(self._caller, made, self._trace)
-        nursery.start_soon(self._answer, name, made)
+        nursery.start_soon(self._answer, name, made, size)
 
-    async def _answer(self, name: str, made: Orders) -> None:
-        with self._runs.book.reply():
-            response = await respond(self._runs, self._guests[name], made)
-            del self._guests[name]
-            await self._say(response)
+    async def _answer(self, name: str, made: Orders, size: int) -> None:
+        try:
+            with self._runs.book.reply():
+                response = await respond(self._runs, self._guests[name], made)
+                del self._guests[name]
+                await self._say(response)
+        finally:
+            self._budget.give_back(size)
 
     async def _say(self, response: wire.Response) -> None:
         await self._socket.send(msgspec.json.encode(response).decode())
@@ -100,14 +115,15 @@ class _Many:
 # -- /stream ---------------------------------------------------------------------------------
 
 
-async def one(runs: Runs, caller: Caller, request: Request, most: int) -> None:
+async def one(runs: Runs, caller: Caller, request: Request, bounds: Bounds) -> None:
     """One request, then what is typed and what is printed, then its result."""
-    book = runs.book
+    book, (most, budget) = runs.book, bounds
     trace = traceparent(request.headers.get("traceparent"))
     with one_error():
         async with accepted(request, most) as socket, trio.open_nursery() as nursery:
             try:
-                first = wire.message(_bytes(await socket.receive()))
+                said = _bytes(await socket.receive())
+                first = wire.message(said)
                 if not isinstance(first, wire.Request):
                     raise Refusal(400, "request", "the first message must be a request")
                 made = runs.prepare(caller, first, live=True)
@@ -118,7 +134,8 @@ async def one(runs: Runs, caller: Caller, request: Request, most: int) -> None:
                     await socket.send(wire.output(index, fd, data))
 
                 # Who takes in what nobody reads hears of nothing else.
-                with book.lookout.watching(request.handle, guest.kill), book.reply():
+                watching = book.lookout.watching(request.handle, guest.kill)
+                with budget.hold(len(said)), watching, book.reply():
                     response = await respond(runs, guest, made, output)
                     response = msgspec.structs.replace(response, request_id="")
                     await socket.send(wire.result(response))
