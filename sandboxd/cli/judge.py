@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sandboxd.cli import exitcodes, quantities, subtree
+from sandboxd.cli.lacking import not_enforced
 from sandboxd.cli.main import say, say_json
 
 if TYPE_CHECKING:
@@ -197,11 +198,11 @@ class _Report:
             print(json.dumps(self._json()))
             return
         every = (each for _, judgement in self.judged for each in judgement.degraded)
-        lost = dict.fromkeys(f"{each.what} ({each.why})" for each in every)
+        lost = dict.fromkeys((each.what, each.why) for each in every)
         for why in dict.fromkeys(each.not_kept for _, each in self.judged if each.not_kept):
             self._say(f"compilations are not kept: {why}")
         if lost:
-            self._say(f"not enforced: {'; '.join(lost)}")
+            self._say(f"not enforced: {not_enforced(lost)}")
 
     def status(self) -> int:
         if any(judgement.verdict == "JE" for _, judgement in self.judged):

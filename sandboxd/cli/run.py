@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from sandboxd.cli import attach, away, committing, exitcodes, flags, inputs, remote
 from sandboxd.cli.attach import STDERR, STDOUT, Ending, Output
+from sandboxd.cli.lacking import not_enforced
 from sandboxd.cli.main import bug, complain, first_error, say, unwritten
 from sandboxd.cli.quantities import size, time
 from sandboxd.errors import JobError, SandboxError
@@ -283,7 +284,7 @@ def accounting(result: Result, told: Collection[str] = ()) -> Iterator[str]:
     for problem in result.artifact_errors:
         yield f"not collected: {problem.path} ({problem.reason})"
     if lacking := [one for one in result.degraded if one.what not in told]:
-        yield f"not enforced: {'; '.join(f'{one.what} ({one.why})' for one in lacking)}"
+        yield f"not enforced: {not_enforced((one.what, one.why) for one in lacking)}"
 
 
 def _kept(kept: Kept) -> str:
