@@ -124,11 +124,9 @@ class Home:
         """Where the directories are that this tenant's sandboxes write to."""
         async with self._with_tenant() as tenant:
             if self._uppers is None:
-                # A porter of its own: looking at how full they are must not wait for files.
-                porter = await self._open_porter(tenant)
-                self._uppers = await self._stack.enter_async_context(
-                    open_uppers(porter, tenant.compiled.tenant.ids)
-                )
+                with Descriptors() as fds:
+                    opened = open_uppers(_namespace(tenant, fds), tenant.compiled.tenant.ids)
+                    self._uppers = await self._stack.enter_async_context(opened)
             return self._uppers
 
     async def netkeeper(self) -> Netkeeper:

@@ -93,6 +93,9 @@ async def test_a_tenant_that_was_left_meanwhile() -> None:
             assert told[0].stage == "tenant"
         with pytest.raises(LaunchError):
             tenant.user_namespace()
+        tenant.dead = False
+        tenant.look()
+        assert tenant.dead
 
 
 async def test_left_while_somebody_waits_for_its_porter() -> None:
