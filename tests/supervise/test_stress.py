@@ -6,6 +6,7 @@ and nothing is left of it (conftest looks).
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import signal
@@ -22,9 +23,10 @@ import trio
 from sandboxd.errors import HostError, LaunchError, SandboxError
 from sandboxd.group import Group, Member
 from sandboxd.job import Job, Pipe
-from sandboxd.policy import Limits, Mount, Network, Policy, Root
+from sandboxd.policy import Limits, Mount, Policy, Root
 from sandboxd.supervise.runner import Runner, open_runner
 from tests import needs
+from tests.supervise.endings import with_way_out
 from tests.supervise.overlays import CALLER
 from tests.supervise.test_lifecycle import descendants
 from tests.supervise.variants import policy, without
@@ -80,8 +82,8 @@ def way_out(_: random.Random) -> list[Call]:
     """Where this user may have one."""
     if needs.missing("tun") or needs.missing("slirp4netns"):
         return []
-    open_ = msgspec.structs.replace(policy(), network=Network(mode="user", allow=("*",)))
-    return [lambda runner: runner.run(Job(argv=["sleep", "0.01"], policy=open_))]
+    chosen = with_way_out()
+    return [lambda runner: runner.run(Job(argv=["sleep", "0.01"], policy=chosen))]
 
 
 def followed(chance: random.Random) -> list[Call]:
@@ -109,8 +111,9 @@ def every(chance: random.Random) -> list[Call]:
     return [call for kind in kinds for call in kind(chance)]
 
 
-def end_one(chance: random.Random, how: Counter[str]) -> None:
-    """A process of ours, by a pidfd that is held before it is looked at whose it is."""
+async def end_one(chance: random.Random, how: Counter[str]) -> None:
+    """A process of ours, by a pidfd that is held before it is looked at whose it is. Some stand
+    still for a moment before that."""
     pids = descendants(os.getpid())
     if not pids:
         return
@@ -119,12 +122,42 @@ def end_one(chance: random.Random, how: Counter[str]) -> None:
         pidfd = os.pidfd_open(pid)
         try:
             if pid in descendants(os.getpid()):
-                how[Path(f"/proc/{pid}/comm").read_text().strip()] += 1
+                how[Path(f"/proc/{pid}/comm").read_text().strip()] += 1  # noqa: ASYNC240
+                if chance.random() < 0.3:
+                    signal.pidfd_send_signal(pidfd, signal.SIGSTOP)
+                    with trio.CancelScope(shield=True):
+                        await trio.sleep(chance.random() * 0.1)
                 signal.pidfd_send_signal(pidfd, signal.SIGKILL)
         except (FileNotFoundError, PermissionError):
             pass
         finally:
             os.close(pidfd)
+
+
+async def caller(runner: Runner, until: float, chance: random.Random, ended: Counter[str]) -> None:
+    """Asks for one after the other, and sometimes does not wait for it."""
+    while trio.current_time() < until and not runner._closed:
+        patience = chance.choice([0.0, 0.01, 0.03, 0.1, 60.0, 60.0, 60.0, 60.0])
+        with trio.move_on_after(patience) as scope:
+            try:
+                await chance.choice(every(chance))(runner)
+                ended["well"] += 1
+            except (LaunchError, HostError) as error:  # and none is the caller's mistake
+                ended[type(error).__name__] += 1
+            except SandboxError as error:
+                if "the runner is closed" not in str(error):
+                    raise
+                ended["closed"] += 1
+        ended["cancelled"] += scope.cancelled_caught
+
+
+async def works(runner: Runner, call: Call) -> None:
+    """Now, or when the last that was killed is dead: who takes a spare cannot see that it dies."""
+    for _ in range(3):
+        with suppress(LaunchError):
+            await call(runner)
+            return
+    await call(runner)
 
 
 @pytest.mark.time_limit(60.0 + SECONDS)
@@ -142,32 +175,22 @@ async def test_whatever_is_killed(
     ended: Counter[str] = Counter()
     killed: Counter[str] = Counter()
 
-    async def caller(runner: Runner, until: float) -> None:
-        while trio.current_time() < until:
-            call = chance.choice(every(chance))
-            with trio.move_on_after(
-                chance.choice([0.0, 0.01, 0.03, 0.1, 60.0, 60.0, 60.0, 60.0])
-            ) as scope:
-                try:
-                    await call(runner)
-                    ended["well"] += 1
-                except (LaunchError, HostError) as error:  # and none is the caller's mistake
-                    ended[type(error).__name__] += 1
-            ended["cancelled"] += scope.cancelled_caught
-
-    async with open_runner(
+    async with trio.open_nursery() as late, open_runner(
         slots=4, spares=chance.choice([0, 1]), host=without(host),
         cgroup=chance.choice([None, "none"]),
     ) as runner:  # fmt: skip
         until = trio.current_time() + SECONDS
         async with trio.open_nursery() as nursery:
             for _ in range(CALLERS):
-                nursery.start_soon(caller, runner, until)
+                nursery.start_soon(caller, runner, until, chance, ended)
             while trio.current_time() < until:
                 await trio.sleep(chance.random() * 0.1)
-                end_one(chance, killed)
+                await end_one(chance, killed)
         assert runner.statistics().running == runner.statistics().waiting == 0
         for call in every(chance):
-            await call(runner)
+            await works(runner, call)
+        for _ in range(CALLERS):
+            late.start_soon(caller, runner, math.inf, chance, ended)
+        await trio.sleep(chance.random() * 0.2)
     sys.stdout.write(f"{dict(ended)} {dict(killed)}\n")
     assert ended["well"]
