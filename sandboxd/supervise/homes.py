@@ -76,13 +76,13 @@ class Home:
                 raise LaunchError("tenant", 0, 0, "nobody is to be started any more",
                                   hint="the runner was closed")  # fmt: skip
             if self.living is not None and not self._lives(beside):
-                await self.leave()
+                await self._leave()
             if self.living is None:
                 self._beside = beside
                 try:
                     self.living = await self._open()
                 except BaseException:
-                    await self.leave()  # of what it was to use, too, or each attempt adds to that
+                    await self._leave()  # of what it was to use, too, or each attempt adds to that
                     raise
             return self.living
 
@@ -164,12 +164,15 @@ class Home:
     async def close(self) -> None:
         """End all of it for good: who asks for its tenant gets a LaunchError."""
         self.over = True
-        with trio.CancelScope(shield=True):
-            async with self._lock:
-                await self.leave()
+        await self.leave()
 
     async def leave(self) -> None:
-        """End all of it."""
+        """End all of it; who comes later gets a new one."""
+        with trio.CancelScope(shield=True):
+            async with self._lock:
+                await self._leave()
+
+    async def _leave(self) -> None:
         with trio.CancelScope(shield=True):
             for kept in self.kept:
                 await kept.forget()

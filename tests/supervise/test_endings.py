@@ -112,7 +112,7 @@ async def test_left_while_somebody_waits_for_its_porter() -> None:
         async with kept.home._lock:
             nursery.start_soon(ask)
             await trio.testing.wait_all_tasks_blocked()
-            await kept.home.leave()
+            await kept.home._leave()
         await until(lambda: found)
         assert found == [kept.home._porter]
         assert (await runner.run(FILES)).ok
