@@ -344,6 +344,7 @@ inside() { # MODE HERE DISK CGROUP COMMAND...: becomes the command
     [ -z "${CI:-}" ] || set -- "CI=$CI" "$@"
     [ -z "${SANDBOXD_TEST_KILLS:-}" ] || set -- "SANDBOXD_TEST_KILLS=$SANDBOXD_TEST_KILLS" "$@"
     [ -z "${SANDBOXD_TEST_SEED:-}" ] || set -- "SANDBOXD_TEST_SEED=$SANDBOXD_TEST_SEED" "$@"
+    [ -z "${SANDBOXD_TEST_STRESS:-}" ] || set -- "SANDBOXD_TEST_STRESS=$SANDBOXD_TEST_STRESS" "$@"
     exec setpriv --reuid "$TEST_USER" --regid "$TEST_USER" --init-groups -- env -i \
         PATH=/usr/local/bin:/usr/bin:/bin:/usr/local/sbin:/usr/sbin:/sbin LANG=C.UTF-8 \
         USER="$TEST_USER" LOGNAME="$TEST_USER" HOME="$here/home" SHELL=/bin/sh "$@"

@@ -21,7 +21,6 @@ from sandboxd.compile import pieces, rootfs
 from sandboxd.errors import LaunchError
 from sandboxd.linux.descriptors import Descriptors, no_room
 from sandboxd.script.command import area_command
-from sandboxd.supervise.porter import Porter
 from sandboxd.supervise.processes import reap, starting
 from sandboxd.supervise.tenants import PACKAGE_PARENT, Prepared, Tenant
 
@@ -91,13 +90,13 @@ class Area(msgspec.Struct):
         if self.process.poll() is None:
             self.process.kill()
 
-    def hand_over(self) -> Callable[[Callable[[], Awaitable[Porter]]], Awaitable[None]] | None:
+    def hand_over(self) -> Callable[[], Awaitable[None]] | None:
         """What removes its directory, which outlives it from now on; None if it has none."""
-        if self.directory is None or self.uppers is None:
+        directory, uppers = self.directory, self.uppers
+        if directory is None or uppers is None:
             return None
-        remove = self.uppers.hand_over(self.directory)
         self.directory = None
-        return remove
+        return lambda: uppers.remove(directory)
 
     async def close(self) -> None:
         """End its processes and wait for that."""

@@ -78,13 +78,13 @@ class Home:
                 raise LaunchError("tenant", 0, 0, "nobody is to be started any more",
                                   hint="the runner was closed")  # fmt: skip
             if self.living is not None and not self._lives(beside):
-                await self.leave()
+                await self._leave()
             if self.living is None:
                 self._beside = beside
                 try:
                     self.living = await self._open()
                 except BaseException:
-                    await self.leave()  # of what it was to use, too, or each attempt adds to that
+                    await self._leave()  # of what it was to use, too, or each attempt adds to that
                     raise
             return self.living
 
@@ -130,11 +130,9 @@ class Home:
             if self._uppers is None:
                 from sandboxd.supervise.uppers import open_uppers
 
-                # A porter of its own: looking at how full they are must not wait for files.
-                porter = await self._open_porter(tenant)
-                self._uppers = await self._stack.enter_async_context(
-                    open_uppers(porter, tenant.compiled.tenant.ids)
-                )
+                with Descriptors() as fds:
+                    opened = open_uppers(_namespace(tenant, fds), tenant.compiled.tenant.ids)
+                    self._uppers = await self._stack.enter_async_context(opened)
             return self._uppers
 
     async def netkeeper(self) -> Netkeeper:
@@ -176,12 +174,15 @@ class Home:
     async def close(self) -> None:
         """End all of it for good: who asks for its tenant gets a LaunchError."""
         self.over = True
-        with trio.CancelScope(shield=True):
-            async with self._lock:
-                await self.leave()
+        await self.leave()
 
     async def leave(self) -> None:
-        """End all of it."""
+        """End all of it; who comes later gets a new one."""
+        with trio.CancelScope(shield=True):
+            async with self._lock:
+                await self._leave()
+
+    async def _leave(self) -> None:
         with trio.CancelScope(shield=True):
             for kept in self.kept:
                 await kept.forget()

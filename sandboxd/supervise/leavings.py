@@ -45,7 +45,7 @@ class Leavings:
         self,
         box: int,
         porter: Callable[[], Awaitable[Porter]],
-        remove: Callable[[Callable[[], Awaitable[Porter]]], Awaitable[None]] | None,
+        remove: Callable[[], Awaitable[None]] | None,
     ) -> None:
         self._box = os.dup(box)
         self._porter = porter
@@ -78,7 +78,7 @@ class Leavings:
         self._box = -1
         if self._remove is not None:
             with trio.CancelScope(shield=True):
-                await self._remove(self._porter)
+                await self._remove()
 
 
 def left() -> SandboxError:

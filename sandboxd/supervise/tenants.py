@@ -234,9 +234,14 @@ class Tenant:
                 return
             asked = self._asked.popleft()
             asked.make_room()
-            data, received, _, _ = socket.recv_fds(
-                self.control, MESSAGE, 1, socket.MSG_CMSG_CLOEXEC
-            )
+            try:
+                data, received, _, _ = socket.recv_fds(
+                    self.control, MESSAGE, 1, socket.MSG_CMSG_CLOEXEC
+                )
+            except ConnectionResetError:  # it was killed since we looked
+                asked.error = self._died(0)
+                self._answer_no_more()
+                return
             asked.answered(CloneReply.unpack(data).result, received)
             if self._listening is not None:  # whoever waits for what has been taken here
                 self._listening.cancel()
@@ -269,6 +274,9 @@ class Tenant:
 
     def look(self) -> None:
         """Whether the zygote is still there, for who cannot try and see."""
+        if self._closed:
+            self.dead = True
+            return
         poll = select.poll()
         poll.register(self.control, select.POLLRDHUP)
         self.dead = self.dead or bool(poll.poll(0))

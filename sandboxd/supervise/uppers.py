@@ -8,6 +8,9 @@ nobody on the host must get at one.
 What is in one belongs to ids that we are not, so a porter removes it, in the user namespace of the
 tenant. What a runner left that was killed is removed by the next one that makes a directory: its
 lock is free then.
+
+A tenant may end before the last of its directories goes: what is in one may still be collected. So
+who has the last one ends what removes them.
 """
 
 from __future__ import annotations
@@ -15,10 +18,9 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import trio
 
@@ -26,9 +28,7 @@ from sandboxd.errors import HostError, LaunchError, SandboxError
 from sandboxd.plan import IdMap
 from sandboxd.policy import Limits
 from sandboxd.stores import folders
-
-if TYPE_CHECKING:
-    from sandboxd.supervise.porter import Porter
+from sandboxd.supervise.porter import Porter, open_porter
 
 RESERVE, RESERVE_MOST = 0.05, 1 << 30
 """Of a file system this share, and no more than so many bytes, is left free by runs."""
@@ -44,15 +44,18 @@ def own_place() -> Path:
 class Uppers:
     """The directories of one runner. Made by open_uppers()."""
 
-    def __init__(self, folder: Path, lock: int, porter: Porter) -> None:
+    def __init__(self, folder: Path, porter: Porter) -> None:
         self.porter = porter
         self._folder = folder
-        self._lock = lock
         self._made = 0
-        self._closed = False
+        self._used: set[Path] = set()
+        self._left = False
+        self._ending: AsyncExitStack | None = None
 
     def make(self, ids: IdMap, limits: Limits) -> Path:
         """An empty directory that belongs to the root of the tenant; HostError without room."""
+        if self._left:
+            raise LaunchError("tenant", 0, 0, "the zygote is gone", hint="it is started anew")
         path = self._folder / str(self._made)
         self._made += 1
         reserve, free = room(os.statvfs(self._folder))
@@ -68,31 +71,25 @@ class Uppers:
                 os.chown(path, ids.uids[0][1], ids.gids[0][1])
         except OSError as error:
             raise unusable(path, error) from error
+        self._used.add(path)
         return path
-
-    def hand_over(self, path: Path) -> Callable[[Callable[[], Awaitable[Porter]]], Awaitable[None]]:
-        """What removes one that outlives its sandbox, and perhaps these: with a porter of the next
-        tenant then. It is nobody else's to remove meanwhile, for the lock is held."""
-        lock = os.dup(self._lock)
-
-        async def remove_later(porter: Callable[[], Awaitable[Porter]]) -> None:
-            try:
-                if not self._closed:
-                    await self.remove(path)
-                    return
-                with suppress(OSError, SandboxError):
-                    await remove(path, await porter())
-            finally:
-                os.close(lock)
-            with suppress(OSError, SandboxError):  # the last one, if nobody else reads
-                await _sweep_one(self._folder, await porter())
-
-        return remove_later
 
     async def remove(self, path: Path) -> None:
         """What cannot be removed now is left to the next runner."""
         with suppress(OSError, SandboxError):
             await remove(path, self.porter)
+        self._used.discard(path)
+        await self._end()
+
+    async def leave(self, ending: AsyncExitStack) -> None:
+        """No more are made; `ending` ends what removes those that there are."""
+        self._left, self._ending = True, ending
+        await self._end()
+
+    async def _end(self) -> None:
+        if self._ending is not None and not self._used:
+            ending, self._ending = self._ending, None
+            await ending.aclose()
 
 
 def room(found: os.statvfs_result) -> tuple[int, int]:
@@ -117,15 +114,29 @@ async def remove(path: Path, porter: Porter) -> None:
 
 
 @asynccontextmanager
-async def open_uppers(porter: Porter, ids: IdMap) -> AsyncIterator[Uppers]:
-    """A place for a runner's directories; what dead runners left goes first."""
-    folder, lock = _make(own_place(), ids)
-    found = Uppers(folder, lock, porter)
-    try:
+async def open_uppers(namespace: int, ids: IdMap) -> AsyncIterator[Uppers]:
+    """A place for a runner's directories; what dead runners left goes first.
+
+    They have a porter of their own: to look at how full they are must not wait for files.
+    """
+    async with AsyncExitStack() as stack:
+        porter = await stack.enter_async_context(open_porter(namespace))
+        folder = await stack.enter_async_context(_folder(porter, ids))
         await sweep(folder.parent, porter)
-        yield found
+        found = Uppers(folder, porter)
+        try:
+            yield found
+        finally:
+            with trio.CancelScope(shield=True):
+                await found.leave(stack.pop_all())
+
+
+@asynccontextmanager
+async def _folder(porter: Porter, ids: IdMap) -> AsyncIterator[Path]:
+    folder, lock = _make(own_place(), ids)
+    try:
+        yield folder
     finally:
-        found._closed = True
         os.close(lock)
         with trio.CancelScope(shield=True):
             await _sweep_one(folder, porter)

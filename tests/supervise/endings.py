@@ -15,7 +15,7 @@ import trio.testing
 
 from sandboxd.errors import SandboxError
 from sandboxd.job import Job
-from sandboxd.policy import Mount, Policy
+from sandboxd.policy import Mount, Network, Policy
 from sandboxd.supervise.homes import Kept
 from sandboxd.supervise.runner import Runner
 from sandboxd.supervise.tenants import Tenant
@@ -41,6 +41,10 @@ def zygote_of(tenant: Tenant) -> int:
 def with_mount(target: str) -> Policy:
     """A policy of another root, and so of another tenant."""
     return msgspec.structs.replace(policy(), mounts=(Mount(source="/usr", target=target),))
+
+
+def with_way_out() -> Policy:
+    return msgspec.structs.replace(policy(), network=Network(mode="user", allow=("*",)))
 
 
 async def until(true: Callable[[], object]) -> None:

@@ -35,6 +35,7 @@ from tests.supervise.endings import (
     stopped,
     until,
     with_mount,
+    with_way_out,
     zygote_of,
 )
 from tests.supervise.members import WAITS, waiting
@@ -93,6 +94,9 @@ async def test_a_tenant_that_was_left_meanwhile() -> None:
             assert told[0].stage == "tenant"
         with pytest.raises(LaunchError):
             tenant.user_namespace()
+        tenant.dead = False
+        tenant.look()
+        assert tenant.dead
 
 
 async def test_left_while_somebody_waits_for_its_porter() -> None:
@@ -108,7 +112,7 @@ async def test_left_while_somebody_waits_for_its_porter() -> None:
         async with kept.home._lock:
             nursery.start_soon(ask)
             await trio.testing.wait_all_tasks_blocked()
-            await kept.home.leave()
+            await kept.home._leave()
         await until(lambda: found)
         assert found == [kept.home._porter]
         assert (await runner.run(FILES)).ok
@@ -260,6 +264,20 @@ async def test_a_netkeeper_that_was_lost_leaves_nothing() -> None:
         assert again is not lost
         assert lost._link.fileno() < 0
         assert (await runner.run_group(Group(members={"one": Member(job=TRUE)})))["one"].ok
+
+
+@pytest.mark.needs("tun", "slirp4netns")
+async def test_a_spare_that_has_lost_its_way_out_is_not_used() -> None:
+    job = Job(argv=["true"], policy=with_way_out())
+    async with open_runner(slots=1, spares=1) as runner:
+        await runner.run(job)
+        kept, _ = only(runner)
+        await until(lambda: kept.spares and not kept.refilling)
+        way_out = kept.spares[0].way_out
+        assert way_out is not None
+        way_out.kill()
+        await until(lambda: not way_out.is_alive())
+        assert (await runner.run(job)).ok
 
 
 async def test_no_descriptors_for_a_network() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from sandboxd.errors import HostError, JobError
+from sandboxd.errors import HostError, JobError, LaunchError
 from sandboxd.job import Job
 from sandboxd.policy import Limits, Policy, Root
 from sandboxd.result import Result
@@ -117,6 +117,40 @@ async def test_collected_files_outlive_the_tenant(host: str, how: str, place: Pa
             assert found == {"a": 1, "b": 3}
         assert (await runner.run(Job(argv=["true"], policy=job.policy))).ok
         assert len(os.listdir(place)) == 1, "of the tenant that there is now"
+
+
+@pytest.mark.parametrize("when", ["in", "out"])
+async def test_its_tenant_is_left_while_files_are_on_their_way(when: str, place: Path) -> None:
+    """Nobody takes the directory away from who is at it: there is a result, or why there is none,
+    which is nothing that the job did."""
+    chosen = policy(LIMITS, DIRECTORY)
+    files = {"a": b"x"} if when == "in" else {}
+    job = Job(argv=["sh", "-c", "echo one > big"], policy=chosen, files=files, collect=["big"])
+    told: list[str] = []
+
+    async def run_it() -> None:
+        try:
+            told.append(str([one.data for one in (await runner.run(job)).artifacts]))
+        except LaunchError as error:
+            told.append(error.stage)
+
+    async with open_runner(slots=2) as runner:
+        await runner.run(job)
+        (home,) = runner._known.homes
+        assert home.living is not None
+        (process,) = (await home.porter())._processes
+        async with trio.open_nursery() as nursery:
+            os.kill(process.process.pid, signal.SIGSTOP)
+            nursery.start_soon(run_it)
+            while not process.owes:  # noqa: ASYNC110
+                await trio.sleep(0.001)
+            (zygote,) = children(home.living.pid)
+            with all_end([zygote, *descendants(zygote)]):
+                os.kill(zygote, signal.SIGKILL)
+            assert (await runner.run(Job(argv=["true"], policy=chosen))).ok
+            os.kill(process.process.pid, signal.SIGCONT)
+        assert told[0] in (("sandbox", "tenant") if when == "in" else (str([b"one\n"]),))
+        assert len(os.listdir(place)) == 1
 
 
 @pytest.mark.parametrize("driver", ["kernel", "none"])
