@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from sandboxd.serve.joined import ClientGroup, ClientPipeline
     from sandboxd.serve.remote import ClientRun
     from sandboxd.serve.tls import Trust
+    from sandboxd.supervise.asking import RunnerStatistics
     from sandboxd.supervise.builds import Build
     from sandboxd.supervise.bundles import load_bundle
     from sandboxd.supervise.group_files import load_group
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     from sandboxd.supervise.pipeline import Pipeline
     from sandboxd.supervise.policies import find as find_policy
     from sandboxd.supervise.run import Run
-    from sandboxd.supervise.runner import Runner, RunnerStatistics, open_runner
+    from sandboxd.supervise.runner import Runner, open_runner
 
 _HOMES = {
     "errors": (
@@ -67,7 +68,8 @@ _HOMES = {
     "supervise.leavings": ("OpenArtifact",),
     "supervise.oneshot": ("run", "run_sync"),
     "supervise.run": ("Run",),
-    "supervise.runner": ("Runner", "RunnerStatistics", "open_runner"),
+    "supervise.asking": ("RunnerStatistics",),
+    "supervise.runner": ("Runner", "open_runner"),
 }  # fmt: skip
 _WHERE = {name: home for home, names in _HOMES.items() for name in names}
 

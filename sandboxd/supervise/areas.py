@@ -21,8 +21,9 @@ from sandboxd.compile import pieces, rootfs
 from sandboxd.errors import LaunchError
 from sandboxd.linux.descriptors import Descriptors, no_room
 from sandboxd.script.command import area_command
+from sandboxd.supervise.prepared import Prepared
 from sandboxd.supervise.processes import reap, starting
-from sandboxd.supervise.tenants import PACKAGE_PARENT, Prepared, Tenant
+from sandboxd.supervise.tenants import PACKAGE_PARENT, Tenant
 
 if TYPE_CHECKING:
     from sandboxd.supervise.uppers import Uppers

@@ -21,9 +21,9 @@ from sandboxd.linux.descriptors import Descriptors
 from sandboxd.script import machine
 from sandboxd.script.empty import RUNS, empty_program
 from sandboxd.supervise.pipes import Pipes
+from sandboxd.supervise.prepared import Prepared
 from sandboxd.supervise.sandboxes import Sandbox
 from sandboxd.supervise.supervise import Dispatch
-from sandboxd.supervise.tenants import Prepared
 
 ITSELF = Job(argv=["/proc/self/fd/0"])
 """Its stdin is its file, so it is there in every root with a /proc."""

@@ -20,8 +20,9 @@ from sandboxd.plan import TenantPlan
 from sandboxd.policy import Policy
 from sandboxd.supervise import record, volumes
 from sandboxd.supervise.areas import Area
+from sandboxd.supervise.prepared import Prepared
 from sandboxd.supervise.sandboxes import Sandbox
-from sandboxd.supervise.tenants import Prepared, Tenant, open_tenant
+from sandboxd.supervise.tenants import Tenant, open_tenant
 from sandboxd.supervise.vigil import Vigil
 
 if TYPE_CHECKING:

@@ -17,8 +17,8 @@ from sandboxd.policy import Policy
 from sandboxd.probe.host import probe
 from sandboxd.result import Kept, Result
 from sandboxd.supervise.porter import Porter
+from sandboxd.supervise.prepared import Prepared
 from sandboxd.supervise.sandboxes import Sandbox
-from sandboxd.supervise.tenants import Prepared
 
 __all__ = ["Change", "KeptRoot", "check", "commit", "find_kept", "keep", "kept_roots"]
 

@@ -19,9 +19,9 @@ from sandboxd.reference import Inputs
 from sandboxd.supervise import policies, volumes
 from sandboxd.supervise.domains import Domains
 from sandboxd.supervise.homes import Home, Kept
+from sandboxd.supervise.prepared import Prepared
 from sandboxd.supervise.seat import Seat
 from sandboxd.supervise.seen import host_for
-from sandboxd.supervise.tenants import Prepared
 
 _Key = tuple[bytes, bool, Inputs | None, str | None, Place | None, Home | None]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 from typing import TYPE_CHECKING
 
@@ -21,6 +21,7 @@ from sandboxd.policy import Policy
 from sandboxd.result import Event, Result
 from sandboxd.supervise import inputs, record, volumes
 from sandboxd.supervise.artifacts import check_place
+from sandboxd.supervise.asking import Asking, RunnerStatistics, name_of
 from sandboxd.supervise.attend import NO_VIGIL
 from sandboxd.supervise.homes import Kept
 from sandboxd.supervise.known import Known
@@ -50,29 +51,6 @@ if TYPE_CHECKING:
     from sandboxd.group import Group
     from sandboxd.supervise import builds, groups, pipeline
     from sandboxd.supervise.netkeeper import UserNetwork
-
-
-class Asking(msgspec.Struct, frozen=True):
-    """A job, without its references, and what its caller has for it."""
-
-    job: Job
-    run: Hands | None
-    pipes: Pipes
-    attached: Collection[str]
-    """Where references are attached."""
-    lent: AsyncExitStack | None
-    """What it holds of others for its time, if anything."""
-
-
-class RunnerStatistics(msgspec.Struct, frozen=True, kw_only=True):
-    """Counts since the runner was opened; `running` and `spares` are of this moment."""
-
-    slots: int
-    running: int
-    waiting: int
-    finished: int
-    tenants: int
-    spares: int
 
 
 class Runner:
@@ -484,10 +462,6 @@ class Runner:
         with trio.CancelScope(shield=True):
             await self._undertaker.close()
             await self._known.close()
-
-
-def name_of(job: Job, run: Hands | None) -> str:
-    return run.id if run is not None else job.id or record.new_id()
 
 
 @asynccontextmanager

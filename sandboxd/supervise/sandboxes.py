@@ -23,7 +23,8 @@ from sandboxd.messages import SIGNAL_STOP
 from sandboxd.plan import TENANT_UID
 from sandboxd.script.record import Image
 from sandboxd.supervise.areas import Area, open_area
-from sandboxd.supervise.tenants import Clone, Prepared, Tenant, sandbox_script
+from sandboxd.supervise.prepared import Prepared, sandbox_script
+from sandboxd.supervise.tenants import Clone, Tenant
 
 if TYPE_CHECKING:
     from sandboxd.supervise.netkeeper import UserNetwork

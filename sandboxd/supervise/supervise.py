@@ -35,10 +35,11 @@ from sandboxd.supervise.areas import Area
 from sandboxd.supervise.artifacts import open_sink
 from sandboxd.supervise.attend import GRACE, NO_VIGIL, attend, is_complete, received
 from sandboxd.supervise.pipes import Pipes, open_pipes
+from sandboxd.supervise.prepared import Prepared, Script
 from sandboxd.supervise.sandboxes import Sandbox
 from sandboxd.supervise.status import Facts
 from sandboxd.supervise.stops import Control, Stops
-from sandboxd.supervise.tenants import MESSAGE, Prepared, Script, failure
+from sandboxd.supervise.tenants import MESSAGE, failure
 from sandboxd.supervise.vigil import LENGTH, Vigil
 from sandboxd.supervise.watch import Watcher
 

@@ -24,7 +24,6 @@ from contextlib import asynccontextmanager, suppress
 from errno import EMFILE
 from pathlib import Path
 
-import msgspec
 import trio
 
 from sandboxd import plan
@@ -35,10 +34,10 @@ from sandboxd.host import Host
 from sandboxd.linux import memfd
 from sandboxd.linux.descriptors import SCARCE, Descriptors, no_room
 from sandboxd.messages import FILES, GO, MAPS, READY, CloneReply, CloneRequest, Failure
-from sandboxd.plan import ExecPlan, IdMap, OpenTree, SetLimit, SetupPlan, Step, Tmpfs
+from sandboxd.plan import IdMap, OpenTree, SetLimit, SetupPlan, Step, Tmpfs
 from sandboxd.script import elf
 from sandboxd.script.command import command
-from sandboxd.script.init import network_image, setup_image
+from sandboxd.script.init import network_image
 from sandboxd.script.lower import FIRST_DESCRIPTOR, FIRST_SLOT
 from sandboxd.script.record import Image
 from sandboxd.script.zygote import CLONE_INTO_CGROUP, CLONE_PIDFD, MEMORY, tenant_image
@@ -299,10 +298,6 @@ def clone_hint(errno: int) -> str:
     return ""
 
 
-Script = tuple[ExecPlan, Image, bytes]
-"""A job's plan, the image of its records, and the message that starts it."""
-
-
 class Clone:
     """A process that was asked for: its pidfd, or why there is none, once that is known.
 
@@ -352,29 +347,6 @@ class Clone:
             if self.error is not None:
                 raise self.error
         return self.pidfd
-
-
-class Prepared(msgspec.Struct, frozen=True, eq=False):
-    """A policy made ready for this host: compiled and lowered, once."""
-
-    compiled: Compiled
-    host: Host
-    image: Image
-    scripts: dict[tuple[object, ...], Script] = msgspec.field(default_factory=dict)
-    """Exec scripts of the last jobs, by what they depend on."""
-
-    @classmethod
-    def of(cls, compiled: Compiled, host: Host) -> Prepared:
-        return cls(compiled, host, setup_image(host.arch, compiled.setup))
-
-
-def sandbox_script(image: Image, uid: int) -> bytes:
-    """The setup script with the run's own uid put in."""
-    if not image.marks:
-        return image.content
-    digits = int.from_bytes(b"%8d" % uid, "little")
-    values = {name: digits if name.startswith("digits") else uid for name in image.marks}
-    return image.patched(values)
 
 
 def failure(data: bytes, image: Image, steps: tuple[Step, ...]) -> LaunchError:
