@@ -318,10 +318,10 @@ class SetLimit(Step, frozen=True, kw_only=True):
         return f"{self.resource} {'unlimited' if self.soft is None else self.soft}"
 
 
-class KeepSysctls(Step, frozen=True, kw_only=True):
-    """Keep /proc/sys/user reachable for LeafUserNamespace after /proc was restricted."""
+class KeepProc(Step, frozen=True, kw_only=True):
+    """Keep what LeafUserNamespace needs reachable after /proc was restricted, or covered."""
 
-    words: ClassVar[str] = "/proc/sys/user"
+    words: ClassVar[str] = "/proc/sys/user, /proc/self"
 
 
 class BecomeUser(Step, frozen=True, kw_only=True):

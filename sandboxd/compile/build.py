@@ -166,7 +166,7 @@ def setup_plan(policy: Policy, host: Host, *, keep: bool = False) -> SetupPlan:
     leaf = idmap.needs_leaf(policy.identity, ids)
     steps: list[Step] = [plan.JoinNetwork(descriptor=1, why=policy.origin("network.mode"))]
     if leaf:
-        steps.append(plan.KeepSysctls(why="what the kernel counts up to the caller"))
+        steps.append(plan.KeepProc(why="what the kernel counts up to the caller"))
     steps += rootfs.sandbox(policy, host, tuple(descriptors))
     if policy.clock.boottime or policy.clock.monotonic:
         steps.append(
@@ -175,6 +175,9 @@ def setup_plan(policy: Policy, host: Host, *, keep: bool = False) -> SetupPlan:
         )  # fmt: skip
     if host.cgroup:
         steps.append(plan.NewCgroupNamespace(why="every sandbox"))
+    if policy.root.proc == "none":
+        steps.append(plan.Tmpfs(target="/proc", size=4096, mode=0o555,
+                                why=policy.origin("root.proc")))  # fmt: skip
     steps += [
         _hostname(policy, host),
         plan.NewSession(why="every sandbox"),
@@ -183,9 +186,6 @@ def setup_plan(policy: Policy, host: Host, *, keep: bool = False) -> SetupPlan:
         ),
         *resources.rlimits(policy, host),
     ]
-    if policy.root.proc == "none":
-        steps.append(plan.Tmpfs(target="/proc", size=4096, mode=0o555,
-                                why=policy.origin("root.proc")))  # fmt: skip
     steps += [plan.DropCapabilities(why="every sandbox"), plan.Hide(why="every sandbox")]
     if host.landlock:
         steps.append(landlock.step(policy, host))

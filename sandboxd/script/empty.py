@@ -8,8 +8,8 @@ from __future__ import annotations
 from functools import cache
 
 from sandboxd.script import elf
-from sandboxd.script.lower import Writer
 from sandboxd.script.record import BASE, Assembler, Condition
+from sandboxd.script.writer import Writer
 
 RUNS = b"."
 """What it writes to its stdout."""

@@ -30,21 +30,14 @@ from sandboxd import plan
 from sandboxd.errors import JobError
 from sandboxd.messages import ENDED, FILES, SIGNAL_STOP, Ended
 from sandboxd.script.lower import (
-    AT_FDCWD,
-    FIRST_DESCRIPTOR,
     MSG_NOSIGNAL,
     MSG_WAITALL,
-    O_CLOEXEC,
-    O_DIRECTORY,
     POLLRDHUP,
     PR_SET_PDEATHSIG,
-    RULESET,
     SIG_BLOCK_ALL,
     SIG_SETMASK,
     SIGCHLD,
     SIGKILL,
-    SOCKET,
-    Writer,
     lower,
 )
 from sandboxd.script.record import (
@@ -56,6 +49,15 @@ from sandboxd.script.record import (
     Condition,
     Image,
     Label,
+)
+from sandboxd.script.writer import (
+    AT_FDCWD,
+    FIRST_DESCRIPTOR,
+    O_CLOEXEC,
+    O_DIRECTORY,
+    RULESET,
+    SOCKET,
+    Writer,
 )
 from sandboxd.script.zygote import (
     EXEC,

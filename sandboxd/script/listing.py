@@ -13,7 +13,7 @@ from functools import cache
 from types import MappingProxyType
 
 from sandboxd import plan
-from sandboxd.script import lower
+from sandboxd.script import lower, writer
 from sandboxd.script.numbers import numbers
 from sandboxd.script.record import IGNORE, OFFSETS, RECORD_SIZE, Condition, Image, Record
 
@@ -90,7 +90,7 @@ def _path(listed: _Listed, record: Record, value: int) -> str:
 
 
 def _directory(listed: _Listed, record: Record, value: int) -> str:
-    return "AT_FDCWD" if value == lower.AT_FDCWD else _number(listed, record, value)
+    return "AT_FDCWD" if value == writer.AT_FDCWD else _number(listed, record, value)
 
 
 def _mode(_: _Listed, __: Record, value: int) -> str:

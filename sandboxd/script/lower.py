@@ -14,25 +14,35 @@ from typing import Any
 
 from sandboxd import plan
 from sandboxd.messages import MAPS
-from sandboxd.script.numbers import numbers
-from sandboxd.script.record import NO_CALL, Assembler, Condition, Label, Operand
+from sandboxd.script.record import Condition, Label, Operand
+from sandboxd.script.writer import (
+    AT_FDCWD,
+    FIRST_DESCRIPTOR,
+    FIRST_SLOT,
+    O_CLOEXEC,
+    O_CREAT,
+    O_DIRECTORY,
+    O_EXCL,
+    O_PATH,
+    O_WRONLY,
+    PROCESS,
+    RESOLVE_NO_MAGICLINKS,
+    RESOLVE_NO_SYMLINKS,
+    RULESET,
+    SOCKET,
+    SYSCTLS,
+    TREE,
+    Writer,
+)
 
-AT_FDCWD = -100
 AT_EMPTY_PATH = 0x1000
 AT_RECURSIVE = 0x8000
 AT_SYMLINK_NOFOLLOW = 0x100
-O_RDONLY, O_WRONLY, O_CREAT, O_EXCL = 0, 1, 0o100, 0o200
-O_CLOEXEC = 0o2000000
-O_PATH = 0o10000000
-# O_DIRECTORY and O_NOFOLLOW differ between the architectures (asm/fcntl.h).
-O_DIRECTORY = {"x86_64": 0o200000, "aarch64": 0o40000}
 MS_BIND, MS_REC, MS_PRIVATE = 0x1000, 0x4000, 0x40000
 MS_NOSUID, MS_NODEV, MS_NOEXEC = 2, 4, 8
 MNT_DETACH = 2
 OPEN_TREE_CLONE = 1
 MOVE_MOUNT_F_EMPTY_PATH, MOVE_MOUNT_T_EMPTY_PATH = 4, 0x40
-# include/uapi/linux/openat2.h
-RESOLVE_NO_MAGICLINKS, RESOLVE_NO_SYMLINKS, RESOLVE_IN_ROOT = 2, 4, 0x10
 SIGCHLD, SIG_BLOCK_ALL = 17, (1 << 64) - 1
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS = 1, 4, 38
 PR_CAPBSET_DROP, PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL = 24, 47, 4
@@ -50,88 +60,6 @@ RESOURCES = {
     "CPU": 0, "FSIZE": 1, "DATA": 2, "STACK": 3, "CORE": 4, "NPROC": 6, "NOFILE": 7,
     "MEMLOCK": 8, "AS": 9, "SIGPENDING": 11, "MSGQUEUE": 12, "NICE": 13, "RTPRIO": 14,
 }  # fmt: skip
-
-SOCKET = 3
-"""The socket of zygote and init: always this descriptor."""
-FIRST_DESCRIPTOR = 4
-"""What arrives over the socket gets the lowest free numbers, from here on."""
-RULESET = 4
-"""init's Landlock ruleset, where there is one; the job's descriptors then start one higher."""
-SYSCTLS = 60
-TREE = 61
-"""A mount on its way to its place."""
-FIRST_SLOT = 100
-"""Mounts taken by OpenTree wait at FIRST_SLOT + slot."""
-
-
-class Writer:
-    """An assembler that knows the architecture's numbers and the idioms of scripts."""
-
-    def __init__(self, arch: str, asm: Assembler) -> None:
-        self.arch = arch
-        self.asm = asm
-        self.nr = numbers(arch)
-        self._marks = 0
-
-    def call(
-        self,
-        name: str,
-        *args: Operand,
-        store: Operand = 0,
-        ignore: bool = False,
-        when: Condition = Condition.NEVER,
-        compare: Operand | None = None,
-        target: Operand | None = None,
-    ) -> Label:
-        return self.asm.emit(
-            self.nr[name], *args, store=store, ignore=ignore, when=when, compare=compare,
-            target=target,
-        )  # fmt: skip
-
-    def path(self, text: str | bytes) -> Label:
-        """Of text that stands for other bytes than UTF-8, these bytes (PEP 383)."""
-        raw = text.encode("utf-8", "surrogateescape") if isinstance(text, str) else text
-        return self.asm.string(raw)
-
-    def mark(self, name: str, where: Operand) -> None:
-        """Name a place for a value that is known only when a sandbox is made."""
-        self._marks += 1
-        self.asm.mark(f"{name}.{self._marks}", where)
-
-    def assign(self, value: Operand, where: Operand) -> None:
-        self.asm.emit(NO_CALL, value, store=where)
-
-    def write_file(self, path: str | bytes, content: bytes | Label, length: int = 0, *,
-                   flags: int = O_WRONLY, mode: int = 0, optional: bool = False,
-                   directory: Operand = AT_FDCWD) -> None:  # fmt: skip
-        """open, write, close (with all strays: a descriptor can be stored in one place only)."""
-        if isinstance(content, bytes):
-            length, content = len(content), self.asm.data(content)
-        write = self.asm.label()
-        self.call(
-            "openat", directory, self.path(path), flags | O_CLOEXEC, mode,
-            store=write.field("a0"), ignore=optional,
-        )  # fmt: skip
-        self.asm.place(write)
-        self.call("write", 0, content, length, ignore=optional)
-        self.close_strays()
-
-    def close_strays(self, first: int = FIRST_DESCRIPTOR, last: int = SYSCTLS - 1) -> None:
-        self.call("close_range", first, last, 0)
-
-    def enter(self, root: str, path: str, where: Operand) -> None:
-        """A descriptor of what `path` is in `root`: no link in it leads out (openat2(2))."""
-        relative = self.path(path.strip("/") or ".")
-        how = self.asm.words((O_PATH | O_CLOEXEC, 0, RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS))
-        inner = self.asm.label()
-        flags = O_PATH | O_DIRECTORY[self.arch] | O_CLOEXEC
-        self.call("openat", AT_FDCWD, self.path(root), flags, 0, store=inner.field("a0"))
-        self.asm.place(inner)
-        self.call("openat2", 0, relative, how, 24, store=where)
-
-    def attributes(self, set_: int, clear: int = 0) -> Label:
-        """struct mount_attr: attr_set, attr_clr, propagation, userns_fd (mount_setattr(2))."""
-        return self.asm.words((set_, clear, 0, 0))
 
 
 def lower(writer: Writer, steps: Iterable[plan.Step]) -> None:
@@ -358,12 +286,13 @@ def _set_limit(w: Writer, step: plan.SetLimit) -> None:
     w.call("prlimit64", 0, RESOURCES[step.resource], limits, 0, ignore=step.hard is None)
 
 
-def _keep_sysctls(w: Writer, _: plan.KeepSysctls) -> None:
-    keep = w.asm.label()
+def _keep_proc(w: Writer, _: plan.KeepProc) -> None:
     flags = O_PATH | O_DIRECTORY[w.arch] | O_CLOEXEC
-    w.call("openat", AT_FDCWD, w.path("/proc/sys/user"), flags, 0, store=keep.field("a0"))
-    w.asm.place(keep)
-    w.call("dup3", 0, SYSCTLS, O_CLOEXEC)
+    for name, number in (("/proc/sys/user", SYSCTLS), ("/proc/self/", PROCESS)):
+        keep = w.asm.label()
+        w.call("openat", AT_FDCWD, w.path(name), flags, 0, store=keep.field("a0"))
+        w.asm.place(keep)
+        w.call("dup3", 0, number, O_CLOEXEC)
 
 
 def _become_user(w: Writer, step: plan.BecomeUser) -> None:
@@ -380,16 +309,16 @@ def _leaf_user_namespace(w: Writer, step: plan.LeafUserNamespace) -> None:
     # The maps are the writer's own, so it must be dumpable for a moment (see launcher order trap).
     w.call("prctl", PR_SET_DUMPABLE, 1, 0, 0, 0)
     w.call("unshare", plan.NAMESPACES["user"])
-    w.write_file("/proc/self/setgroups", b"deny")
+    w.write_file("setgroups", b"deny", directory=PROCESS)
     for name, inside in (("uid_map", step.uid), ("gid_map", step.gid)):
         outer = b"%8d" % (step.outer or 0)
         row = w.asm.data(b"%8d" % inside + outer + b" 1\n")
         if step.outer is None:
             w.mark("digits", row + 8)
-        w.write_file(f"/proc/self/{name}", row, 8 + 8 + 3)
+        w.write_file(name, row, 8 + 8 + 3, directory=PROCESS)
     for name, most in step.quotas:
         w.write_file(name, b"%d" % most, directory=SYSCTLS)
-    w.call("close", SYSCTLS)
+    w.call("close_range", SYSCTLS, PROCESS, 0)
     for capability in range(LAST_CAPABILITY + 1):
         w.call("prctl", PR_CAPBSET_DROP, capability, 0, 0, 0, ignore=True)
 
@@ -489,7 +418,7 @@ _KINDS: Mapping[type[plan.Step], Callable[[Writer, Any], None]] = MappingProxyTy
         plan.Hostname: _hostname,
         plan.NewSession: _new_session,
         plan.SetLimit: _set_limit,
-        plan.KeepSysctls: _keep_sysctls,
+        plan.KeepProc: _keep_proc,
         plan.BecomeUser: _become_user,
         plan.LeafUserNamespace: _leaf_user_namespace,
         plan.DropCapabilities: _drop_capabilities,

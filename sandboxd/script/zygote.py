@@ -29,15 +29,7 @@ from functools import lru_cache
 
 from sandboxd import plan
 from sandboxd.messages import READY
-from sandboxd.script.lower import (
-    MSG_NOSIGNAL,
-    POLLIN,
-    POLLRDHUP,
-    SIGCHLD,
-    SOCKET,
-    Writer,
-    lower,
-)
+from sandboxd.script.lower import MSG_NOSIGNAL, POLLIN, POLLRDHUP, SIGCHLD, lower
 from sandboxd.script.record import (
     BASE,
     CODE,
@@ -48,6 +40,7 @@ from sandboxd.script.record import (
     Image,
     Label,
 )
+from sandboxd.script.writer import SOCKET, Writer
 
 DOORBELL = 0
 """The zygote's stdin, an eventfd(2) that is read without waiting."""

@@ -38,8 +38,8 @@ from sandboxd.plan import IdMap, OpenTree, SetLimit, SetupPlan, Step, Tmpfs
 from sandboxd.script import elf
 from sandboxd.script.command import command
 from sandboxd.script.init import network_image
-from sandboxd.script.lower import FIRST_DESCRIPTOR, FIRST_SLOT
 from sandboxd.script.record import Image
+from sandboxd.script.writer import FIRST_DESCRIPTOR, FIRST_SLOT
 from sandboxd.script.zygote import CLONE_INTO_CGROUP, CLONE_PIDFD, MEMORY, tenant_image
 from sandboxd.supervise.processes import reap, starting
 

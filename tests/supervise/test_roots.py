@@ -13,7 +13,7 @@ from sandboxd.job import Job
 from sandboxd.policy import Identity, Limits, Mount, Policy, Root
 from sandboxd.result import Result
 from sandboxd.supervise.runner import open_runner
-from tests.supervise.variants import policy
+from tests.supervise.variants import hosts, policy, without
 
 DRIVERS = pytest.mark.parametrize(
     "driver",
@@ -182,3 +182,17 @@ async def test_an_alias_leads_to_the_working_directory(writable: bool) -> None:
     chosen = policy(root=Root(writable=writable, aliases=("w", "work")))
     result = await run("cd /w; echo x > /w/file; cat /box/file /work/file; readlink /w", chosen)
     assert result.stdout == b"x\nx\nbox\n", result
+
+
+@hosts("nothing", "subuid", "machine", "landlock")
+@pytest.mark.parametrize(
+    "identity",
+    [Identity(), Identity(uid=0), Identity(user="caller", uid=1000)],
+    ids=["own", "root", "caller"],
+)
+async def test_no_proc_is_an_empty_directory(host: str, identity: Identity) -> None:
+    chosen = policy(root=Root(proc="none"), identity=identity)
+    script = "echo /proc/*; test -d /proc; ! touch /proc/x 2>/dev/null"
+    async with open_runner(host=without(host)) as runner:
+        result = await runner.run(Job(argv=["sh", "-ec", script], policy=chosen))
+    assert (result.status, result.stdout) == ("ok", b"/proc/*\n"), result
