@@ -21,6 +21,7 @@ import os
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import trio
 
@@ -28,7 +29,9 @@ from sandboxd.errors import HostError, LaunchError, SandboxError
 from sandboxd.plan import IdMap
 from sandboxd.policy import Limits
 from sandboxd.stores import folders
-from sandboxd.supervise.porter import Porter, open_porter
+
+if TYPE_CHECKING:
+    from sandboxd.supervise.porter import Porter
 
 RESERVE, RESERVE_MOST = 0.05, 1 << 30
 """Of a file system this share, and no more than so many bytes, is left free by runs."""
@@ -119,6 +122,8 @@ async def open_uppers(namespace: int, ids: IdMap) -> AsyncIterator[Uppers]:
 
     They have a porter of their own: to look at how full they are must not wait for files.
     """
+    from sandboxd.supervise.porter import open_porter
+
     async with AsyncExitStack() as stack:
         porter = await stack.enter_async_context(open_porter(namespace))
         folder = await stack.enter_async_context(_folder(porter, ids))
