@@ -26,6 +26,7 @@ from sandboxd.compile.load import digest
 from sandboxd.errors import HostError, JobError
 from sandboxd.host import Host
 from sandboxd.job import File, Job, Pattern, Tar
+from sandboxd.linux.descriptors import Descriptors
 from sandboxd.policy import Policy
 from sandboxd.reference import Reference
 from sandboxd.result import ArtifactError, Result
@@ -33,6 +34,7 @@ from sandboxd.stores import builds
 from sandboxd.stores.builds import BuildRecord, Store
 from sandboxd.supervise import roots
 from sandboxd.supervise.archives import Room
+from sandboxd.supervise.pipes import open_input
 from sandboxd.supervise.sources import items
 
 FIRST_WAIT, LONGEST_WAIT = 0.002, 0.25
@@ -258,11 +260,8 @@ def key_of(job: Job, policy: Policy, host: Host, salt: bytes = b"") -> str:
 
 def _stdin(job: Job) -> bytes:
     if isinstance(job.stdin, Path):
-        try:
-            with job.stdin.open("rb") as file:
-                return hashlib.file_digest(file, "sha256").digest()
-        except OSError as error:
-            raise JobError(f"stdin: {job.stdin}: {error.strerror}") from None
+        with Descriptors() as fds, open(open_input(job.stdin, fds), "rb", closefd=False) as file:
+            return hashlib.file_digest(file, "sha256").digest()
     return hashlib.sha256(job.stdin or b"").digest()
 
 

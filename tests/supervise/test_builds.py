@@ -282,6 +282,14 @@ async def test_what_is_no_build_is_refused(job: Job, said: str) -> None:
             await runner.build(job)
 
 
+async def test_a_stdin_that_never_ends_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    async with open_runner() as runner:
+        for path in (tmp_path / "fifo", Path("/dev/zero")):
+            with pytest.raises(JobError, match="is no regular file"):
+                await runner.build(making(stdin=path))
+
+
 # -- when it does not end well ---------------------------------------------------------------------
 
 
