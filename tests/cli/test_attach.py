@@ -78,7 +78,7 @@ def test_a_signal_leaves_nothing(number: signal.Signals, code: int) -> None:
         wait_asleep(2)
         os.killpg(process.pid, number)
         out, err = process.communicate(timeout=PATIENCE)
-    assert (process.returncode, out) == (code, b"")
+    assert (process.returncode, out) == (code, b""), err
     assert err.startswith(b"sandboxd: cancelled (")
     assert b"Traceback" not in err
     assert asleep() == []

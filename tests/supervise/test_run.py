@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from sandboxd.supervise.oneshot import run as run_one
 from sandboxd.supervise.oneshot import run_sync
 from sandboxd.supervise.run import Followed, Run
 from sandboxd.supervise.runner import Runner, open_runner
+from tests.leftovers import STRETCH
 from tests.supervise.variants import hosts, policy, without
 
 
@@ -50,8 +50,8 @@ async def test_short_runs_are_told_whole_and_in_order(
         return reads and at_once(run, name, data)
 
     monkeypatch.setattr(Run, "_at_once", tell)
-    monkeypatch.setattr(vigil, "LENGTH", 1.0)
-    monkeypatch.setattr(supervise, "LENGTH", 1.0)
+    monkeypatch.setattr(vigil, "LENGTH", 30.0)
+    monkeypatch.setattr(supervise, "LENGTH", 30.0)
     job = Job(argv=["/bin/sh", "-c", "echo a; echo b >&2; echo c"], policy=policy())
     async with open_runner() as runner:
         for _ in range(50):
@@ -64,7 +64,7 @@ async def test_short_runs_are_told_whole_and_in_order(
             assert seen[-1].result is not None
             assert seen[-1].result.stdout == out
             assert seen[-1].result.job == run.id
-    if len(os.sched_getaffinity(0)) > 1:
+    if runner.host.cpus > 1 and STRETCH == 1:  # where all is slow the watcher is due before
         assert b"a\n" in b"".join(told)
 
 
